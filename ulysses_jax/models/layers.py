@@ -1,0 +1,146 @@
+"""The layers of a transformer: norms, attention, feed-forward, as Flax NNX modules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.api import ulysses_attention
+from ulysses_jax.attention.select import ATTENTIONS
+from ulysses_jax.config import Memory, Model
+from ulysses_jax.models.linear import constant, project, weight
+from ulysses_jax.models.rope import apply_rope
+
+
+def letter_sizes(model: Model) -> dict[str, int]:
+    """The size of every letter that a parameter has."""
+    assert model.num_kv_heads and model.head_size and model.feed_forward_width
+    return {
+        "L": model.num_layers,
+        "D": model.width,
+        "N": model.num_heads,
+        "K": model.num_kv_heads,
+        "H": model.head_size,
+        "F": model.feed_forward_width,
+        "V": model.vocab_size,
+    }
+
+
+# Standard deviations as in GPT-2 and Megatron: projections back into the residual stream
+# are smaller, so that its variance does not grow with the number of layers.
+_STD = 0.02
+
+
+def _output_std(model: Model) -> float:
+    return _STD / math.sqrt(2 * model.num_layers)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over D, in float32."""
+
+    def __init__(self, model: Model, *, stacked: bool = True):
+        letters, sizes = "LD" if stacked else "D", letter_sizes(model)
+        self.epsilon = model.norm_epsilon
+        self.centred = model.norm == "layer"
+        self.scale = constant(letters, sizes, 1.0)
+        self.bias = constant(letters, sizes, 0.0) if self.centred else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - y.mean(axis=-1, keepdims=True)
+        variance = jnp.square(y).mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def _add_bias(y: Array, bias: nnx.Param | None) -> Array:
+    """Adds in float32: the bias's gradient is a sum over all tokens."""
+    return y if bias is None else (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention over a sequence that is spread over the mesh."""
+
+    def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
+        sizes = letter_sizes(model)
+        self.model, self.memory = model, memory
+        self.q = weight(rngs, "LDNH", sizes, std=_STD)
+        self.k = weight(rngs, "LDKH", sizes, std=_STD)
+        self.v = weight(rngs, "LDKH", sizes, std=_STD)
+        self.out = weight(rngs, "LNHD", sizes, std=_output_std(model))
+        biased = model.biases
+        self.q_bias = constant("LNH", sizes, 0.0) if biased else None
+        self.k_bias = constant("LKH", sizes, 0.0) if biased else None
+        self.v_bias = constant("LKH", sizes, 0.0) if biased else None
+        self.out_bias = constant("LD", sizes, 0.0) if biased else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        q = _add_bias(project("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        k = _add_bias(project("BTD,DKH->BTKH", x, self.k[...]), self.k_bias)
+        v = _add_bias(project("BTD,DKH->BTKH", x, self.v[...]), self.v_bias)
+        if angles is not None:
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        out = ulysses_attention(
+            q,
+            k,
+            v,
+            attention=ATTENTIONS.get(self.model.attention),
+            causal=True,
+            window=self.model.window,
+            segment_ids=segment_ids,
+            head_chunks=self.memory.head_chunks,
+        )
+        return _add_bias(project("BTNH,NHD->BTD", out, self.out[...]), self.out_bias)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) or GELU in its tanh form, as GPT-2 and Megatron have."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        sizes, biased = letter_sizes(model), model.biases
+        gated = model.feed_forward == "swiglu"
+        self.gate = weight(rngs, "LDF", sizes, std=_STD) if gated else None
+        self.up = weight(rngs, "LDF", sizes, std=_STD)
+        self.down = weight(rngs, "LFD", sizes, std=_output_std(model))
+        self.gate_bias = constant("LF", sizes, 0.0) if biased and gated else None
+        self.up_bias = constant("LF", sizes, 0.0) if biased else None
+        self.down_bias = constant("LD", sizes, 0.0) if biased else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        up = _add_bias(project("BTD,DF->BTF", x, self.up[...]), self.up_bias)
+        if self.gate is None:
+            hidden = jax.nn.gelu(up, approximate=True)
+        else:
+            gate = _add_bias(project("BTD,DF->BTF", x, self.gate[...]), self.gate_bias)
+            hidden = jax.nn.silu(gate) * up
+        return _add_bias(project("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
+
+
+class Block(nnx.Module):
+    """All the layers of a model as one: every parameter has a leading dim L."""
+
+    def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
+        self.attention_norm = Norm(model)
+        self.attention = Attention(model, memory, rngs)
+        self.feed_forward_norm = Norm(model)
+        self.feed_forward = FeedForward(model, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        """One layer; the parameters are those of that layer, without L."""
+        x = x + self.attention(self.attention_norm(x), angles, segment_ids)
+        return x + self.feed_forward(self.feed_forward_norm(x))

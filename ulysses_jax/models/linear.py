@@ -1,0 +1,182 @@
+"""Weights that are sharded at rest and gathered in use (ZeRO-3), with float32 grads."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import get_abstract_mesh, reshard
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.sharding import activation, parameter, zero_axes
+
+
+def weight(
+    rngs: nnx.Rngs, letters: str, sizes: dict[str, int], *, std: float
+) -> nnx.Param:
+    """A float32 parameter, drawn from a normal distribution, made sharded.
+
+    Args:
+      letters: its dims, e.g. "LDNH"; `sharding.parameter` says where they lie.
+      sizes: the global size of each letter.
+      std: the standard deviation.
+    """
+    shape = tuple(sizes[letter] for letter in letters)
+    spec = parameter(letters, shape, get_abstract_mesh().shape)
+    values = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec)
+    return nnx.Param(values * std)
+
+
+def constant(letters: str, sizes: dict[str, int], value: float) -> nnx.Param:
+    """A float32 parameter that starts as one number: a bias, or the scale of a norm."""
+    shape = tuple(sizes[letter] for letter in letters)
+    spec = parameter(letters, shape, get_abstract_mesh().shape)
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
+    """A matrix product with a sharded weight, `project("BTD,DNH->BTNH", x, w)`.
+
+    The weight is cast to x's dtype, then gathered over the axes that hold its D, for the
+    product alone: nothing gathered is kept for the backward pass, which gathers anew. The
+    weight's gradient is summed over tokens and devices in float32 and arrives sharded as
+    the weight.
+
+    Args:
+      equation: an einsum of one activation and one weight, in the design's letters, which
+        also say how the result is sharded.
+      x: global activation, in the compute dtype.
+      w: global float32 parameter.
+
+    Returns:
+      The global activation, x's dtype.
+
+    Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where a
+    letter of the tensor axis is contracted, an all-reduce of the result.
+    """
+    _, w_letters, y_letters = re.split(",|->", equation)
+    axes = get_abstract_mesh().shape
+    return jnp.einsum(
+        equation,
+        x,
+        reshard(w.astype(x.dtype), activation(w_letters, axes)),
+        out_sharding=activation(y_letters, axes),
+    )
+
+
+def _project_forward(equation, x, w):
+    return project(equation, x, w), (x, w)
+
+
+def _project_backward(equation, residuals, dy):
+    x, w = residuals
+    x_letters, w_letters, y_letters = re.split(",|->", equation)
+    axes = get_abstract_mesh().shape
+    dx = jnp.einsum(
+        f"{y_letters},{w_letters}->{x_letters}",
+        dy,
+        reshard(w.astype(x.dtype), activation(w_letters, axes)),
+        out_sharding=activation(x_letters, axes),
+    )
+    dw = jnp.einsum(
+        f"{x_letters},{y_letters}->{w_letters}",
+        x,
+        dy,
+        preferred_element_type=jnp.float32,
+        out_sharding=jax.typeof(w).sharding.spec,
+    )
+    return dx, dw
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(
+    table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: jnp.dtype
+) -> Float[Array, "B T D"]:
+    """Rows of a sharded table; the gradient is summed in float32 and arrives sharded.
+
+    Args:
+      table: global float32 parameter, V over tensor, D over the ZeRO axes.
+      ids: global, B over (data, fsdp), T over (ring, seq).
+      dtype: the compute dtype.
+
+    Returns:
+      `[B, T, D]`, global, in the compute dtype.
+
+    Costs an all-gather of the table over the ZeRO axes forward, a reduce-scatter of its
+    float32 gradient backward; an all-reduce of the result over tensor.
+    """
+    axes = get_abstract_mesh().shape
+    zero = zero_axes(table.shape[1], axes)
+
+    def local(table, ids):
+        table = all_gather(table.astype(dtype), zero, dim=1)
+        ids, mine = _local_ids(ids, table.shape[0])
+        return lax.psum(jnp.where(mine[..., None], table[ids], 0), "tensor")
+
+    return jax.shard_map(
+        local,
+        in_specs=(_table_spec(zero), activation("BT", axes)),
+        out_specs=activation("BTD", axes),
+        check_vma=False,
+    )(table, ids)
+
+
+def _embed_forward(table, ids, dtype):
+    return embed(table, ids, dtype), (table, ids)
+
+
+def _embed_backward(dtype, residuals, dy):
+    table, ids = residuals
+    axes = get_abstract_mesh().shape
+    zero = zero_axes(table.shape[1], axes)
+
+    def local(ids, dy):
+        rows = table.shape[0] // axes["tensor"]
+        ids, mine = _local_ids(ids, rows)
+        dy = jnp.where(mine[..., None], dy.astype(jnp.float32), 0)
+        gradient = jnp.zeros((rows, table.shape[1]), jnp.float32).at[ids].add(dy)
+        return sum_gradient(gradient, zero, dim=1)
+
+    gradient = jax.shard_map(
+        local,
+        in_specs=(activation("BT", axes), activation("BTD", axes)),
+        out_specs=_table_spec(zero),
+        check_vma=False,
+    )(ids, dy)
+    return gradient, None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+def _table_spec(zero: tuple[str, ...]) -> P:
+    return P("tensor", zero or None)
+
+
+def _local_ids(ids: Array, rows: int) -> tuple[Array, Array]:
+    """Ids within this device's rows of the vocabulary, and which of them it has."""
+    local = ids - lax.axis_index("tensor") * rows
+    mine = (local >= 0) & (local < rows)
+    return jnp.where(mine, local, 0), mine
+
+
+def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
+    """Inside shard_map: the whole of `dim` from its shards over `axes`."""
+    return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+
+def sum_gradient(gradient: Array, zero: tuple[str, ...], *, dim: int) -> Array:
+    """Inside shard_map: sums a weight's gradient over all tokens, shards it as it lies."""
+    others = tuple(
+        axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero
+    )
+    if zero:
+        gradient = lax.psum_scatter(gradient, zero, scatter_dimension=dim, tiled=True)
+    return lax.psum(gradient, others)

@@ -1,0 +1,83 @@
+"""One decoder-only transformer that is Llama or GPT by its config."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import get_abstract_mesh, reshard
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.config import Memory, Model
+from ulysses_jax.models.layers import Block, Norm, letter_sizes
+from ulysses_jax.models.linear import embed, weight
+from ulysses_jax.models.rope import rope_angles
+from ulysses_jax.sharding import activation
+
+
+class Transformer(nnx.Module):
+    """Tokens to the last layer's normed activations; the loss applies `head`.
+
+    Parameters are float32 and lie on the mesh that is set (`jax.set_mesh`, Explicit
+    axes) as `sharding.parameter` says. Made inside `jax.jit` they are made sharded, and
+    inside `jax.eval_shape` not at all, but with their shardings.
+    """
+
+    def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
+        sizes = letter_sizes(model)
+        self.model, self.memory = model, memory
+        self.embedding = weight(rngs, "VD", sizes, std=0.02)
+        # Rows of the position table are padded to split over tensor as a vocabulary does.
+        tensor = get_abstract_mesh().shape["tensor"]
+        rows = -(-(model.max_positions or 0) // tensor) * tensor
+        learned = model.positions == "learned"
+        self.position_table = (
+            weight(rngs, "VD", sizes | {"V": rows}, std=0.02) if learned else None
+        )
+        self.layers = Block(model, memory, rngs)
+        self.norm = Norm(model, stacked=False)
+        tied = model.tied_embeddings
+        self.unembedding = None if tied else weight(rngs, "VD", sizes, std=0.02)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output projection, as stored: float32, sharded."""
+        owner = self.embedding if self.unembedding is None else self.unembedding
+        return owner[...]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Runs the layers, each recomputed in the backward pass if memory.remat says so.
+
+        Args:
+          tokens: global ids, B over (data, fsdp), T over (ring, seq).
+          positions: global positions, sharded alike.
+          segment_ids: sharded alike; None: one document a row.
+
+        Returns:
+          `[B, T, D]` in the compute dtype, sharded alike.
+        """
+        model, axes = self.model, get_abstract_mesh().shape
+        dtype = jnp.dtype(model.compute_dtype)
+        x = embed(self.embedding[...], tokens, dtype)
+        angles = None
+        if self.position_table is not None:
+            x = x + embed(self.position_table[...], positions, dtype)
+        else:
+            assert model.head_size
+            angles = rope_angles(positions, model.head_size, model.rope_base)
+        if segment_ids is not None:
+            # Every device attends over whole rows: gather the ids once, not in each layer.
+            segment_ids = reshard(segment_ids, activation("B", axes))
+
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x, parameters):
+            return nnx.merge(graph, parameters)(x, angles, segment_ids), None
+
+        if self.memory.remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, _ = jax.lax.scan(layer, x, stacked)
+        return self.norm(x)

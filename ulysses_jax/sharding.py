@@ -1,0 +1,65 @@
+"""Which dim of an array lies on which mesh axes: one table, by the dim's letter."""
+
+import math
+from collections.abc import Mapping
+from itertools import combinations
+
+from jax.sharding import PartitionSpec as P
+
+# Activations: the batch, the tokens and the heads or features are spread; D and H are
+# whole on every device.
+ACTIVATION: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "T": ("ring", "seq"),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+
+# Parameters, their gradients and their optimizer state: as activations, and D over every
+# axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
+ZERO = ("fsdp", "ring", "seq")
+
+
+def activation(letters: str, axes: Mapping[str, int]) -> P:
+    """The spec of an activation, or of a weight gathered for use, e.g. `activation("BTNH", mesh.shape)`.
+
+    Args:
+      letters: a letter a dim; letters that ACTIVATION lacks are not sharded.
+      axes: the mesh's axes; those it lacks are left out.
+    """
+    spread = (
+        tuple(axis for axis in ACTIVATION.get(letter, ()) if axis in axes)
+        for letter in letters
+    )
+    return P(*(each or None for each in spread))
+
+
+def parameter(letters: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> P:
+    """The spec of a parameter, e.g. `parameter("DNH", (4096, 32, 128), mesh.shape)`.
+
+    D lies on `zero_axes`; a vector (D alone, or one a layer, LD) is
+    not worth a gather and stays whole.
+    """
+    spec = list(activation(letters, axes))
+    if "D" in letters and letters.strip("L") != "D":
+        where = letters.index("D")
+        spec[where] = zero_axes(shape[where], axes) or None
+    return P(*spec)
+
+
+def zero_axes(width: int, axes: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes over which a dim of `width` elements is cut: the most that divide it.
+
+    All of (fsdp, ring, seq) where their product divides the width; else the subset with
+    the largest product that does (the trainer says so when it starts).
+    """
+    present = [axis for axis in ZERO if axis in axes]
+    subsets = [
+        subset
+        for size in range(len(present), -1, -1)
+        for subset in combinations(present, size)
+        if width % math.prod(axes[axis] for axis in subset) == 0
+    ]
+    return max(subsets, key=lambda s: math.prod(axes[axis] for axis in s))

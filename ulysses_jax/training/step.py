@@ -1,0 +1,92 @@
+"""The train step: one function from a state and a batch to the next state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.config import Config
+from ulysses_jax.training.loss import cross_entropy, num_valid
+from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from ulysses_jax.training.state import TrainState, bind
+
+Batch = dict[str, Int[Array, "A B T"]]
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    config: Config,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the step of a run; the caller jits it, donating the state.
+
+    A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
+    `segment_ids`, each int32 `[accumulation steps, B, T]`, global, sharded over
+    (data, fsdp) and (ring, seq). Loss and gradients are sums over all valid tokens of
+    all accumulation steps, in float32, divided once by their global number.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
+      (nats a token), `gradient_norm` (before clipping) and `learning_rate`.
+    """
+    optimizer = make_optimizer(config.training)
+    schedule = learning_rate_schedule(config.training)
+    loss_and_gradients = jax.value_and_grad(
+        lambda parameters, batch: _loss_sum(config, parameters, batch)
+    )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if batch["labels"].shape[0] == 1:
+            sums = loss_and_gradients(state.parameters, _part(batch, 0))
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.parameters))
+
+            def accumulate(sums, part):
+                new = loss_and_gradients(state.parameters, part)
+                return jax.tree.map(jnp.add, sums, new), None
+
+            sums, _ = jax.lax.scan(accumulate, zeros, batch)
+        # A step in which no token has a label leaves a loss of 0 and no gradient.
+        tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
+        loss, gradients = jax.tree.map(lambda x: x / tokens, sums)
+        updates, optimizer_state = optimizer.update(
+            gradients, state.optimizer, state.parameters
+        )
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(state.step),
+        }
+        parameters = optax.apply_updates(state.parameters, updates)
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    return step
+
+
+def make_validation_step(
+    config: Config,
+) -> Callable[[dict[str, Any], Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
+    """Makes `step(parameters, batch) -> (sum of the loss, number of valid tokens)`.
+
+    Sum both over batches, then divide: a mean of means would weigh tokens unequally.
+    """
+
+    def step(parameters: dict[str, Any], batch: Batch):
+        part = _part(batch, 0)
+        return _loss_sum(config, parameters, part), num_valid(part["labels"])
+
+    return step
+
+
+def _loss_sum(config: Config, parameters: dict[str, Any], batch: dict[str, Array]):
+    model = bind(config, parameters)
+    x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
+    return cross_entropy(
+        x, model.head, batch["labels"], config.memory.loss_tile_tokens
+    )
+
+
+def _part(batch: Batch, index: int) -> dict[str, Array]:
+    return {name: values[index] for name, values in batch.items()}
