@@ -86,7 +86,7 @@ def ulysses_attention(
         kv_positions=kv_positions,
     )
     if attention is None:
-        attention = local_attention(platform_of(mesh), mask, q.dtype)
+        attention = local_attention(platform_of(mesh), q, mask)
     return ulysses(
         q,
         k,

@@ -1,0 +1,271 @@
+"""ulysses_attention against the dense oracle: forward and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ulysses_jax import make_mesh, ulysses_attention
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.reference import reference_attention
+
+B, T, H = 2, 16, 4
+TOLERANCE = 2e-5
+
+
+def inputs(num_heads, num_kv_heads, *, keys=T, dtype=jnp.float32, batch=B):
+    draws = jax.random.split(jax.random.key(num_heads * 100 + num_kv_heads), 4)
+    q, weights = (
+        jax.random.normal(draw, (batch, T, num_heads, H), dtype) for draw in draws[:2]
+    )
+    k, v = (
+        jax.random.normal(draw, (batch, keys, num_kv_heads, H), dtype)
+        for draw in draws[2:]
+    )
+    return q, k, v, weights
+
+
+def out_and_gradients(attend, q, k, v, weights):
+    """The output and the gradients of a weighted sum of it with respect to q, k, v."""
+
+    def weighted(q, k, v):
+        out = attend(q, k, v)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    grad = jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)
+    gradients, out = jax.jit(grad)(q, k, v)
+    return (out, *gradients)
+
+
+def assert_close(got, want, tolerance=TOLERANCE):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@functools.cache
+def oracle(num_heads, num_kv_heads, causal=True):
+    q, k, v, weights = inputs(num_heads, num_kv_heads)
+    attend = functools.partial(reference_attention, mask=Mask(causal=causal))
+    return out_and_gradients(attend, q, k, v, weights)
+
+
+def mesh_of(axis_type=AxisType.Auto, **degrees):
+    num = int(np.prod(list(degrees.values())))
+    return make_mesh(**degrees, devices=jax.devices()[:num], axis_type=axis_type)
+
+
+@pytest.mark.parametrize("seq", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "heads, kv_heads",
+    [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3), (7, 7), (12, 4)],
+)
+def test_equals_the_oracle(heads, kv_heads, seq):
+    mesh = mesh_of(seq=seq)
+    attend = functools.partial(ulysses_attention, mesh=mesh)
+    got = out_and_gradients(attend, *inputs(heads, kv_heads))
+    assert_close(got, oracle(heads, kv_heads))
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        dict(data=2, seq=4),
+        dict(fsdp=2, seq=2, tensor=2),
+        dict(seq=4, tensor=2),
+        dict(seq=2, tensor=4),
+        dict(data=1, fsdp=2, seq=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_composes_with_other_axes(degrees, axis_type):
+    mesh = mesh_of(axis_type, **degrees)
+    q, k, v, weights = inputs(8, 4)
+    with jax.set_mesh(mesh):
+        got = out_and_gradients(ulysses_attention, q, k, v, weights)
+    assert_close(got, oracle(8, 4))
+    assert got[0].sharding.is_equivalent_to(
+        NamedSharding(mesh, P(("data", "fsdp"), "seq", "tensor")), 4
+    )
+
+
+@pytest.mark.parametrize("head_chunks", [2, 4])
+@pytest.mark.parametrize("heads, kv_heads", [(16, 16), (16, 2)])
+def test_head_chunks_change_nothing(heads, kv_heads, head_chunks):
+    mesh = mesh_of(seq=2)
+    attend = functools.partial(ulysses_attention, mesh=mesh, head_chunks=head_chunks)
+    got = out_and_gradients(attend, *inputs(heads, kv_heads))
+    assert_close(got, oracle(heads, kv_heads))
+
+
+@pytest.mark.parametrize("degrees", [dict(data=2, seq=4), dict(seq=2, data=2)], ids=str)
+def test_packed_segments_that_cross_shards(degrees):
+    q, k, v, weights = inputs(4, 2)
+    segments = jnp.asarray([[1] * 5 + [2] * 6 + [3] * 5, [1] * 13 + [2] * 3])
+    mask = Mask(causal=True, q_segment_ids=segments, kv_segment_ids=segments)
+    want = out_and_gradients(
+        functools.partial(reference_attention, mask=mask), q, k, v, weights
+    )
+    attend = functools.partial(
+        ulysses_attention, mesh=mesh_of(**degrees), segment_ids=segments
+    )
+    assert_close(out_and_gradients(attend, q, k, v, weights), want)
+
+
+def test_window_positions_and_scale():
+    q, k, v, weights = inputs(4, 4)
+    positions = jnp.asarray(np.random.default_rng(0).permuted([range(T)] * B, axis=1))
+    mask = Mask(causal=True, window=5, q_positions=positions, kv_positions=positions)
+    want = out_and_gradients(
+        functools.partial(reference_attention, mask=mask, scale=0.3), q, k, v, weights
+    )
+    attend = functools.partial(
+        ulysses_attention,
+        mesh=mesh_of(seq=4),
+        window=5,
+        positions=positions,
+        scale=0.3,
+    )
+    assert_close(out_and_gradients(attend, q, k, v, weights), want)
+
+
+def test_cross_attention():
+    q, k, v, weights = inputs(4, 2, keys=24)
+    want = out_and_gradients(
+        functools.partial(reference_attention, mask=Mask()), q, k, v, weights
+    )
+    attend = functools.partial(ulysses_attention, mesh=mesh_of(seq=4), causal=False)
+    assert_close(out_and_gradients(attend, q, k, v, weights), want)
+    with pytest.raises(ValueError, match="16 query tokens but 24 key tokens"):
+        attend(q, k, v, segment_ids=jnp.ones((B, T), jnp.int32))
+
+
+def test_bfloat16():
+    q, k, v, weights = inputs(8, 4, dtype=jnp.bfloat16)
+    want = out_and_gradients(
+        functools.partial(reference_attention, mask=Mask(causal=True)), q, k, v, weights
+    )
+    attend = functools.partial(ulysses_attention, mesh=mesh_of(seq=4))
+    got = out_and_gradients(attend, q, k, v, weights)
+    assert got[0].dtype == jnp.bfloat16
+    assert_close(got, want, tolerance=0.05)
+
+
+def test_under_checkpoint_and_scan():
+    mesh = mesh_of(data=2, seq=4)
+    q, k, v, weights = inputs(4, 4)
+
+    def three_layers(attend, q, k, v):
+        @jax.checkpoint
+        def layer(x, _):
+            return x + attend(x, k, v), None
+
+        return jax.lax.scan(layer, q, None, length=3)[0]
+
+    attend = functools.partial(ulysses_attention, mesh=mesh)
+    dense = functools.partial(reference_attention, mask=Mask(causal=True))
+    got, want = (
+        out_and_gradients(functools.partial(three_layers, f), q, k, v, weights)
+        for f in (attend, dense)
+    )
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_without_jit_and_without_set_mesh(axis_type):
+    mesh = mesh_of(axis_type, seq=2)
+    q, k, v, weights = inputs(8, 4)
+
+    def weighted(q, k, v):
+        return jnp.sum(ulysses_attention(q, k, v, mesh=mesh) * weights)
+
+    got = jax.grad(weighted, argnums=(0, 1, 2))(q, k, v)
+    for a, b in zip(got, oracle(8, 4)[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_inside_a_shard_map_over_another_axis():
+    mesh = mesh_of(data=2, seq=4)
+    q, k, v, _ = inputs(8, 4)
+
+    def one_row(q, k, v):
+        assert q.shape[0] == 1
+        return ulysses_attention(q, k, v)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(
+            jax.shard_map(
+                one_row, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+            )
+        )(q, k, v)
+    np.testing.assert_allclose(out, oracle(8, 4)[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_mesh_with_axes_of_other_names():
+    mesh = jax.make_mesh((2, 4), ("replica", "seq"), axis_types=(AxisType.Auto,) * 2)
+    attend = functools.partial(ulysses_attention, mesh=mesh)
+    got = out_and_gradients(attend, *inputs(8, 4))
+    assert_close(got, oracle(8, 4))
+
+
+def test_the_tolerance_catches_faults():
+    """A wrong scale and a mask that is off by one differ by far more than TOLERANCE."""
+    q, k, v, weights = inputs(8, 4)
+    mesh, want = mesh_of(seq=4), oracle(8, 4)
+
+    def off_by_one(q, k, v, *, mask, scale):
+        shifted = jnp.broadcast_to(jnp.arange(T), (B, T))
+        mask = Mask(causal=True, q_positions=shifted + 1, kv_positions=shifted)
+        return reference_attention(q, k, v, mask=mask, scale=scale)
+
+    for fault in (dict(scale=1.01 * H**-0.5), dict(attention=off_by_one)):
+        attend = functools.partial(ulysses_attention, mesh=mesh, **fault)
+        got = out_and_gradients(attend, q, k, v, weights)
+        for a, b in zip(got, want, strict=True):
+            if fault.get("scale") and a is got[3]:
+                continue
+            assert float(jnp.abs(a - b).max()) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "shapes, degrees, message",
+    [
+        (((2, 12, 8, 4), (2, 12, 8, 4)), dict(seq=8), "12, .* pad it to 16"),
+        (((3, 16, 8, 4), (3, 16, 8, 4)), dict(data=2), "batch, 3, .* pad it to 4"),
+        (
+            ((2, 16, 6, 4), (2, 16, 6, 4)),
+            dict(tensor=4),
+            "heads, 6, .* tensor degree 4",
+        ),
+        (((2, 16, 8, 4), (2, 16, 2, 4)), dict(tensor=4), "key/value heads, 2"),
+        (((2, 16, 8, 4), (2, 16, 3, 4)), dict(seq=2), "num_kv_heads 3 does not divide"),
+        (((2, 16, 8, 4), (1, 16, 8, 4)), dict(seq=2), "differ in batch or head size"),
+        (((2, 16, 8), (2, 16, 8)), dict(seq=2), r"q is \[B, T, N, H\]"),
+        (((2, 16, 8, 4), (2, 16, 8, 4)), dict(ring=2, seq=2), "use ring=1, seq=4"),
+    ],
+)
+def test_bad_shapes_are_refused_with_numbers(shapes, degrees, message):
+    q, k = (jnp.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        ulysses_attention(q, k, k, mesh=mesh_of(**degrees))
+
+
+def test_bad_arguments_are_refused():
+    q = jnp.zeros((1, 16, 8, 4))
+    with pytest.raises(ValueError, match=r"head_chunks 3 .* use one of \[1, 2, 4\]"):
+        ulysses_attention(q, q, q, mesh=mesh_of(seq=2), head_chunks=3)
+    with pytest.raises(ValueError, match="no mesh: pass mesh="):
+        ulysses_attention(q, q, q)
+    with pytest.raises(ValueError, match="differ in dtype"):
+        ulysses_attention(q, q, q.astype(jnp.bfloat16), mesh=mesh_of(seq=2))
+    spec = P(None, "seq")
+    with pytest.raises(ValueError, match="call seq_to_heads and heads_to_seq"):
+        with jax.set_mesh(mesh_of(seq=2)):
+            jax.shard_map(
+                lambda x: ulysses_attention(x, x, x), in_specs=spec, out_specs=spec
+            )(q)

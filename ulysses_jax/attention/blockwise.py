@@ -1,0 +1,271 @@
+"""Flash attention in plain JAX: tiles of [queries, keys], O(T) memory, any mask."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from ulysses_jax.attention.mask import Mask
+
+HIDDEN = -1e30  # a logit that exp turns into 0, and the logsumexp of a row without keys
+
+
+def blockwise_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    block_q: int = 256,
+    block_kv: int = 512,
+) -> Float[Array, "B T N H"]:
+    """Attention in tiles, with an online softmax, exact forward and backward.
+
+    Args:
+      q, k, v: local arrays, float32 or bfloat16; query head n reads KV head n // (N/K),
+        and keys are not repeated for it.
+      mask: which keys a query sees. Tiles that its bounds show to be empty are not
+        computed, forward or backward.
+      scale: None is H**-0.5.
+      block_q, block_kv: tokens of a tile; any T and S work.
+
+    Returns:
+      `[B, T, N, H]` in q's dtype; a query that sees no key gives 0, and gradient 0.
+
+    Softmax and accumulators are float32, products are in q's dtype. Keeps out and
+    logsumexp for the backward pass, under the names "attention_out" and
+    "attention_logsumexp" for rematerialisation policies. Memory is O(T + S); FLOPs are 2
+    products a tile forward and 5 backward.
+
+    Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+    """
+    return blockwise_attention_with_logsumexp(
+        q, k, v, mask=mask, scale=scale, block_q=block_q, block_kv=block_kv
+    )[0]
+
+
+def blockwise_attention_with_logsumexp(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    block_q: int = 256,
+    block_kv: int = 512,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`blockwise_attention`, and the float32 logsumexp of every query's logits.
+
+    Both results have gradients, so that parts of an attention can be merged. The
+    logsumexp of a query that sees no key is `HIDDEN`.
+    """
+    mask.check(q, k)
+    plan = _Plan(
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        block_q=min(block_q, q.shape[1]),
+        block_kv=min(block_kv, k.shape[1]),
+    )
+    return _attend(plan, q, k, v, mask)
+
+
+class _Plan(NamedTuple):
+    scale: float
+    block_q: int
+    block_kv: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, q, k, v, mask):
+    return _forward(plan, q, k, v, mask)[0]
+
+
+def _forward(plan: _Plan, q, k, v, mask):
+    tiles = _Tiles(plan, q, k, mask)
+    queries, keys, values = tiles.split_q(q), tiles.split_kv(k), tiles.split_kv(v)
+
+    def one_block_of_queries(_, inputs):
+        i, query = inputs
+
+        def one_tile(step, carry):
+            highest, total, out = carry
+            j = order[step]
+            logits, seen = tiles.logits(query, keys[j], i, j)
+            new_highest = jnp.maximum(highest, logits.max(axis=-1))
+            weights = jnp.where(seen, jnp.exp(logits - new_highest[..., None]), 0)
+            shrink = jnp.exp(highest - new_highest)
+            total = total * shrink + weights.sum(axis=-1)
+            out = out * shrink[..., None] + _product(
+                "BKGqs,BKsH->BKGqH", weights.astype(v.dtype), values[j]
+            )
+            return new_highest, total, out
+
+        order, count = _nonempty(tiles.bounds.tiles(i, jnp.arange(tiles.num_kv)))
+        start = (
+            jnp.full(query.shape[:-1], HIDDEN, jnp.float32),
+            jnp.zeros(query.shape[:-1], jnp.float32),
+            jnp.zeros(query.shape, jnp.float32),
+        )
+        start = jax.tree.map(partial(_vary_like, q), start)
+        highest, total, out = lax.fori_loop(0, count, one_tile, start)
+        dead = total == 0
+        total = jnp.where(dead, 1, total)
+        logsumexp = jnp.where(dead, HIDDEN, highest + jnp.log(total))
+        return None, ((out / total[..., None]).astype(q.dtype), logsumexp)
+
+    blocks = jnp.arange(tiles.num_q)
+    _, (out, logsumexp) = lax.scan(one_block_of_queries, None, (blocks, queries))
+    out = checkpoint_name(tiles.join_q(out), "attention_out")
+    logsumexp = checkpoint_name(tiles.join_rows(logsumexp), "attention_logsumexp")
+    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+
+
+def _backward(plan: _Plan, residuals, upstream):
+    q, k, v, mask, out, logsumexp = residuals
+    dout, dlogsumexp = upstream
+    tiles = _Tiles(plan, q, k, mask)
+    # The part of d(logits) that is the same for all keys of a query.
+    shared = jnp.einsum("BTNH,BTNH->BNT", dout, out, preferred_element_type=jnp.float32)
+    shared = tiles.split_rows(shared - dlogsumexp)
+    logsumexp = tiles.split_rows(logsumexp)
+    queries, douts = tiles.split_q(q), tiles.split_q(dout)
+    keys, values = tiles.split_kv(k), tiles.split_kv(v)
+
+    def one_block_of_keys(dqueries, inputs):
+        j, key, value = inputs
+
+        def one_tile(step, carry):
+            dqueries, dkey, dvalue = carry
+            i = order[step]
+            query, dblock = queries[i], douts[i]
+            logits, seen = tiles.logits(query, key, i, j)
+            weights = jnp.where(seen, jnp.exp(logits - logsumexp[i][..., None]), 0)
+            dvalue += _product(
+                "BKGqs,BKGqH->BKsH", weights.astype(dblock.dtype), dblock
+            )
+            dweights = _product("BKGqH,BKsH->BKGqs", dblock, value)
+            dlogits = weights * (dweights - shared[i][..., None]) * plan.scale
+            dlogits = dlogits.astype(query.dtype)
+            dkey += _product("BKGqs,BKGqH->BKsH", dlogits, query)
+            dquery = dqueries[i] + _product("BKGqs,BKsH->BKGqH", dlogits, key)
+            dqueries = lax.dynamic_update_index_in_dim(dqueries, dquery, i, 0)
+            return dqueries, dkey, dvalue
+
+        order, count = _nonempty(tiles.bounds.tiles(jnp.arange(tiles.num_q), j))
+        zeros = _vary_like(q, jnp.zeros(key.shape, jnp.float32))
+        dqueries, dkey, dvalue = lax.fori_loop(
+            0, count, one_tile, (dqueries, zeros, zeros)
+        )
+        return dqueries, (dkey.astype(k.dtype), dvalue.astype(v.dtype))
+
+    dqueries = _vary_like(q, jnp.zeros(queries.shape, jnp.float32))
+    blocks = jnp.arange(tiles.num_kv)
+    dqueries, (dkeys, dvalues) = lax.scan(
+        one_block_of_keys, dqueries, (blocks, keys, values)
+    )
+    dq = tiles.join_q(dqueries.astype(q.dtype))
+    return dq, tiles.join_kv(dkeys), tiles.join_kv(dvalues), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+class _Tiles:
+    """Cuts arrays into blocks and joins them; knows which tiles the mask leaves.
+
+    Blocks of queries are `[blocks, B, K, G, block, H]`: the G query heads of a KV head
+    are rows of one product with it. Where the last block is not full it is padded, and
+    keys of the padding are hidden.
+    """
+
+    def __init__(self, plan: _Plan, q: Array, k: Array, mask: Mask):
+        self.plan = plan
+        self.num_queries, self.num_keys = q.shape[1], k.shape[1]
+        self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
+        self.num_q = math.ceil(self.num_queries / plan.block_q)
+        self.num_kv = math.ceil(self.num_keys / plan.block_kv)
+        self.mask = Mask(
+            causal=mask.causal,
+            window=mask.window,
+            q_segment_ids=self._pad_q(mask.q_segment_ids),
+            kv_segment_ids=self._pad_kv(mask.kv_segment_ids),
+            q_positions=self._pad_q(mask.q_positions),
+            kv_positions=self._pad_kv(mask.kv_positions),
+        )
+        self.bounds = self.mask.block_bounds(plan.block_q, plan.block_kv)
+
+    def logits(self, query: Array, key: Array, i: Array, j: Array):
+        """Scaled float32 logits of tile (i, j), hidden ones HIDDEN; and which are not."""
+        block_q, block_kv = self.plan.block_q, self.plan.block_kv
+        logits = _product("BKGqH,BKsH->BKGqs", query, key) * self.plan.scale
+        seen = self.mask.visible(i * block_q, block_q, j * block_kv, block_kv)
+        if self.num_keys % block_kv:
+            seen &= j * block_kv + jnp.arange(block_kv) < self.num_keys
+        seen = seen[:, None, None]
+        return jnp.where(seen, logits, HIDDEN), seen
+
+    def split_q(self, x: Array) -> Array:
+        x = self._pad_q(x)
+        groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
+        x = x.reshape(x.shape[0], self.num_q, self.plan.block_q, *groups, x.shape[-1])
+        return x.transpose(1, 0, 3, 4, 2, 5)
+
+    def join_q(self, x: Array) -> Array:
+        x = x.transpose(1, 0, 4, 2, 3, 5)
+        x = x.reshape(x.shape[0], -1, self.num_heads, x.shape[-1])
+        return x[:, : self.num_queries]
+
+    def split_kv(self, x: Array) -> Array:
+        x = self._pad_kv(x)
+        x = x.reshape(x.shape[0], self.num_kv, self.plan.block_kv, *x.shape[2:])
+        return x.transpose(1, 0, 3, 2, 4)
+
+    def join_kv(self, x: Array) -> Array:
+        x = x.transpose(1, 0, 3, 2, 4)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.num_keys]
+
+    def split_rows(self, x: Array) -> Array:
+        """`[B, N, T] -> [blocks, B, K, G, block]`."""
+        return self.split_q(x.transpose(0, 2, 1)[..., None])[..., 0]
+
+    def join_rows(self, x: Array) -> Array:
+        return self.join_q(x[..., None])[..., 0].transpose(0, 2, 1)
+
+    def _pad_q(self, x):
+        return _pad_tokens(x, self.num_q * self.plan.block_q)
+
+    def _pad_kv(self, x):
+        return _pad_tokens(x, self.num_kv * self.plan.block_kv)
+
+
+def _pad_tokens(x: Array | None, size: int) -> Array | None:
+    """Lengthens dim 1 by repeating its last element, which keeps blocks' bounds tight."""
+    if x is None or x.shape[1] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, size - x.shape[1])
+    return jnp.pad(x, widths, mode="edge")
+
+
+def _nonempty(tiles: Array) -> tuple[Array, Array]:
+    """The numbers of the tiles to compute, first and in order; and how many."""
+    return jnp.argsort(~tiles, stable=True), tiles.sum()
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _vary_like(like: Array, x: Array) -> Array:
+    """A loop's start must vary over the shard_map axes that its results vary over."""
+    axes = tuple(_varying(like) - _varying(x))
+    return lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _varying(x: Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,42 @@
+"""Dense float32 attention: the oracle that every other file is tested against."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ulysses_jax.attention.mask import Mask
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale q k^T) v over the visible keys, in float32, with [T, S] in memory.
+
+    Args:
+      q, k, v: local arrays; query head n reads KV head n // (N/K).
+      mask: which keys a query sees.
+      scale: None is H**-0.5.
+
+    Returns:
+      `[B, T, N, H]` in q's dtype; a query that sees no key gives 0.
+    """
+    mask.check(q, k)
+    batch, num_q, num_heads, size = q.shape
+    num_kv_heads = k.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    grouped = (batch, num_q, num_kv_heads, num_heads // num_kv_heads, size)
+    q32 = q.astype(jnp.float32).reshape(grouped)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
+    seen = mask.visible(0, num_q, 0, k.shape[1])[:, None, None]
+    # Hidden logits are replaced before and after exp: a row without a visible key is then
+    # 0 / 1 and its gradient 0, not NaN.
+    highest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - highest, 0)), 0)
+    sums = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(sums == 0, 1, sums)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(jnp.float32))
+    return out.reshape(q.shape).astype(q.dtype)
