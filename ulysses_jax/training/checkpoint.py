@@ -1,0 +1,428 @@
+"""Checkpoints that are either whole or not offered: saved aside, proven when read."""
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Written last, inside the folder that one rename then commits: what the run was, and
+# the size and CRC-32 of every file. Orbax notices a truncated file, but restores
+# flipped bytes in array data without a word.
+COMMIT_FILE = "commit.json"
+# Orbax stamps the time into this one when it renames; restoring does not read it.
+_STAMPED = "_CHECKPOINT_METADATA"
+_SAVE_TIMEOUT_SECONDS = 2 * 60 * 60
+_NONE, _ALL_BROKEN = -1, -2
+
+
+class Checkpointer:
+    """Saves and restores a run's state in `folder`, one sub-folder a step.
+
+    Every process of the run makes one and calls the same methods in the same order; the
+    folder is one they all see. Costs: `save` returns when the state is copied to host
+    memory; process 0 reads every file once after it is written, in the background, and
+    once before it is restored, for the checksums.
+
+    Args:
+      folder: of the checkpoints alone; made when missing.
+      interval_steps: how often `due` says yes.
+      keep: how many checkpoints stay; one more exists while the next is written.
+    """
+
+    def __init__(self, folder: Path, *, interval_steps: int, keep: int = 3):
+        if interval_steps < 1 or keep < 1:
+            raise ValueError(
+                f"interval_steps {interval_steps} and keep {keep} must be positive"
+            )
+        # Orbax logs a traceback for errors that are raised here as well.
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self.folder = folder.absolute()
+        self.interval_steps = interval_steps
+        self.keep = keep
+        self._newest: int | None = None  # whole: saved or restored by this object
+        self._restored = False
+        self._saving: tuple[int, dict[str, Any]] | None = None
+        self._orbax = ocp.StandardCheckpointer(
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_SAVE_TIMEOUT_SECONDS,
+                post_finalization_callback=self._write_commit,
+            ),
+            atomicity_options=ocp.options.AtomicityOptions(
+                mode=ocp.options.AtomicityMode.ATOMIC_RENAME
+            ),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether to save at this step; raises what a save in the background met."""
+        try:
+            self._orbax.check_for_errors()
+        except Exception as error:
+            self._fail(error)
+        return step % self.interval_steps == 0
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts to save, and returns while the files are written.
+
+        The state may be donated or changed right after. A step that this object saved
+        or restored last is not saved twice.
+
+        Args:
+          step: the number of steps taken, more than in any checkpoint before.
+          state: a pytree of jax.Arrays, sharded in any way over any processes.
+          meta: values that JSON can hold.
+
+        Raises:
+          OSError: this save or the one before could not be written; no step of it is
+            ever offered, and the checkpoints before it are as they were.
+          ValueError: the folder holds checkpoints and none was asked for.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        body = {
+            "step": step,
+            "meta": json.loads(json.dumps(meta)),  # as it is now, and as it will read
+            "arrays": _arrays(state),
+        }
+        self._make_room(step)
+        self._saving = step, body
+        try:
+            self._orbax.save(self.folder / str(step), state)
+        except Exception as error:
+            self._fail(error)
+
+    def restore(
+        self, abstract_state: Any, *, on_skipped: Callable[[str], Any] = print
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Reads the newest whole checkpoint, or None when there is none at all.
+
+        Process 0 proves sizes and checksums, newest first, and all take its choice.
+
+        Args:
+          abstract_state: the pytree that was saved, of `jax.ShapeDtypeStruct` with the
+            shardings wanted now: any mesh, not only the one that saved. Shardings
+            without devices, as `jax.eval_shape` leaves them, are taken on the mesh set
+            with `jax.set_mesh`, and none at all as replicated there.
+          on_skipped: called on process 0 with a sentence for each checkpoint passed
+            over: which, why, and which is used instead.
+
+        Returns:
+          The step, the state with the shardings of `abstract_state`, and the meta.
+
+        Raises:
+          ValueError: there are checkpoints and none is whole; or the arrays saved are
+            not those of `abstract_state`.
+        """
+        step = self._choose(on_skipped)
+        self._restored = True
+        if step is None:
+            return None
+        folder = self.folder / str(step)
+        commit = _read_commit(folder)
+        _refuse_other_arrays(commit["arrays"], _arrays(abstract_state), folder)
+        state = self._orbax.restore(folder, jax.tree.map(_on_devices, abstract_state))
+        self._newest = step
+        return step, state, commit["meta"]
+
+    def latest_meta(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest step committed and its meta, or None; needs no device.
+
+        Only the commit file is proven here: `restore` may find array data broken and
+        take an older checkpoint, so take data positions from what `restore` returns.
+        """
+        for step in reversed(self._steps()):
+            try:
+                return step, _read_commit(self.folder / str(step))["meta"]
+            except ValueError:
+                continue  # `restore` says which, and why
+        return None
+
+    def wait(self) -> None:
+        """Returns when the save under way is committed.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        if self._saving is not None:
+            self._newest, self._saving = self._saving[0], None
+            if jax.process_index() == 0:
+                for step in self._steps()[: -self.keep]:
+                    shutil.rmtree(self.folder / str(step))
+
+    def close(self) -> None:
+        """Waits for the save under way, then lets go of the threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # the first error is the one to read
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def _unfinished(self) -> Iterator[Path]:
+        """Folders that Orbax writes into before the rename: <step>.orbax-..."""
+        return self.folder.glob("[0-9]*.orbax-checkpoint-tmp*")
+
+    def _choose(self, on_skipped: Callable[[str], Any]) -> int | None:
+        chosen, broken = _NONE, []
+        if jax.process_index() == 0:
+            for step in reversed(self._steps()):
+                why = _why_broken(self.folder / str(step))
+                if why is None:
+                    chosen = step
+                    break
+                broken.append(f"the checkpoint of step {step} is broken: {why}")
+            if broken and chosen == _NONE:
+                chosen = _ALL_BROKEN
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if chosen == _ALL_BROKEN:
+            listed = "; ".join(broken) or "process 0 says which and why"
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole: {listed}. Put a copy of one "
+                "back; or, to start from step 0, remove that folder or use another "
+                "--run.folder"
+            )
+        used = "nothing to resume" if chosen == _NONE else f"using step {chosen}"
+        for sentence in broken:
+            on_skipped(f"{sentence}; {used} instead; the next save removes it")
+        if jax.process_index() == 0:
+            for path in self._unfinished():
+                on_skipped(
+                    f"{path} was never finished: the run stopped while it was being "
+                    f"written; {used}; the next save removes it"
+                )
+        return None if chosen == _NONE else chosen
+
+    def _make_room(self, step: int) -> None:
+        """Removes what an interrupted run left behind and `restore` passed over."""
+        newest = -1 if self._newest is None else self._newest
+        ahead = [s for s in self._steps() if s > newest]
+        if ahead and not self._restored:
+            raise ValueError(
+                f"{self.folder} holds checkpoints of steps {ahead} of another run: "
+                "restore from it, or use another --run.folder"
+            )
+        if step < newest:
+            raise ValueError(f"step {step} comes before the one saved last, {newest}")
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in [*self._unfinished(), *(self.folder / str(s) for s in ahead)]:
+                shutil.rmtree(path)
+
+    def _write_commit(self) -> None:
+        """Runs on process 0 when all have written, before the rename that commits."""
+        assert self._saving is not None
+        step, body = self._saving
+        (folder,) = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        paths = [p for p in folder.rglob("*") if p.is_file() and p.name != _STAMPED]
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        files = dict(zip(names, _in_parallel(_size_and_crc, paths), strict=True))
+        text = json.dumps(body | {"files": files})
+        with open(folder / COMMIT_FILE, "w") as file:
+            file.write(f"{text}\n{zlib.crc32(text.encode())}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _fail(self, error: Exception) -> NoReturn:
+        assert self._saving is not None
+        step, arrays = self._saving[0], self._saving[1]["arrays"]
+        self._saving = None
+        if jax.process_index() == 0:
+            # It holds the disk's last bytes. What a late writer adds, the next save
+            # removes.
+            for path in self._unfinished():
+                shutil.rmtree(path, ignore_errors=True)
+        why = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):
+            free = shutil.disk_usage(self.folder).free
+            size = sum(math.prod(s) * np.dtype(d).itemsize for d, s in arrays.values())
+            why = f"{full}: {_gb(free)} free, a checkpoint takes {_gb(size)}"
+        before = (
+            "there is no checkpoint before it"
+            if self._newest is None
+            else f"the one of step {self._newest} is whole: the same command resumes it"
+        )
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: "
+            f"{why}; {before}"
+        ) from error
+
+
+def check_space(folder: Path, state_bytes: int, keep: int) -> None:
+    """Refuses a run whose checkpoints would not fit on the disk.
+
+    Args:
+      folder: of the checkpoints; may not exist yet. What lies in it counts as room: it
+        is replaced.
+      state_bytes: of the whole state, over all devices.
+      keep: how many checkpoints stay; one more is there while the next is written.
+
+    Raises:
+      ValueError: with what is needed and what is free.
+    """
+    folder = folder.absolute()
+    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    needed = max((keep + 1) * state_bytes - present, 0)
+    disk = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        fits = (free + present) // state_bytes - 1
+        fewer = f"set training.keep_checkpoints to {fits}, " if fits >= 1 else ""
+        raise ValueError(
+            f"checkpoints need {_gb(needed)} more in {folder} ({keep} to keep and one "
+            f"being written, {_gb(state_bytes)} each), but {_gb(free)} are free: "
+            f"{fewer}free some space or use a --run.folder on another disk"
+        )
+
+
+def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> None:
+    """Refuses to resume one model from the checkpoint of another.
+
+    Args:
+      meta_model: the model's fields in the checkpoint's meta.
+      model: the model's fields now.
+
+    Raises:
+      ValueError: names every field that differs, with both values.
+    """
+    model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
+    differ = [
+        f"model.{name} was {meta_model.get(name, 'absent')}, is "
+        f"{model.get(name, 'absent')}"
+        for name in {**meta_model, **model}
+        if name not in model
+        or name not in meta_model
+        or meta_model[name] != model[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"the checkpoint is of another model ({'; '.join(differ)}): use another "
+            "--run.folder, or the config it was made with"
+        )
+
+
+def _arrays(state: Any) -> dict[str, list[Any]]:
+    """The dtype and shape of each array, by its path in the pytree."""
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path): [str(x.dtype), list(x.shape)] for path, x in leaves
+    }
+
+
+def _on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # Given no devices, Orbax would take those of the run that saved, or fail midway.
+    spec = P() if x.sharding is None else getattr(x.sharding, "spec", None)
+    if spec is None or isinstance(getattr(x.sharding, "mesh", None), Mesh):
+        return x
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        raise ValueError(
+            "abstract_state says no devices and no mesh is set: call restore under "
+            "jax.set_mesh(mesh), or give its leaves shardings on a mesh"
+        )
+    kind = getattr(x.sharding, "memory_kind", None)
+    sharding = NamedSharding(mesh, spec, memory_kind=kind)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _refuse_other_arrays(saved: dict, wanted: dict, folder: Path) -> None:
+    # Orbax would cast a dtype in silence, and report a shape from a dying event loop.
+    differ = [
+        f"state{path} was {saved.get(path, 'absent')}, is {wanted.get(path, 'absent')}"
+        for path in {**saved, **wanted}
+        if saved.get(path) != wanted.get(path)
+    ]
+    if differ:
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(
+            f"{folder} holds other arrays than this run ({'; '.join(differ[:5])}{more})"
+            ": use another --run.folder, or the config it was made with"
+        )
+
+
+def _read_commit(folder: Path) -> dict[str, Any]:
+    """The commit file of a checkpoint; ValueError when it is missing or broken."""
+    try:
+        text, crc = (folder / COMMIT_FILE).read_text().splitlines()
+        if zlib.crc32(text.encode()) == int(crc):
+            return json.loads(text)
+    except FileNotFoundError:
+        raise ValueError(f"{COMMIT_FILE} is missing: it was never committed") from None
+    except (OSError, ValueError):
+        pass
+    raise ValueError(f"{COMMIT_FILE} is not what was saved")
+
+
+def _why_broken(folder: Path) -> str | None:
+    """Proves every file of a checkpoint; None when it is whole."""
+    try:
+        files = _read_commit(folder)["files"]
+    except ValueError as error:
+        return str(error)
+
+    def why(name: str) -> str | None:
+        size, crc = files[name]
+        path = folder / name
+        try:
+            # The size first: it costs nothing, and says more.
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            return None if _size_and_crc(path)[1] == crc else f"{name} has other bytes"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    return next((found for found in _in_parallel(why, list(files)) if found), None)
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def _in_parallel(function: Callable, items: list) -> list:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
