@@ -1,0 +1,228 @@
+"""What a run shows and leaves behind: rows, resumed rows, plain lines, the picture."""
+
+import io
+import json
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+from ulysses_jax.training import metrics
+from ulysses_jax.training.metrics import RunLog, draw_loss, read_rows
+
+CONTROL = [chr(i) for i in range(32) if chr(i) != "\n"]
+
+
+def run(folder, steps, *, num_steps=10, validate_every=5, finish=False, **options):
+    options = dict(quiet=True, is_main=True) | options
+    with RunLog(folder, num_steps=num_steps, **options) as log:
+        for step in steps:
+            log.log_step(step, loss(step), 1000.0, 0.5, gradient_norm=1.5)
+            if step % validate_every == 0:
+                log.log_validation(step, loss(step) + 0.25)
+        if finish:
+            log.finish()
+
+
+def loss(step):
+    return 6.0 / step
+
+
+def rows_of(folder):
+    """Every line must be a whole row."""
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    """(step, tag, value) of the scalars, and the steps from which events are void."""
+    scalars, purged = [], []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda p: p.name):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[12 + size + 4 :]
+            if event.HasField("session_log"):
+                purged.append(event.step)
+            for value in event.summary.value:
+                scalars.append((event.step, value.tag, value.simple_value))
+    return scalars, purged
+
+
+def test_one_row_a_step(tmp_path):
+    run(tmp_path, range(1, 11))
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[0] == {
+        "step": 1,
+        "loss": 6.0,
+        "tokens_per_second": 1000.0,
+        "seconds": 0.5,
+        "gradient_norm": 1.5,
+    }
+    assert {
+        r["step"]: r["validation_loss"] for r in rows if "validation_loss" in r
+    } == {
+        5: 1.45,
+        10: 0.85,
+    }
+
+
+def test_rows_are_on_disk_at_once(tmp_path):
+    with RunLog(tmp_path, num_steps=9, quiet=True, is_main=True) as log:
+        for step in (1, 2):
+            log.log_step(step, 0.5, 1.0, 1.0)
+            assert rows_of(tmp_path)[-1]["step"] == step
+        log.log_validation(2, 3.0)
+        assert rows_of(tmp_path)[-1]["validation_loss"] == 3.0
+        with pytest.raises(ValueError, match="step 2 comes after step 2"):
+            log.log_step(2, 1.0, 1.0, 1.0)
+        with pytest.raises(ValueError, match=r"comes after log_step\(3\)"):
+            log.log_validation(3, 1.0)
+
+
+def test_resume_cuts_what_came_after(tmp_path):
+    run(tmp_path, range(1, 8))
+    before = rows_of(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a row
+    assert read_rows(tmp_path / "metrics.jsonl") == before
+    run(tmp_path, range(6, 11), first_step=5)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[:5] == before[:5]
+    _, purged = events(tmp_path)
+    assert 6 in purged
+
+
+def test_resume_at_zero_starts_afresh(tmp_path):
+    run(tmp_path, range(1, 4))
+    run(tmp_path, [])
+    assert rows_of(tmp_path) == []
+
+
+def test_resume_may_not_log_a_step_again(tmp_path):
+    with pytest.raises(ValueError, match="step 5 comes after step 5"):
+        run(tmp_path, [5], first_step=5)
+
+
+def test_tensorboard(tmp_path):
+    run(tmp_path, range(1, 6))
+    scalars, _ = events(tmp_path)
+    assert (5, "validation_loss", pytest.approx(1.45)) in scalars
+    for step in range(1, 6):
+        assert (step, "loss", pytest.approx(loss(step))) in scalars
+        assert (step, "gradient_norm", 1.5) in scalars
+
+
+def test_other_processes_write_nothing(tmp_path, capfd):
+    run(tmp_path / "run", range(1, 6), is_main=False, finish=True)
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_lines_are_plain(tmp_path, capfd):
+    run(tmp_path / "tiny", range(1, 11), finish=True)
+    out, err = capfd.readouterr()
+    assert not any(c in out for c in CONTROL) and err == ""
+    lines = out.splitlines()
+    assert lines[0] == "step 1/10  loss 6.0000  1,000 tokens/s"
+    assert "step 5/10  loss 1.2000  validation loss 1.4500" in lines
+    assert str(tmp_path / "tiny") in lines[-1]
+    assert "final loss 0.6000 at step 10" in lines[-1]
+    assert "best validation loss 0.8500 at step 10" in lines[-1]
+    assert len(lines) == 4  # the first step, two validations, the last word
+
+
+def test_quiet_lines_come_every_so_often(tmp_path, capfd, monkeypatch):
+    clock = iter(np.arange(0.0, 1000.0, 4.0))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run(tmp_path, range(1, 11), num_steps=100, validate_every=1000)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == [
+        f"step {s}" for s in (1, 4, 7, 10)
+    ]
+    assert lines[-1].endswith("6m 00s left")  # 90 steps of 4 seconds
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        metrics,
+        "Console",
+        lambda **options: Console(
+            file=screen, force_terminal=True, width=100, **options
+        ),
+    )
+    return screen
+
+
+def test_live_bar(tmp_path, terminal):
+    with RunLog(tmp_path / "tiny", num_steps=10, quiet=False, is_main=True) as log:
+        for step in range(1, 11):
+            log.log_step(step, loss(step), 1000.0, 0.5)
+        log.log_validation(10, 0.75)
+        log.say("[saved] a line")
+        log.finish()
+    shown = terminal.getvalue()
+    for part in ("tiny", "10/10", "loss 0.6000", "1,000 tokens/s", "left"):
+        assert part in shown
+    assert "[saved] a line" in shown and "validation loss 0.7500" in shown
+
+
+def test_terminal_is_given_back_on_an_error(tmp_path, terminal):
+    with pytest.raises(KeyError):
+        with RunLog(tmp_path, num_steps=10, quiet=False, is_main=True) as log:
+            log.log_step(1, 1.0, 1.0, 1.0)
+            raise KeyError
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    shown = terminal.getvalue()
+    assert hide in shown and shown.rindex(show) > shown.rindex(hide)
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_picture_shows_the_whole_resumed_run(tmp_path, capfd, monkeypatch):
+    drawn = []
+
+    def draw(rows, path, *, title):
+        drawn.append(([row["step"] for row in rows], title))
+        draw_loss(rows, path, title=title)
+
+    monkeypatch.setattr(metrics, "draw_loss", draw)
+    run(tmp_path / "tiny", range(1, 8))
+    run(tmp_path / "tiny", range(6, 11), first_step=5, finish=True)
+    assert drawn == [(list(range(1, 11)), "tiny")]
+    picture = imread(tmp_path / "tiny" / "loss.png")
+    assert picture.shape[:2] == (720, 1280)
+    blue, orange = (0x2F, 0x6F, 0xB0), (0xD9, 0x62, 0x2B)
+    for color in (blue, orange):  # both curves are there
+        near = np.abs(picture[..., :3] * 255 - color).max(axis=-1) < 8
+        assert near.sum() > 200
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 500])
+def test_picture_of_any_length(tmp_path, num_rows):
+    rows = [
+        {"step": s + 1, "loss": float("nan") if s == 3 else 1.0}
+        for s in range(num_rows)
+    ]
+    draw_loss(rows, tmp_path / "loss.png", title="x")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_smoothing_keeps_a_line_and_takes_noise(tmp_path):
+    steps = np.arange(600)
+    ramp = metrics._smooth(steps.astype(float))
+    np.testing.assert_allclose(ramp[:580], steps[:580])
+    noise = np.random.default_rng(0).normal(size=600)
+    assert metrics._smooth(noise)[50:].std() < 0.4
+
+
+def test_no_step_taken(tmp_path, capfd):
+    run(tmp_path, [], finish=True)
+    assert "no step was taken" in capfd.readouterr().out
