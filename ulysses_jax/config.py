@@ -243,7 +243,9 @@ def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options = (
+        get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    )
     for option in options:
         if get_origin(option) is Literal:
             if value in get_args(option) and not isinstance(value, bool):

@@ -174,9 +174,7 @@ def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
 
 def sum_gradient(gradient: Array, zero: tuple[str, ...], *, dim: int) -> Array:
     """Inside shard_map: sums a weight's gradient over all tokens, shards it as it lies."""
-    others = tuple(
-        axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero
-    )
+    others = tuple(axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero)
     if zero:
         gradient = lax.psum_scatter(gradient, zero, scatter_dimension=dim, tiled=True)
     return lax.psum(gradient, others)

@@ -91,7 +91,9 @@ def ulysses(
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)
     args = (q, k, v, mask)
     specs = (spec, spec, spec, mask_spec)
-    if any(mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes):
+    if any(
+        mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes
+    ):
         args = jax.tree.map(
             lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), args, specs
         )

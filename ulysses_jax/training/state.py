@@ -46,9 +46,7 @@ def abstract_state(config: Config) -> TrainState:
 
 def bind(config: Config, parameters: dict[str, Any]) -> Transformer:
     """The model with these parameters."""
-    graph, state = nnx.split(
-        nnx.eval_shape(partial(_model, config))
-    )
+    graph, state = nnx.split(nnx.eval_shape(partial(_model, config)))
     nnx.replace_by_pure_dict(state, parameters)
     return nnx.merge(graph, state)
 

@@ -83,9 +83,7 @@ def make_validation_step(
 def _loss_sum(config: Config, parameters: dict[str, Any], batch: dict[str, Array]):
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
-    return cross_entropy(
-        x, model.head, batch["labels"], config.memory.loss_tile_tokens
-    )
+    return cross_entropy(x, model.head, batch["labels"], config.memory.loss_tile_tokens)
 
 
 def _part(batch: Batch, index: int) -> dict[str, Array]:
