@@ -109,14 +109,16 @@ class BlockBounds:
     q_block: int
     kv_block: int
 
-    def tiles(self, q: Array, kv: Array) -> Bool[Array, "..."]:
+    def tiles(self, q: Array | int, kv: Array | int) -> Bool[Array, "..."]:
         """Whether tiles (q, kv), block numbers that broadcast, may hold a visible pair.
 
         A tile counts for all rows of the batch if it does for one.
         """
+        # To one shape first: their bounds have the batch in front of it.
+        q, kv = jnp.broadcast_arrays(q, kv)
         q_low, q_high = self._at(self.q_positions, q, self.q_block)
         kv_low, kv_high = self._at(self.kv_positions, kv, self.kv_block)
-        seen = jnp.ones(jnp.broadcast_shapes(jnp.shape(q), jnp.shape(kv)), bool)[None]
+        seen = jnp.ones(q.shape, bool)[None]
         if self.causal:
             seen &= kv_low <= q_high
         if self.window is not None:

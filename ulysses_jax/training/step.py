@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
+from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ulysses_jax.training.state import TrainState, bind
@@ -17,14 +19,39 @@ Batch = dict[str, Int[Array, "A B T"]]
 Metrics = dict[str, Array]
 
 
+def batch_shape(config: Config) -> tuple[int, int, int]:
+    """The global shape of every array of a batch: [accumulation steps, B, T]."""
+    training = config.training
+    rows = training.batch_size // training.accumulation_steps
+    return training.accumulation_steps, rows, config.padded_tokens()
+
+
+def batch_spec(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    """How every array of a batch lies on the mesh."""
+    return PartitionSpec(None, *activation("BT", mesh.shape))
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes, dtypes and shardings on the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    array = jax.ShapeDtypeStruct(
+        batch_shape(config),
+        jnp.int32,
+        sharding=NamedSharding(mesh, batch_spec(mesh)),
+    )
+    names = ["tokens", "labels", "positions"]
+    if config.data.mask_documents:
+        names.append("segment_ids")
+    return dict.fromkeys(names, array)
+
+
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the step of a run; the caller jits it, donating the state.
 
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
-    `segment_ids`, each int32 `[accumulation steps, B, T]`, global, sharded over
-    (data, fsdp) and (ring, seq). Loss and gradients are sums over all valid tokens of
+    `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`. Loss and gradients are sums over all valid tokens of
     all accumulation steps, in float32, divided once by their global number.
 
     Returns:
@@ -56,7 +83,7 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
         parameters = optax.apply_updates(state.parameters, updates)
