@@ -1,5 +1,6 @@
 """A run as frozen, validated dataclasses: YAML in, any field from the command line."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -71,7 +72,8 @@ class Training:
     batch_size: int = 8
     """Sequences a step, over all devices and accumulation steps."""
     sequence_tokens: int = 2048
-    accumulation_steps: int = 1
+    accumulation_steps: int | None = 1
+    """Parts a step is computed in; null: one sequence of each (data, fsdp) at a time."""
     learning_rate: float = 3e-4
     """The peak, reached after warmup_steps; then a cosine to final_learning_rate."""
     final_learning_rate: float = 3e-5
@@ -138,6 +140,25 @@ class Config:
         return math.ceil(self.training.sequence_tokens / shards) * shards
 
 
+def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
+    """Reads `--config FILE` and overrides of any field, such as `--mesh.seq 4`.
+
+    Raises:
+      ValueError: as `load`.
+      SystemExit: for the command line's own errors, and for --help.
+    """
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    own, overrides = parser.parse_known_args(argv)
+    if own.config is None:
+        if {"-h", "--help"} & set(
+            overrides
+        ):  # without a file: the fields' own defaults
+            tyro.cli(Config, args=overrides, prog=f"{program} --config FILE")
+        raise ValueError("say which run: --config configs/tiny.yaml")
+    return load(own.config, overrides, program=f"{program} --config {own.config}")
+
+
 def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Config:
     """Reads a YAML file, applies command-line overrides, fills in what follows.
 
@@ -171,7 +192,9 @@ def complete(config: Config, *, name: str) -> Config:
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_size=model.head_size or model.width // model.num_heads,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
-        max_positions=model.max_positions or training.sequence_tokens,
+        max_positions=(model.max_positions or training.sequence_tokens)
+        if model.positions == "learned"
+        else None,
     )
     config = dataclasses.replace(
         config,
@@ -195,8 +218,9 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             f"mesh.ring 1 and mesh.seq {degrees['ring'] * degrees['seq']}"
         )
     tensor = degrees["tensor"]
-    for name in ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size"):
-        size = getattr(model, name)
+    split = ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size")
+    for name in (*split, "max_positions"):
+        size = getattr(model, name) or 0
         if size % tensor:
             fits = [n for n in range(1, tensor) if size % n == 0]
             raise ValueError(
@@ -205,15 +229,19 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
                 f"{math.ceil(size / tensor) * tensor}"
             )
     rows = degrees["data"] * degrees["fsdp"]
-    step = rows * training.accumulation_steps
-    if training.batch_size % step:
+    steps = training.accumulation_steps or max(training.batch_size // rows, 1)
+    if training.batch_size % (rows * steps):
+        fits = math.ceil(training.batch_size / (rows * steps)) * rows * steps
         raise ValueError(
             f"training.batch_size {training.batch_size} does not divide over mesh.data "
             f"{degrees['data']} x mesh.fsdp {degrees['fsdp']} x "
-            f"training.accumulation_steps {training.accumulation_steps}: use a "
-            f"batch_size of {math.ceil(training.batch_size / step) * step}"
+            f"training.accumulation_steps {steps}: use a batch_size of {fits}"
         )
-    return dataclasses.replace(config, mesh=Mesh(**degrees))
+    return dataclasses.replace(
+        config,
+        mesh=Mesh(**degrees),
+        training=dataclasses.replace(training, accumulation_steps=steps),
+    )
 
 
 def from_dict(cls: type[T], values: Any, *, where: str = "") -> T:
@@ -323,16 +351,10 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name} must be {bound}, not {value}")
             if each.name in ("validation_fraction", "beta1", "beta2") and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
-    training = config.training
-    if training.warmup_steps > training.num_steps:
-        raise ValueError(
-            f"training.warmup_steps {training.warmup_steps} exceeds training.num_steps "
-            f"{training.num_steps}: use at most {training.num_steps}"
-        )
 
 
 def _check_model(model: Model, training: Training) -> None:
-    assert model.num_kv_heads and model.head_size and model.max_positions
+    assert model.num_kv_heads and model.head_size
     if model.num_heads % model.num_kv_heads:
         fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
         raise ValueError(
@@ -344,7 +366,7 @@ def _check_model(model: Model, training: Training) -> None:
             f"model.head_size {model.head_size} is odd: RoPE turns pairs; use "
             f"{model.head_size + 1}"
         )
-    if model.positions == "learned" and model.max_positions < training.sequence_tokens:
+    if model.max_positions and model.max_positions < training.sequence_tokens:
         raise ValueError(
             f"model.max_positions {model.max_positions} is less than "
             f"training.sequence_tokens {training.sequence_tokens}: raise it"

@@ -1,5 +1,6 @@
 """The mesh: its axes by name, in one order, with the fastest links innermost."""
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -28,8 +29,8 @@ def make_mesh(
       data, fsdp, ring, seq, tensor: the degree of each axis. One of them may be -1:
         what the others leave.
       devices: the devices to use; None is all of them.
-      axis_type: of every axis. `AxisType.Auto` lets any model run unchanged; the trainer
-        takes `AxisType.Explicit`, where every array's type says how it is sharded.
+      axis_type: of every axis. `AxisType.Auto` lets any model run unchanged; the
+        trainer takes `AxisType.Explicit`, where an array's type says how it is sharded.
 
     Returns:
       A `jax.sharding.Mesh` over all of `devices`.
@@ -67,7 +68,8 @@ def resolve_degrees(degrees: dict[str, int], num_devices: int) -> dict[str, int]
         remedy = (
             f"set {axis}={num_devices // others} or {axis}=-1"
             if num_devices % others == 0
-            else f"choose degrees whose product divides {num_devices}"
+            else "choose degrees whose product "
+            f"{'divides' if free else 'is'} {num_devices}"
         )
         raise ValueError(
             f"mesh {text} takes {fixed} devices{' or a multiple' if free else ''}, "
@@ -82,3 +84,94 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str:
         return mesh.devices.flat[0].platform
     device = mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def simulate_cpu_devices(num_devices: int | None) -> None:
+    """Makes JAX run on the CPU as this many devices; call it before JAX has devices.
+
+    None leaves JAX as it is. A device count in XLA_FLAGS wins over `num_devices`.
+    """
+    if num_devices is None:
+        return
+    jax.config.update("jax_platforms", "cpu")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Starts `jax.distributed` where this is one process of many; else does nothing.
+
+    Under SLURM (`srun`), Open MPI (`mpirun`) and Kubernetes (an Indexed Job) the
+    arguments are found by JAX. Everywhere else give all three. Call it before JAX has
+    devices. One process a host takes all the host's GPUs, one process a GPU its own.
+
+    Args:
+      coordinator: "host:port" of process 0, reachable from all.
+      num_processes: of the run.
+      process_id: of this process, 0 to num_processes - 1.
+
+    Raises:
+      ValueError: some of the arguments are missing, or a launcher is there that does not
+        say enough.
+    """
+    given = dict(
+        coordinator=coordinator, num_processes=num_processes, process_id=process_id
+    )
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        assert num_processes is not None and process_id is not None
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"distributed.process_id {process_id} is not one of 0 to "
+                f"{num_processes - 1}"
+            )
+        if num_processes > 1:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate",
+            )
+        return
+    if len(missing) < len(given):
+        raise ValueError(
+            "distributed takes coordinator, num_processes and process_id together; "
+            f"missing: {', '.join(missing)}"
+        )
+    launcher = _launcher()
+    if launcher is not None:
+        method, local_device_ids = launcher
+        try:
+            jax.distributed.initialize(
+                cluster_detection_method=method, local_device_ids=local_device_ids
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"jax.distributed could not read all that it needs from {method} "
+                f"({error}): give --distributed.coordinator HOST:PORT "
+                "--distributed.num-processes N --distributed.process-id I"
+            ) from None
+
+
+def _launcher() -> tuple[str, list[int] | None] | None:
+    """The launcher of many processes, as JAX names it, and the devices to take.
+
+    None for the devices leaves them to JAX: process i of a host takes GPU i, or on
+    Kubernetes all of the pod's.
+    """
+    env = os.environ
+    # SLURM_STEP_NODELIST: started by srun, not only inside an allocation.
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        tasks_a_node = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "1(x4)"
+        if tasks_a_node.split("(")[0] == "1" and "SLURM_GPUS_ON_NODE" in env:
+            return "slurm", list(range(int(env["SLURM_GPUS_ON_NODE"])))
+        return "slurm", None
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "ompi", None
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "k8s", None
+    return None

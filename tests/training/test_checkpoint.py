@@ -19,12 +19,9 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import make_mesh
-from ulysses_jax.training.checkpoint import (
-    COMMIT_FILE,
-    Checkpointer,
-    check_space,
-    refuse_other_model,
-)
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.preflight import check_space, refuse_other_model
+from ulysses_jax.training.proof import COMMIT_FILE
 
 META = {"model": {"width": 8, "norm": "rms"}, "tokens_read": 2**40, "data": "f00d"}
 MESHES = {

@@ -6,9 +6,7 @@ import logging
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Written last, inside the folder that one rename then commits: what the run was, and
-# the size and CRC-32 of every file. Orbax notices a truncated file, but restores
-# flipped bytes in array data without a word.
-COMMIT_FILE = "commit.json"
-# Orbax stamps the time into this one when it renames; restoring does not read it.
-_STAMPED = "_CHECKPOINT_METADATA"
+from ulysses_jax.training.preflight import gb
+from ulysses_jax.training.proof import read_commit, why_broken, write_commit
+
 _SAVE_TIMEOUT_SECONDS = 2 * 60 * 60
 _NONE, _ALL_BROKEN = -1, -2
 
@@ -132,7 +127,7 @@ class Checkpointer:
         if step is None:
             return None
         folder = self.folder / str(step)
-        commit = _read_commit(folder)
+        commit = read_commit(folder)
         _refuse_other_arrays(commit["arrays"], _arrays(abstract_state), folder)
         state = self._orbax.restore(folder, jax.tree.map(_on_devices, abstract_state))
         self._newest = step
@@ -146,7 +141,7 @@ class Checkpointer:
         """
         for step in reversed(self._steps()):
             try:
-                return step, _read_commit(self.folder / str(step))["meta"]
+                return step, read_commit(self.folder / str(step))["meta"]
             except ValueError:
                 continue  # `restore` says which, and why
         return None
@@ -198,7 +193,7 @@ class Checkpointer:
         chosen, broken = _NONE, []
         if jax.process_index() == 0:
             for step in reversed(self._steps()):
-                why = _why_broken(self.folder / str(step))
+                why = why_broken(self.folder / str(step))
                 if why is None:
                     chosen = step
                     break
@@ -246,14 +241,7 @@ class Checkpointer:
         assert self._saving is not None
         step, body = self._saving
         (folder,) = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
-        paths = [p for p in folder.rglob("*") if p.is_file() and p.name != _STAMPED]
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        files = dict(zip(names, _in_parallel(_size_and_crc, paths), strict=True))
-        text = json.dumps(body | {"files": files})
-        with open(folder / COMMIT_FILE, "w") as file:
-            file.write(f"{text}\n{zlib.crc32(text.encode())}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_commit(folder, body)
 
     def _fail(self, error: Exception) -> NoReturn:
         assert self._saving is not None
@@ -269,7 +257,7 @@ class Checkpointer:
         if full in str(error):
             free = shutil.disk_usage(self.folder).free
             size = sum(math.prod(s) * np.dtype(d).itemsize for d, s in arrays.values())
-            why = f"{full}: {_gb(free)} free, a checkpoint takes {_gb(size)}"
+            why = f"{full}: {gb(free)} free, a checkpoint takes {gb(size)}"
         before = (
             "there is no checkpoint before it"
             if self._newest is None
@@ -279,59 +267,6 @@ class Checkpointer:
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{why}; {before}"
         ) from error
-
-
-def check_space(folder: Path, state_bytes: int, keep: int) -> None:
-    """Refuses a run whose checkpoints would not fit on the disk.
-
-    Args:
-      folder: of the checkpoints; may not exist yet. What lies in it counts as room: it
-        is replaced.
-      state_bytes: of the whole state, over all devices.
-      keep: how many checkpoints stay; one more is there while the next is written.
-
-    Raises:
-      ValueError: with what is needed and what is free.
-    """
-    folder = folder.absolute()
-    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    needed = max((keep + 1) * state_bytes - present, 0)
-    disk = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        fits = (free + present) // state_bytes - 1
-        fewer = f"set training.keep_checkpoints to {fits}, " if fits >= 1 else ""
-        raise ValueError(
-            f"checkpoints need {_gb(needed)} more in {folder} ({keep} to keep and one "
-            f"being written, {_gb(state_bytes)} each), but {_gb(free)} are free: "
-            f"{fewer}free some space or use a --run.folder on another disk"
-        )
-
-
-def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> None:
-    """Refuses to resume one model from the checkpoint of another.
-
-    Args:
-      meta_model: the model's fields in the checkpoint's meta.
-      model: the model's fields now.
-
-    Raises:
-      ValueError: names every field that differs, with both values.
-    """
-    model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
-    differ = [
-        f"model.{name} was {meta_model.get(name, 'absent')}, is "
-        f"{model.get(name, 'absent')}"
-        for name in {**meta_model, **model}
-        if name not in model
-        or name not in meta_model
-        or meta_model[name] != model[name]
-    ]
-    if differ:
-        raise ValueError(
-            f"the checkpoint is of another model ({'; '.join(differ)}): use another "
-            "--run.folder, or the config it was made with"
-        )
 
 
 def _arrays(state: Any) -> dict[str, list[Any]]:
@@ -371,57 +306,6 @@ def _refuse_other_arrays(saved: dict, wanted: dict, folder: Path) -> None:
             f"{folder} holds other arrays than this run ({'; '.join(differ[:5])}{more})"
             ": use another --run.folder, or the config it was made with"
         )
-
-
-def _read_commit(folder: Path) -> dict[str, Any]:
-    """The commit file of a checkpoint; ValueError when it is missing or broken."""
-    try:
-        text, crc = (folder / COMMIT_FILE).read_text().splitlines()
-        if zlib.crc32(text.encode()) == int(crc):
-            return json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"{COMMIT_FILE} is missing: it was never committed") from None
-    except (OSError, ValueError):
-        pass
-    raise ValueError(f"{COMMIT_FILE} is not what was saved")
-
-
-def _why_broken(folder: Path) -> str | None:
-    """Proves every file of a checkpoint; None when it is whole."""
-    try:
-        files = _read_commit(folder)["files"]
-    except ValueError as error:
-        return str(error)
-
-    def why(name: str) -> str | None:
-        size, crc = files[name]
-        path = folder / name
-        try:
-            # The size first: it costs nothing, and says more.
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
-            return None if _size_and_crc(path)[1] == crc else f"{name} has other bytes"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-
-    return next((found for found in _in_parallel(why, list(files)) if found), None)
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
-
-
-def _in_parallel(function: Callable, items: list) -> list:
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, items))
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

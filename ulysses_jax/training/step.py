@@ -1,7 +1,7 @@
 """The train step: one function from a state and a batch to the next state."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ Metrics = dict[str, Array]
 def batch_shape(config: Config) -> tuple[int, int, int]:
     """The global shape of every array of a batch: [accumulation steps, B, T]."""
     training = config.training
+    assert training.accumulation_steps, "config.place fills it in"
     rows = training.batch_size // training.accumulation_steps
     return training.accumulation_steps, rows, config.padded_tokens()
 
@@ -51,8 +52,9 @@ def make_train_step(
     """Makes the step of a run; the caller jits it, donating the state.
 
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
-    `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`. Loss and gradients are sums over all valid tokens of
-    all accumulation steps, in float32, divided once by their global number.
+    `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`.
+    Loss and gradients are sums over all valid tokens of all accumulation steps, in
+    float32, divided once by their global number.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
@@ -86,7 +88,9 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters = cast(
+            dict[str, Any], optax.apply_updates(state.parameters, updates)
+        )
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
@@ -107,7 +111,9 @@ def make_validation_step(
     return step
 
 
-def _loss_sum(config: Config, parameters: dict[str, Any], batch: dict[str, Array]):
+def _loss_sum(
+    config: Config, parameters: dict[str, Any], batch: dict[str, Array]
+) -> Float[Array, ""]:
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     return cross_entropy(x, model.head, batch["labels"], config.memory.loss_tile_tokens)

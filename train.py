@@ -1,0 +1,165 @@
+"""Trains a transformer on sequences that are spread over a mesh: the story of a run.
+
+    python train.py --config configs/tiny.yaml
+    python train.py --config configs/tiny.yaml --mesh.seq 8 --training.num-steps 500
+
+The same command again resumes the run from its last checkpoint. On a pod every host
+runs the same line: see docs/pods.md.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+from ulysses_jax.config import load_from_command_line, place
+from ulysses_jax.data.loader import (
+    check_same_data,
+    data_position,
+    open_data,
+    training_batches,
+    validation_batches,
+)
+from ulysses_jax.mesh import make_mesh, simulate_cpu_devices, start_distributed
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.preflight import (
+    architecture,
+    check_space,
+    refuse_other_model,
+)
+from ulysses_jax.training.report import describe
+from ulysses_jax.training.state import abstract_state, init_state
+from ulysses_jax.training.step import (
+    abstract_batch,
+    batch_spec,
+    make_train_step,
+    make_validation_step,
+)
+
+
+def main(argv: list[str]) -> None:
+    # ---- What to run, and on what: all that can be refused is refused here, before
+    # anything is compiled or written.
+    with refused(ValueError, OSError):
+        config = load_from_command_line(argv, program="train.py")
+        simulate_cpu_devices(config.run.simulated_cpu_devices)
+        start_distributed(**dataclasses.asdict(config.distributed))
+        mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+        config = place(config, dict(mesh.shape))
+        data = open_data(config)
+        jax.set_mesh(mesh)
+        shapes = abstract_state(config)
+        assert config.run.folder is not None
+        folder = Path(config.run.folder)
+        checkpointer = Checkpointer(
+            folder / "checkpoints",
+            interval_steps=config.training.checkpoint_interval_steps,
+            keep=config.training.keep_checkpoints,
+        )
+        saved = checkpointer.latest_meta()
+        if saved is not None:
+            refuse_other_model(saved[1]["model"], architecture(config.model))
+            check_same_data(saved[1]["data"], data_position(data.train, config))
+        state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        check_space(checkpointer.folder, state_bytes, checkpointer.keep)
+
+    is_main = jax.process_index() == 0
+    say = partial(print, flush=True) if is_main else lambda *_: None
+    for line in (*describe(config, shapes), *data.notes):
+        say(line)
+
+    # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
+    with refused(ValueError):
+        restored = checkpointer.restore(shapes, on_skipped=say)
+    if restored is None:
+        first_step, state = 0, jax.jit(partial(init_state, config))()
+    else:
+        first_step, state, _ = restored
+        say(f"resuming at step {first_step}")
+    meta = {
+        "model": architecture(config.model),
+        "data": data_position(data.train, config),
+    }
+
+    # ---- The step, compiled once.
+    started = time.monotonic()
+    step = jax.jit(make_train_step(config), donate_argnums=0)
+    step = step.lower(state, abstract_batch(config)).compile()
+    say(f"compiled the step in {time.monotonic() - started:.0f} s")
+    validate = jax.jit(make_validation_step(config))
+
+    # ---- The loop.
+    training = config.training
+    tokens_a_step = training.batch_size * training.sequence_tokens
+    sharding = NamedSharding(mesh, batch_spec(mesh))
+    batches = training_batches(data.train, config, sharding, start_step=first_step)
+    log = RunLog(
+        folder,
+        num_steps=training.num_steps,
+        quiet=config.quiet,
+        first_step=first_step,
+        is_main=is_main,
+    )
+    if is_main:
+        (folder / "config.yaml").write_text(config.to_yaml())
+    number = first_step
+    with log, checkpointer, refused(OSError), batches:
+        try:
+            for number in range(first_step + 1, training.num_steps + 1):
+                started = time.monotonic()
+                state, metrics = step(state, next(batches))
+                row = {name: float(value) for name, value in metrics.items()}
+                seconds = time.monotonic() - started
+                log.log_step(
+                    number,
+                    tokens_per_second=tokens_a_step / seconds,
+                    seconds=seconds,
+                    **row,
+                )
+                if not math.isfinite(row["loss"]):
+                    sys.exit(
+                        f"train.py: the loss is {row['loss']} at step {number}: lower "
+                        "training.learning_rate; the same command resumes from the "
+                        "last checkpoint"
+                    )
+                last = number == training.num_steps
+                if data.validation is not None and (
+                    last or number % training.validation_interval_steps == 0
+                ):
+                    total, count = 0.0, 0
+                    for batch in validation_batches(data.validation, config, sharding):
+                        part, tokens = validate(state.parameters, batch)
+                        total, count = total + float(part), count + int(tokens)
+                    log.log_validation(number, total / max(count, 1))
+                if checkpointer.due(number) or last:
+                    checkpointer.save(number, state, meta)
+            checkpointer.wait()
+            log.finish()
+        except KeyboardInterrupt:
+            log.say(
+                f"interrupted at step {number}: the same command resumes from the last "
+                f"checkpoint in {checkpointer.folder}"
+            )
+            sys.exit(130)
+
+
+@contextmanager
+def refused(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns an error of the user's input or disk into one line and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What a run is refused for before it starts: a small disk, another model's state."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ulysses_jax.config import Model
+
+
+def check_space(folder: Path, state_bytes: int, keep: int) -> None:
+    """Refuses a run whose checkpoints would not fit on the disk.
+
+    Args:
+      folder: of the checkpoints; may not exist yet. What lies in it counts as room: it
+        is replaced.
+      state_bytes: of the whole state, over all devices.
+      keep: how many checkpoints stay; one more is there while the next is written.
+
+    Raises:
+      ValueError: with what is needed and what is free.
+    """
+    folder = folder.absolute()
+    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    needed = max((keep + 1) * state_bytes - present, 0)
+    disk = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        fits = (free + present) // state_bytes - 1
+        fewer = f"set training.keep_checkpoints to {fits}, " if fits >= 1 else ""
+        raise ValueError(
+            f"checkpoints need {gb(needed)} more in {folder} ({keep} to keep and one "
+            f"being written, {gb(state_bytes)} each), but {gb(free)} are free: "
+            f"{fewer}free some space or use a --run.folder on another disk"
+        )
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """The fields that a model's parameters depend on, for a checkpoint's meta."""
+    fields = dataclasses.asdict(model)
+    for name in ("attention", "compute_dtype"):  # how it is computed
+        del fields[name]
+    return fields
+
+
+def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> None:
+    """Refuses to resume one model from the checkpoint of another.
+
+    Args:
+      meta_model: the model's fields in the checkpoint's meta.
+      model: the model's fields now.
+
+    Raises:
+      ValueError: names every field that differs, with both values.
+    """
+    model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
+    differ = [
+        f"model.{name} was {meta_model.get(name, 'absent')}, is "
+        f"{model.get(name, 'absent')}"
+        for name in {**meta_model, **model}
+        if name not in model
+        or name not in meta_model
+        or meta_model[name] != model[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"the checkpoint is of another model ({'; '.join(differ)}): use another "
+            "--run.folder, or the config it was made with"
+        )
+
+
+def gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
