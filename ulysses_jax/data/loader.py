@@ -1,0 +1,147 @@
+"""Batches on the mesh: each process reads its own boxes of rows and tokens, ahead."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int, Int32
+
+from ulysses_jax.data.rows import Rows
+
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) in each dim of a batch: accumulation steps, B, T."""
+
+# Batches that are made while the devices compute, and threads that make them.
+_AHEAD = 2
+_THREADS = 2
+
+
+def batches(
+    rows: Rows,
+    shape: tuple[int, int, int],
+    sharding: jax.sharding.Sharding,
+    *,
+    seed: int,
+    start_step: int = 0,
+) -> grain.DatasetIterator[dict[str, jax.Array]]:
+    """Training batches without end, from any step on.
+
+    Batch n is the rows [n A B, (n + 1) A B) of a stream of epochs, each a shuffle of
+    all rows; it depends on (seed, n, A B, rows) alone, so on no mesh and no number of
+    processes. Reading starts at once, in threads.
+
+    Args:
+      rows: what to read.
+      shape: of the batch, global: [A accumulation steps, B, T], T padded to the mesh.
+      sharding: of every array of the batch. Of each distinct box of the batch that it
+        places on this process's devices, this process reads the bytes once.
+      seed: of the shuffle; any integer.
+      start_step: the first batch's number, reached at no cost.
+
+    Returns:
+      An iterator of int32 global arrays `[A, B, T]` by `rows.names`. `close()` it, or
+      let it go. It raises ValueError when a file changed under it.
+
+    Cost: three batches' own boxes, in host and in device memory, 4 bytes an element.
+    """
+    order = grain.MapDataset.range(len(rows)).shuffle(_seed(seed)).repeat()
+    steps = range(start_step, len(order) // math.prod(shape[:2]))
+    return _read_ahead(order, steps, rows, shape, sharding)
+
+
+def validation_batches(
+    rows: Rows,
+    shape: tuple[int, int, int],
+    sharding: jax.sharding.Sharding,
+    *,
+    num_batches: int,
+) -> grain.DatasetIterator[dict[str, jax.Array]]:
+    """The first `num_batches` x A x B rows, in order: the same ones every time.
+
+    Args:
+      rows, shape, sharding: as for `batches`.
+      num_batches: of training's size; fewer where the rows end, and padded there.
+
+    Returns:
+      An iterator of up to num_batches x A dicts of arrays `[1, B, T]`, otherwise as
+      `batches` does, so A does not change which rows are read.
+    """
+    accumulation_steps, batch, tokens = shape
+    num = min(num_batches * accumulation_steps, math.ceil(len(rows) / batch))
+    order = range(num * batch)
+    return _read_ahead(order, range(num), rows, (1, batch, tokens), sharding)
+
+
+def local_boxes(
+    sharding: jax.sharding.Sharding, shape: tuple[int, int, int]
+) -> list[Box]:
+    """The distinct boxes of an array of `shape` that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({_box(index, shape) for index in indices})
+
+
+def read_box(
+    rows: Rows, numbers: Int[np.ndarray, "A B"], box: Box
+) -> dict[str, Int32[np.ndarray, "a b t"]]:
+    """One box of the batch that has these row numbers, by `rows.names`."""
+    accumulation_steps, batch, (start, stop) = box
+    numbers = numbers[slice(*accumulation_steps), slice(*batch)]
+    arrays = {
+        name: np.empty((*numbers.shape, stop - start), np.int32) for name in rows.names
+    }
+    for place, row in np.ndenumerate(numbers):
+        for name, values in rows.read(int(row), start, stop).items():
+            arrays[name][place] = values
+    return arrays
+
+
+def _read_ahead(
+    order: Sequence[int] | grain.MapDataset[int],
+    steps: range,
+    rows: Rows,
+    shape: tuple[int, int, int],
+    sharding: jax.sharding.Sharding,
+) -> grain.DatasetIterator[dict[str, jax.Array]]:
+    """Batches `steps`, where batch n is the rows order[n A B], ... of `order`."""
+    boxes = local_boxes(sharding, shape)
+    size = math.prod(shape[:2])
+
+    def read(step: int) -> dict[str, jax.Array]:
+        numbers = [order[i] for i in range(step * size, (step + 1) * size)]
+        numbers = np.array(numbers, np.int64).reshape(shape[:2])
+        pieces = {box: read_box(rows, numbers, box) for box in boxes}
+
+        def place(name: str) -> jax.Array:
+            return jax.make_array_from_callback(
+                shape,
+                sharding,
+                lambda index: pieces[_box(index, shape)][name],
+                dtype=np.int32,
+            )
+
+        return {name: place(name) for name in rows.names}
+
+    iterator = iter(
+        grain.MapDataset.range(steps.start, steps.stop)
+        .map(read)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        )
+    )
+    iterator.start_prefetch()
+    return iterator
+
+
+def _box(index: tuple[slice, ...] | None, shape: tuple[int, int, int]) -> Box:
+    assert index is not None
+    return tuple(
+        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+    )
+
+
+def _seed(seed: int) -> int:
+    """32 bits for grain, which adds the epoch to them: neighbouring seeds lie apart."""
+    return int.from_bytes(hashlib.blake2b(b"%d" % seed, digest_size=4).digest())
