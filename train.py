@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +20,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 
 from ulysses_jax.config import load_from_command_line, place
-from ulysses_jax.data.loader import (
-    check_same_data,
-    data_position,
-    open_data,
-    training_batches,
-    validation_batches,
-)
+from ulysses_jax.data.loader import batches, validation_batches
+from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.mesh import make_mesh, simulate_cpu_devices, start_distributed
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog
@@ -39,6 +34,7 @@ from ulysses_jax.training.report import describe
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
     abstract_batch,
+    batch_shape,
     batch_spec,
     make_train_step,
     make_validation_step,
@@ -46,7 +42,7 @@ from ulysses_jax.training.step import (
 
 
 def main(argv: list[str]) -> None:
-    # ---- What to run, and on what: all that can be refused is refused here, before
+    # ---- What to run, and on what. All that can be refused is refused here, before
     # anything is compiled or written.
     with refused(ValueError, OSError):
         config = load_from_command_line(argv, program="train.py")
@@ -54,20 +50,24 @@ def main(argv: list[str]) -> None:
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
         config = place(config, dict(mesh.shape))
+        training = config.training
         data = open_data(config)
-        jax.set_mesh(mesh)
-        shapes = abstract_state(config)
+        with jax.set_mesh(mesh):
+            shapes = abstract_state(config)
+            step = jax.jit(make_train_step(config), donate_argnums=0)
+            step = step.trace(shapes, abstract_batch(config))
         assert config.run.folder is not None
         folder = Path(config.run.folder)
         checkpointer = Checkpointer(
             folder / "checkpoints",
-            interval_steps=config.training.checkpoint_interval_steps,
-            keep=config.training.keep_checkpoints,
+            interval_steps=training.checkpoint_interval_steps,
+            keep=training.keep_checkpoints,
         )
+        meta = {"model": architecture(config.model), "data": data.meta}
         saved = checkpointer.latest_meta()
         if saved is not None:
-            refuse_other_model(saved[1]["model"], architecture(config.model))
-            check_same_data(saved[1]["data"], data_position(data.train, config))
+            refuse_other_model(saved[1]["model"], meta["model"])
+            refuse_other_data(saved[1]["data"], meta["data"])
         state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         check_space(checkpointer.folder, state_bytes, checkpointer.keep)
 
@@ -76,79 +76,90 @@ def main(argv: list[str]) -> None:
     for line in (*describe(config, shapes), *data.notes):
         say(line)
 
-    # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
-    with refused(ValueError):
-        restored = checkpointer.restore(shapes, on_skipped=say)
-    if restored is None:
-        first_step, state = 0, jax.jit(partial(init_state, config))()
-    else:
-        first_step, state, _ = restored
-        say(f"resuming at step {first_step}")
-    meta = {
-        "model": architecture(config.model),
-        "data": data_position(data.train, config),
-    }
+    with jax.set_mesh(mesh):
+        # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
+        with refused(ValueError):
+            restored = checkpointer.restore(shapes, on_skipped=say)
+        if restored is None:
+            first_step, state = 0, jax.jit(partial(init_state, config))()
+        else:
+            first_step, state, _ = restored
+            say(f"resuming after step {first_step} of {training.num_steps}")
+        if first_step >= training.num_steps:
+            say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
+            return checkpointer.close()
 
-    # ---- The step, compiled once.
-    started = time.monotonic()
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    step = step.lower(state, abstract_batch(config)).compile()
-    say(f"compiled the step in {time.monotonic() - started:.0f} s")
-    validate = jax.jit(make_validation_step(config))
+        # ---- The step, compiled once.
+        started = time.monotonic()
+        step = step.lower().compile()
+        validate = jax.jit(make_validation_step(config))
+        say(f"compiled the step in {time.monotonic() - started:.0f} s")
 
-    # ---- The loop.
-    training = config.training
-    tokens_a_step = training.batch_size * training.sequence_tokens
-    sharding = NamedSharding(mesh, batch_spec(mesh))
-    batches = training_batches(data.train, config, sharding, start_step=first_step)
-    log = RunLog(
-        folder,
-        num_steps=training.num_steps,
-        quiet=config.quiet,
-        first_step=first_step,
-        is_main=is_main,
-    )
-    if is_main:
-        (folder / "config.yaml").write_text(config.to_yaml())
-    number = first_step
-    with log, checkpointer, refused(OSError), batches:
-        try:
-            for number in range(first_step + 1, training.num_steps + 1):
-                started = time.monotonic()
-                state, metrics = step(state, next(batches))
-                row = {name: float(value) for name, value in metrics.items()}
-                seconds = time.monotonic() - started
-                log.log_step(
-                    number,
-                    tokens_per_second=tokens_a_step / seconds,
-                    seconds=seconds,
-                    **row,
-                )
-                if not math.isfinite(row["loss"]):
-                    sys.exit(
-                        f"train.py: the loss is {row['loss']} at step {number}: lower "
-                        "training.learning_rate; the same command resumes from the "
-                        "last checkpoint"
+        # ---- The loop.
+        shape, sharding = batch_shape(config), NamedSharding(mesh, batch_spec(mesh))
+        stream = batches(
+            data.train, shape, sharding, seed=config.run.seed, start_step=first_step
+        )
+
+        def validation_loss() -> float:
+            total, count = 0.0, 0
+            assert data.validation is not None
+            for batch in validation_batches(
+                data.validation,
+                shape,
+                sharding,
+                num_batches=training.validation_batches,
+            ):
+                part, tokens = validate(state.parameters, batch)
+                total, count = total + float(part), count + int(tokens)
+            return total / max(count, 1)
+
+        log = RunLog(
+            folder,
+            num_steps=training.num_steps,
+            quiet=config.quiet,
+            first_step=first_step,
+            is_main=is_main,
+        )
+        if is_main:
+            (folder / "config.yaml").write_text(config.to_yaml())
+        number = first_step
+        with refused(OSError, ValueError), log, checkpointer, closing(stream):
+            try:
+                while number < training.num_steps:
+                    number += 1
+                    started = time.monotonic()
+                    state, metrics = step(state, next(stream))
+                    row = {name: float(value) for name, value in metrics.items()}
+                    seconds = time.monotonic() - started
+                    tokens = training.batch_size * training.sequence_tokens
+                    log.log_step(
+                        number,
+                        tokens_per_second=tokens / seconds,
+                        seconds=seconds,
+                        **row,
                     )
-                last = number == training.num_steps
-                if data.validation is not None and (
-                    last or number % training.validation_interval_steps == 0
-                ):
-                    total, count = 0.0, 0
-                    for batch in validation_batches(data.validation, config, sharding):
-                        part, tokens = validate(state.parameters, batch)
-                        total, count = total + float(part), count + int(tokens)
-                    log.log_validation(number, total / max(count, 1))
-                if checkpointer.due(number) or last:
-                    checkpointer.save(number, state, meta)
-            checkpointer.wait()
-            log.finish()
-        except KeyboardInterrupt:
-            log.say(
-                f"interrupted at step {number}: the same command resumes from the last "
-                f"checkpoint in {checkpointer.folder}"
-            )
-            sys.exit(130)
+                    if not math.isfinite(row["loss"]):
+                        raise ValueError(
+                            f"the loss is {row['loss']} at step {number}: lower "
+                            "training.learning_rate; the same command resumes from the "
+                            "last checkpoint"
+                        )
+                    last = number == training.num_steps
+                    if data.validation is not None and (
+                        last or number % training.validation_interval_steps == 0
+                    ):
+                        log.log_validation(number, validation_loss())
+                    if checkpointer.due(number) or last:
+                        checkpointer.save(number, state, meta)
+                checkpointer.wait()
+                log.finish()
+            except KeyboardInterrupt:
+                log.say(
+                    f"interrupted at step {number}: the same command resumes from the "
+                    f"last checkpoint in {checkpointer.folder}"
+                )
+                sys.exit(130)
 
 
 @contextmanager

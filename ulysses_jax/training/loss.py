@@ -9,10 +9,9 @@ from jax import lax
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
+from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.models.linear import all_gather, sum_gradient
 from ulysses_jax.sharding import activation, parameter, zero_axes
-
-IGNORED = -1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -27,7 +26,8 @@ def cross_entropy(
     A sum, not a mean: divide by the global number of valid tokens (`num_valid`).
 
     Args:
-      x: global activations in the compute dtype, B over (data, fsdp), T over (ring, seq).
+      x: global activations in the compute dtype, B over (data, fsdp), T over
+        (ring, seq).
       head: global float32 parameter, V over tensor, D over the ZeRO axes.
       labels: global, sharded as x; `IGNORED` where there is none.
       tile_tokens: how many tokens of a device have logits at a time.
@@ -130,7 +130,7 @@ def _local_loss(x, head, labels, *, tile_tokens, zero, with_gradients):
     dhead = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
     (loss, dhead), dx = lax.scan(tile, (jnp.float32(0), dhead), tiles)
     loss = lax.psum(loss, ("data", "fsdp", "ring", "seq"))
-    if not with_gradients:
+    if dhead is None or dx is None:
         return loss, None, None
     dx = lax.psum(dx.reshape(-1, shape[-1])[:num_tokens], "tensor")
     return loss, dx.reshape(shape), sum_gradient(dhead, zero, dim=1)

@@ -1,0 +1,385 @@
+"""The trainer from its command line: a run, its folder, resumption, every refusal."""
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from ulysses_jax.config import load
+from ulysses_jax.training.metrics import RunLog, read_rows
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+assert spec is not None and spec.loader is not None
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+CONFIG = {
+    "run": {"simulated_cpu_devices": 8},
+    "model": {
+        "vocab_size": 264,
+        "width": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "feed_forward_width": 48,
+        "compute_dtype": "float32",
+    },
+    "training": {
+        "num_steps": 6,
+        "batch_size": 8,
+        "sequence_tokens": 64,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "validation_interval_steps": 3,
+        "validation_batches": 2,
+        "checkpoint_interval_steps": 2,
+    },
+    "mesh": {"data": 2, "seq": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Thirty documents of unequal length, some longer than a row, one not UTF-8."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        words = rng.choice(["alpha", "beta", "gamma", "delta\n"], rng.integers(4, 90))
+        (folder / f"{i:02}.txt").write_text(" ".join(words))
+    (folder / "latin1.txt").write_bytes("caf\xe9 \xff ".encode("latin-1") * 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, corpus):
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"data": {"files": str(corpus)}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, config_file):
+    """Six steps without interruption on data=2 x seq=4; the folder it left."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(config_file, folder)
+    return folder
+
+
+def start(config_file, folder, *overrides):
+    train.main(["--config", str(config_file), "--run.folder", str(folder), *overrides])
+
+
+def losses(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return np.array([row["loss"] for row in rows])
+
+
+def validation_losses(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
+
+
+def test_what_a_run_leaves_behind(whole_run, config_file, capfd):
+    rows = read_rows(whole_run / "metrics.jsonl")
+    assert len(rows) == 6
+    assert all(
+        {"step", "loss", "tokens_per_second", "seconds"} <= row.keys() for row in rows
+    )
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    names = {path.name for path in whole_run.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "loss.png",
+    }
+    assert imread(whole_run / "loss.png").shape[0] > 400
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["4", "6"]
+    resolved = load(whole_run / "config.yaml")
+    assert resolved.model.head_size == 8 and resolved.run.folder == str(whole_run)
+    # The resolved config is the run: it finds the checkpoint and has nothing to do.
+    train.main(["--config", str(whole_run / "config.yaml")])
+    assert "nothing left to do" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=8, seq=1), dict(data=1, fsdp=2, seq=2, tensor=2)], ids=str
+)
+def test_interrupted_and_resumed_on_another_mesh(
+    whole_run, config_file, tmp_path, monkeypatch, capfd, mesh
+):
+    folder = tmp_path / "run"
+    log_step = RunLog.log_step
+
+    def interrupt(self, step, *args, **numbers):
+        if step == 4:
+            raise KeyboardInterrupt
+        log_step(self, step, *args, **numbers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "log_step", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            start(config_file, folder)
+    assert stopped.value.code == 130
+    assert "interrupted at step 4" in capfd.readouterr().out
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]
+
+    degrees = [f"--mesh.{axis}={degree}" for axis, degree in mesh.items()]
+    start(config_file, folder, *degrees)
+    assert "resuming after step 2 of 6" in capfd.readouterr().out
+    np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-5)
+    np.testing.assert_allclose(
+        validation_losses(folder), validation_losses(whole_run), rtol=1e-5
+    )
+
+
+def test_a_length_that_does_not_divide_is_padded(config_file, tmp_path, capfd):
+    short = ("--training.num-steps=3", "--training.sequence-tokens=63")
+    start(config_file, tmp_path / "padded", *short)
+    assert "padded with 1 masked tokens" in capfd.readouterr().out
+    start(config_file, tmp_path / "whole", *short, "--mesh.data=8", "--mesh.seq=1")
+    assert "padded" not in capfd.readouterr().out
+    np.testing.assert_allclose(
+        losses(tmp_path / "padded"), losses(tmp_path / "whole"), rtol=1e-5
+    )
+
+
+def test_a_broken_checkpoint_is_passed_over(whole_run, config_file, tmp_path, capfd):
+    folder = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    files = [p for p in (folder / "checkpoints" / "6").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-40] + b"\0" * 40)
+    start(config_file, folder)
+    said = capfd.readouterr().out
+    assert "the checkpoint of step 6 is broken" in said
+    assert "using step 4 instead" in said
+    np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-6)
+
+
+REFUSALS = {
+    "unknown key": (["--mesh.sequence=4"], "Unrecognized"),
+    "wrong type": (["--training.num-steps=many"], "num-steps"),
+    "mesh and devices": (["--mesh.seq=3"], "takes 6 devices, but there are 8"),
+    "ring": (["--mesh.ring=2", "--mesh.seq=2"], "use mesh.ring 1 and mesh.seq 4"),
+    "heads over tensor": (["--mesh.data=1", "--mesh.tensor=8", "--mesh.seq=1"], "4"),
+    "batch over data": (["--training.batch-size=7"], "use a batch_size of 8"),
+    "kv heads": (["--model.num-kv-heads=3"], "does not divide model.num_heads 4"),
+    "head chunks": (["--memory.head-chunks=3"], "use one of"),
+    "cuDNN with documents": (
+        ["--model.attention=cudnn", "--model.compute-dtype=bfloat16"],
+        "segment ids",
+    ),
+    "negative": (["--training.learning-rate=-1"], "not negative, not -1"),
+    "no corpus": (["--data.files=/nowhere/at/all"], "/nowhere/at/all"),
+    "small vocabulary": (["--model.vocab-size=128"], "257"),
+    "half a pod": (["--distributed.process-id=0"], "missing: coordinator"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_refused_before_anything_is_written(
+    config_file, tmp_path, capfd, name
+):
+    overrides, message = REFUSALS[name]
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, tmp_path / "run", *overrides)
+    assert stopped.value.code == 2
+    said = capfd.readouterr()
+    assert message in said.err + said.out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: {num_layer: 3}", "did you mean 'model.num_layers'"),
+        ("model: {num_layers: three}", "model.num_layers must be int, not 'three'"),
+        ("training: 3", "training is a section"),
+        ("model: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_config_file(tmp_path, capfd, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        start(tmp_path / "bad.yaml", tmp_path / "run")
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--model.width=64", "model.width was 32, is 64"),
+        ("--training.batch-size=16", "training.batch_size was 8, is 16"),
+    ],
+)
+def test_another_model_or_data_is_not_resumed(
+    whole_run, config_file, capfd, override, message
+):
+    before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, whole_run, override)
+    assert stopped.value.code == 2 and message in capfd.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
+
+
+def test_a_full_disk_is_refused(config_file, tmp_path, capfd, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, tmp_path / "run")
+    assert stopped.value.code == 2
+    assert "checkpoints need" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config_file, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, tmp_path / "run", "--training.learning-rate=1e30")
+    assert stopped.value.code == 2
+    assert "the loss is nan" in capfd.readouterr().err
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import jax
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+import ulysses_jax.data.rows as rows
+read_bytes, num_bytes = rows.read_bytes, 0
+def counted(document, offset, count):
+    global num_bytes
+    num_bytes += count
+    return read_bytes(document, offset, count)
+rows.read_bytes = counted
+import train
+train.main(sys.argv[1:])
+print("bytes read:", num_bytes, "processes:", jax.process_count())
+"""
+
+
+def run_process(config_file, folder, *overrides, env=None):
+    driver = DRIVER.format(
+        root=str(ROOT), cache=str(jax.config.jax_compilation_cache_dir)
+    )
+    options = ["--config", str(config_file), "--run.folder", str(folder), "--quiet"]
+    return run_script(driver, *options, *overrides, env=env or {})
+
+
+def run_script(script, *argv, env):
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *argv],
+        env=outside | {"JAX_PLATFORMS": "cpu"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    found = re.search(r"bytes read: (\d+) processes: (\d+)", out)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes_with_seq_across_them(config_file, tmp_path):
+    """Same losses as one process; each reads its half; one checkpoint of both."""
+    mesh = ("--mesh.data=1", "--mesh.seq=8", "--training.num-steps=4")
+    alone = run_process(config_file, tmp_path / "one", *mesh)
+    flags = (
+        "--run.simulated-cpu-devices=4",
+        f"--distributed.coordinator=127.0.0.1:{free_port()}",
+        "--distributed.num-processes=2",
+    )
+    pair = [
+        run_process(
+            config_file,
+            tmp_path / "two",
+            *mesh,
+            *flags,
+            f"--distributed.process-id={rank}",
+        )
+        for rank in range(2)
+    ]
+    alone_bytes, _ = finished(alone)
+    halves = [finished(process) for process in pair]
+    assert [count for _, count in halves] == [2, 2]
+    for half_bytes, _ in halves:
+        # Batches that are read ahead when the run ends make the counts differ a little.
+        assert 0.3 * alone_bytes < half_bytes < 0.7 * alone_bytes
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(two) == 4
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    # What two wrote together, one process on another mesh resumes.
+    start(config_file, tmp_path / "two")
+    start(config_file, tmp_path / "one", *mesh[:2])
+    assert len(losses(tmp_path / "two")) == 6
+    np.testing.assert_allclose(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
+    )
+
+
+LAUNCHED = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from ulysses_jax.mesh import make_mesh, start_distributed
+start_distributed()
+mesh = make_mesh(data=2, seq=2)
+print([[d.process_index for d in row] for row in mesh.devices.reshape(2, 2)])
+"""
+
+
+def test_slurm_starts_two_processes(tmp_path):
+    port = free_port()
+    pair = [
+        run_script(
+            LAUNCHED,
+            env={
+                "SLURM_JOB_ID": "4242",
+                "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "JAX_COORDINATOR_PORT": str(port),
+            },
+        )
+        for rank in range(2)
+    ]
+    for process in pair:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "[[0, 0], [1, 1]]" in out  # seq stays inside a process
+
+
+def test_xla_flags_say_how_many_devices(config_file, tmp_path):
+    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    steps = "--training.num-steps=1"
+    process = run_process(config_file, tmp_path / "run", steps, env=four)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "takes 8 devices, but there are 4" in err
