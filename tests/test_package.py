@@ -1,0 +1,78 @@
+"""The built wheel works outside the clone; importing it touches nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+IMPORT = """
+import os
+import jax, flax.nnx, jaxtyping, numpy
+
+read = []
+get = os._Environ.__getitem__
+def recorded(self, key):
+    read.append(key)
+    return get(self, key)
+os._Environ.__getitem__ = recorded
+import ulysses_jax
+os._Environ.__getitem__ = get
+
+from jax._src import xla_bridge
+print(ulysses_jax.__file__)
+print("read:", read, "backends:", list(xla_bridge._backends))
+print(sorted(ulysses_jax.__all__))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, built and installed without its dependencies into a folder."""
+    dist, site = (tmp_path_factory.mktemp(name) for name in ("dist", "site"))
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(dist)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = dist.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+    pip += ["--disable-pip-version-check", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return site
+
+
+def run(site, folder, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_wheel_imports_in_an_empty_folder(installed, tmp_path):
+    done = run(installed, tmp_path, "-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    where, touched, names = done.stdout.splitlines()
+    assert Path(where).is_relative_to(installed)
+    assert touched == "read: [] backends: []"
+    for name in ("attention_fn", "heads_to_seq", "make_mesh", "seq_to_heads"):
+        assert name in names
+
+
+def test_the_wheel_holds_every_module(installed):
+    sources = {p.relative_to(ROOT) for p in (ROOT / "ulysses_jax").rglob("*.py")}
+    assert sources == {
+        p.relative_to(installed) for p in (installed / "ulysses_jax").rglob("*.py")
+    }
+
+
+def test_extras_and_bounds():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"gpu", "test", "dev"} <= project["optional-dependencies"].keys()
+    assert any("jax[cuda13]" in x for x in project["optional-dependencies"]["gpu"])
+    for dependency in project["dependencies"]:
+        assert ">=" in dependency and "<" in dependency, dependency
