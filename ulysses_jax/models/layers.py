@@ -28,8 +28,8 @@ def letter_sizes(model: Model) -> dict[str, int]:
     }
 
 
-# Standard deviations as in GPT-2 and Megatron: projections back into the residual stream
-# are smaller, so that its variance does not grow with the number of layers.
+# Standard deviations as in GPT-2 and Megatron: projections back into the residual
+# stream are smaller, so that its variance does not grow with the number of layers.
 _STD = 0.02
 
 
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (arXiv 2002.05202) or GELU in its tanh form, as GPT-2 and Megatron have."""
+    """SwiGLU (arXiv 2002.05202), or GELU in the tanh form of GPT-2 and Megatron."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         sizes, biased = letter_sizes(model), model.biases

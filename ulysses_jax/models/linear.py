@@ -41,22 +41,22 @@ def constant(letters: str, sizes: dict[str, int], value: float) -> nnx.Param:
 def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
     """A matrix product with a sharded weight, `project("BTD,DNH->BTNH", x, w)`.
 
-    The weight is cast to x's dtype, then gathered over the axes that hold its D, for the
-    product alone: nothing gathered is kept for the backward pass, which gathers anew. The
-    weight's gradient is summed over tokens and devices in float32 and arrives sharded as
-    the weight.
+    The weight is cast to x's dtype, then gathered over the axes that hold its D, for
+    the product alone: nothing gathered is kept for the backward pass, which gathers
+    anew. The weight's gradient is summed over tokens and devices in float32 and arrives
+    sharded as the weight.
 
     Args:
-      equation: an einsum of one activation and one weight, in the design's letters, which
-        also say how the result is sharded.
+      equation: an einsum of one activation and one weight; its letters, those of
+        `sharding.ACTIVATION`, also say how the result is sharded.
       x: global activation, in the compute dtype.
       w: global float32 parameter.
 
     Returns:
       The global activation, x's dtype.
 
-    Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where a
-    letter of the tensor axis is contracted, an all-reduce of the result.
+    Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where
+    a letter of the tensor axis is contracted, an all-reduce of the result.
     """
     _, w_letters, y_letters = re.split(",|->", equation)
     axes = get_abstract_mesh().shape
@@ -173,7 +173,7 @@ def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
 
 
 def sum_gradient(gradient: Array, zero: tuple[str, ...], *, dim: int) -> Array:
-    """Inside shard_map: sums a weight's gradient over all tokens, shards it as it lies."""
+    """Inside shard_map: a weight's gradient, summed over all tokens, sharded as it."""
     others = tuple(axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero)
     if zero:
         gradient = lax.psum_scatter(gradient, zero, scatter_dimension=dim, tiled=True)

@@ -15,13 +15,14 @@ def rope_angles(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of `position * base**(-2i / H)`, i < H/2, in float32.
 
-    A position is read as four digits of eight bits. The angles of each digit are reduced
-    in float64 on the host, once, into tables of 256 rows; the digits' cosines and sines
-    are joined by the addition formulas. So the error does not grow with the position, as
-    that of a float32 product does.
+    A position is read as four digits of eight bits. The angles of each digit are
+    reduced in float64 on the host, once, into tables of 256 rows; the digits' cosines
+    and sines are joined by the addition formulas. So the error does not grow with the
+    position, as that of a float32 product does.
 
     Args:
-      positions: int32, not negative; global or local, as long as the numbers are global.
+      positions: int32, not negative; the array may be global or local, its numbers are
+        global.
       head_size: H, even.
       base: of the geometric series of wavelengths.
 
@@ -57,7 +58,7 @@ def apply_rope(
     x: Float[Array, "B T N H"],
     angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
 ) -> Float[Array, "B T N H"]:
-    """Turns the pairs (x[i], x[i + H/2]) by their angles, in float32; returns x's dtype.
+    """Turns pairs (x[i], x[i + H/2]) by their angles, in float32; returns x's dtype.
 
     Source: the half-split pairing of Llama's published checkpoints.
     """

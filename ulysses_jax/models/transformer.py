@@ -25,13 +25,10 @@ class Transformer(nnx.Module):
         sizes = letter_sizes(model)
         self.model, self.memory = model, memory
         self.embedding = weight(rngs, "VD", sizes, std=0.02)
-        # Rows of the position table are padded to split over tensor as a vocabulary does.
-        tensor = get_abstract_mesh().shape["tensor"]
-        rows = -(-(model.max_positions or 0) // tensor) * tensor
+        # Its rows lie over tensor, as those of a vocabulary do.
+        rows = sizes | {"V": model.max_positions or 0}
         learned = model.positions == "learned"
-        self.position_table = (
-            weight(rngs, "VD", sizes | {"V": rows}, std=0.02) if learned else None
-        )
+        self.position_table = weight(rngs, "VD", rows, std=0.02) if learned else None
         self.layers = Block(model, memory, rngs)
         self.norm = Norm(model, stacked=False)
         tied = model.tied_embeddings
@@ -49,7 +46,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        """Runs the layers, each recomputed in the backward pass if memory.remat says so.
+        """Runs the layers; memory.remat says whether the backward pass recomputes each.
 
         Args:
           tokens: global ids, B over (data, fsdp), T over (ring, seq).
@@ -61,15 +58,16 @@ class Transformer(nnx.Module):
         """
         model, axes = self.model, get_abstract_mesh().shape
         dtype = jnp.dtype(model.compute_dtype)
-        x = embed(self.embedding[...], tokens, dtype)
+        x: Array = embed(self.embedding[...], tokens, dtype)
         angles = None
         if self.position_table is not None:
-            x = x + embed(self.position_table[...], positions, dtype)
+            where: Array = embed(self.position_table[...], positions, dtype)
+            x = x + where
         else:
             assert model.head_size
             angles = rope_angles(positions, model.head_size, model.rope_base)
         if segment_ids is not None:
-            # Every device attends over whole rows: gather the ids once, not in each layer.
+            # A device attends over whole rows: gather the ids once, not in each layer.
             segment_ids = reshard(segment_ids, activation("B", axes))
 
         graph, stacked = nnx.split(self.layers)

@@ -40,7 +40,10 @@ def init_state(config: Config) -> TrainState:
 
 
 def abstract_state(config: Config) -> TrainState:
-    """The state as shapes, dtypes and shardings on the mesh that is set."""
+    """The state as shapes, dtypes and shardings on the mesh that is set.
+
+    Numbers (the step, the optimizer's counts) have no sharding: whole on every device.
+    """
     return jax.eval_shape(partial(init_state, config))
 
 

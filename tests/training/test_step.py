@@ -1,0 +1,304 @@
+"""The train step gives one curve, whatever the mesh, the parts and the memory plan."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ulysses_jax import config as configs
+from ulysses_jax import make_mesh
+from ulysses_jax.training.loss import IGNORED
+from ulysses_jax.training.state import abstract_state, init_state
+from ulysses_jax.training.step import (
+    abstract_batch,
+    batch_spec,
+    make_train_step,
+    make_validation_step,
+)
+
+B, T, V = 8, 32, 24
+NUM_STEPS = 5
+FAMILIES = {
+    "llama": dict(num_kv_heads=4),
+    "gpt": dict(
+        norm="layer",
+        feed_forward="gelu",
+        positions="learned",
+        biases=True,
+        tied_embeddings=True,
+    ),
+}
+ONE = {}
+MESHES = {
+    "data 8": dict(data=8),
+    "seq 8": dict(seq=8),
+    "data 2, seq 4": dict(data=2, seq=4),
+    "fsdp 2, seq 4": dict(fsdp=2, seq=4),
+    "data 2, seq 2, tensor 2": dict(data=2, seq=2, tensor=2),
+}
+SHARDED = MESHES["fsdp 2, seq 4"]
+TOLERANCE = 1e-5
+# Half the time to compile; the values are the same.
+QUICK = dict(
+    xla_backend_optimization_level=0,
+    xla_llvm_disable_expensive_passes=True,
+)
+
+
+@functools.cache
+def mesh_of(**degrees):
+    num = math.prod(degrees.values())
+    devices = jax.devices()[:num]
+    return make_mesh(**degrees, devices=devices, axis_type=AxisType.Explicit)
+
+
+def make_config(family, degrees, *, dtype="float32", accumulation_steps=1, **memory):
+    values = dict(
+        model=dict(
+            vocab_size=V,
+            width=16,
+            num_layers=2,
+            num_heads=8,
+            head_size=4,
+            compute_dtype=dtype,
+            **FAMILIES[family],
+        ),
+        training=dict(
+            num_steps=NUM_STEPS,
+            warmup_steps=1,
+            learning_rate=0.01,
+            batch_size=B,
+            sequence_tokens=T,
+            accumulation_steps=accumulation_steps,
+        ),
+        memory=dict(loss_tile_tokens=6) | memory,
+    )
+    config = configs.complete(configs.from_dict(configs.Config, values), name="test")
+    return configs.place(config, dict(mesh_of(**degrees).shape))
+
+
+def make_batch():
+    """Rows packed differently, their labels as unequal as can be.
+
+    Row 0 (a shard of data=8) and the last T/8 tokens (a shard of seq=8) have no label;
+    of the other rows, from most to a few of the tokens have one.
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, (B, T + 1))
+    first = rng.random((B, T)) < np.linspace(0, 0.3, B)[:, None]
+    first[:, 0] = True
+    starts = np.maximum.accumulate(np.where(first, np.arange(T), 0), axis=1)
+    ignored = rng.random((B, T)) < np.linspace(0.1, 0.8, B)[:, None]
+    ignored[0], ignored[:, -T // 8 :] = True, True
+    ignored[:, :-1] |= first[:, 1:]  # a document's last token predicts nothing
+    batch = dict(
+        tokens=tokens[:, :-1],
+        labels=np.where(ignored, IGNORED, tokens[:, 1:]),
+        positions=np.arange(T) - starts,
+        segment_ids=np.cumsum(first, axis=1),
+    )
+    return {name: values.astype(np.int32) for name, values in batch.items()}
+
+
+BATCH = make_batch()
+NUM_VALID = int((BATCH["labels"] != IGNORED).sum())
+
+
+def put_batch(mesh, accumulation_steps=1):
+    sharding = NamedSharding(mesh, batch_spec(mesh))
+    return {
+        name: jax.device_put(values.reshape(accumulation_steps, -1, T), sharding)
+        for name, values in BATCH.items()
+    }
+
+
+@functools.cache
+def first_state(family):
+    """Made on one device; parameters grown until the layers matter."""
+    with jax.set_mesh(mesh_of()):
+        init = functools.partial(init_state, make_config(family, ONE))
+        state = jax.jit(init, compiler_options=QUICK)()
+    grown = jax.tree.map(
+        lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
+    )
+    return jax.tree.map(np.asarray, dataclasses.replace(state, parameters=grown))
+
+
+def put_state(family, config, mesh):
+    def put(values, leaf):
+        spec = P() if leaf.sharding is None else leaf.sharding.spec
+        return jax.device_put(values, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, first_state(family), abstract_state(config))
+
+
+@functools.cache
+def compiled(family, degrees, options):
+    """The step, compiled from shapes alone, as a plan does, and a run too."""
+    config = make_config(family, dict(degrees), **dict(options))
+    with jax.set_mesh(mesh_of(**dict(degrees))):
+        traced = jax.jit(make_train_step(config), donate_argnums=0).trace(
+            abstract_state(config), abstract_batch(config)
+        )
+        return config, traced.lower().compile(QUICK)
+
+
+def norm_of(tree):
+    squares = [
+        (np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)
+    ]
+    return math.sqrt(sum(squares))
+
+
+@functools.cache
+def _train(family, degrees, options):
+    config, step = compiled(family, degrees, options)
+    mesh = mesh_of(**dict(degrees))
+    with jax.set_mesh(mesh):
+        state = put_state(family, config, mesh)
+        batch = put_batch(mesh, config.training.accumulation_steps)
+        rows, moments = [], []
+        for _ in range(NUM_STEPS):
+            state, metrics = step(state, batch)
+            rows.append({name: float(value) for name, value in metrics.items()})
+            moments.append(norm_of(state.optimizer[1][0].mu))
+    curves = {name: [row[name] for row in rows] for name in rows[0]}
+    return curves, moments[0], state
+
+
+def train(family, degrees, **options):
+    return _train(family, tuple(degrees.items()), tuple(options.items()))
+
+
+def assert_same_curves(got, want):
+    for name in ("loss", "learning_rate"):
+        np.testing.assert_allclose(got[name], want[name], TOLERANCE, err_msg=name)
+    # The first two have the same parameters. Later ones differ more than their losses:
+    # AdamW makes steps of one size from gradients of any, rounding errors too.
+    norms, want_norms = got["gradient_norm"], want["gradient_norm"]
+    np.testing.assert_allclose(norms[:2], want_norms[:2], 2e-6)
+    np.testing.assert_allclose(norms, want_norms, 1e-4)
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_curve_on_every_mesh(family, mesh_name):
+    got, first_moment, _ = train(family, MESHES[mesh_name])
+    want, want_first_moment, _ = train(family, ONE)
+    assert_same_curves(got, want)
+    # Clipped to 1 by the norm of the whole gradient: beta1 = 0.9 leaves a tenth of it.
+    assert want["gradient_norm"][0] > 1.2
+    for moment in (first_moment, want_first_moment):
+        np.testing.assert_allclose(moment, 0.1, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_curve_is_one_that_a_fault_would_change(family):
+    """It falls by far more than the tolerance."""
+    curves, _, state = train(family, ONE)
+    losses = curves["loss"]
+    assert losses[0] == losses[1]  # the rate of step 0 is 0
+    assert losses[1] > losses[2] > losses[3] > losses[4]
+    assert losses[4] < 0.95 * losses[1]
+    assert int(state.step) == NUM_STEPS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(accumulation_steps=4), dict(remat="none"), dict(head_chunks=2)],
+    ids=str,
+)
+def test_same_curve_however_it_is_computed(options):
+    """The four parts of a batch hold unequal numbers of labels: no mean of means."""
+    by_part = (BATCH["labels"] != IGNORED).reshape(4, -1).sum(axis=1)
+    assert by_part.max() > 2 * by_part.min()
+    got, _, _ = train("llama", SHARDED, **options)
+    assert_same_curves(got, train("llama", SHARDED)[0])
+
+
+def test_bfloat16_follows_float32():
+    """Losses within 1 %, the first gradients within 3 %; the state stays float32."""
+    got, _, state = train("llama", SHARDED, dtype="bfloat16")
+    want, _, _ = train("llama", SHARDED)
+    np.testing.assert_allclose(got["loss"], want["loss"], rtol=0.01)
+    norms, want_norms = got["gradient_norm"], want["gradient_norm"]
+    np.testing.assert_allclose(norms[:2], want_norms[:2], rtol=0.03)
+    assert got["loss"] != want["loss"]
+    for leaf in jax.tree.leaves((state.parameters, state.optimizer)):
+        assert leaf.dtype == (jnp.int32 if leaf.ndim == 0 else jnp.float32)
+
+
+def test_learning_rates_are_those_of_the_schedule():
+    """Warmup of one step from 0, then a cosine from 0.01 to 3e-5 at step 5."""
+    rates = train("llama", ONE)[0]["learning_rate"]
+    low = 3e-5
+    cosine = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    want = [0.0, *(low + (0.01 - low) * part for part in cosine)]
+    np.testing.assert_allclose(rates, want, rtol=1e-5)
+
+
+def test_a_batch_without_labels_changes_nothing_but_the_step():
+    config, step = compiled("llama", tuple(SHARDED.items()), ())
+    mesh = mesh_of(**SHARDED)
+    with jax.set_mesh(mesh):
+        batch = put_batch(mesh)
+        batch["labels"] = jnp.full_like(batch["labels"], IGNORED)
+        state, metrics = step(put_state("llama", config, mesh), batch)
+    assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
+    before = first_state("llama").parameters
+    jax.tree.map(np.testing.assert_array_equal, state.parameters, before)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"])
+def test_compiled_from_shapes_for_real_state_and_batch(mesh_name):
+    """The program takes and gives arrays where a made state and a batch lie."""
+    degrees = MESHES[mesh_name]
+    config, step = compiled("llama", tuple(degrees.items()), ())
+    mesh = mesh_of(**degrees)
+    with jax.set_mesh(mesh):
+        init = jax.jit(functools.partial(init_state, config), compiler_options=QUICK)
+        state, batch = init(), put_batch(mesh)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_batch_on(config, mesh))
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+
+    def same(sharding, array):
+        assert sharding.is_equivalent_to(array.sharding, array.ndim)
+        assert sharding.mesh == mesh
+
+    arguments, keywords = step.input_shardings
+    assert not keywords
+    jax.tree.map(same, tuple(arguments), (state, batch))
+    jax.tree.map(same, step.output_shardings[0], state)
+    assert all(s.is_fully_replicated for s in step.output_shardings[1].values())
+
+
+def abstract_batch_on(config, mesh):
+    with jax.set_mesh(mesh):
+        return abstract_batch(config)
+
+
+def test_batch_without_segment_ids():
+    config = make_config("llama", ONE)
+    config = dataclasses.replace(config, data=configs.Data(mask_documents=False))
+    names = set(abstract_batch_on(config, mesh_of()))
+    assert names == {"tokens", "labels", "positions"}
+
+
+@pytest.mark.parametrize("degrees", [ONE, SHARDED], ids=str)
+def test_validation_gives_a_sum_and_a_count(degrees):
+    mesh = mesh_of(**degrees)
+    config = make_config("llama", degrees)
+    with jax.set_mesh(mesh):
+        parameters = put_state("llama", config, mesh).parameters
+        step = jax.jit(make_validation_step(config), compiler_options=QUICK)
+        total, count = step(parameters, put_batch(mesh))
+    assert count.dtype == jnp.int32 and int(count) == NUM_VALID
+    mean = train("llama", ONE)[0]["loss"][0]
+    np.testing.assert_allclose(float(total), mean * NUM_VALID, rtol=2e-6)
