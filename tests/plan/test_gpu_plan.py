@@ -1,0 +1,143 @@
+"""The trainer's step, compiled for GPUs that are not there; needs the CUDA plugin."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ulysses_jax import config as configs
+from ulysses_jax.plan import compile as plan_compile
+from ulysses_jax.plan.compile import PlanError, analyse, compile_step
+from ulysses_jax.plan.targets import TARGETS, Target, parse_gpus
+from ulysses_jax.plan.worker import plan_step
+from ulysses_jax.training.step import make_train_step
+
+pytestmark = pytest.mark.plan
+
+H100 = TARGETS["h100"]
+
+
+def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, **degrees):
+    config = configs.Config(
+        model=configs.Model(
+            vocab_size=512,
+            width=256,
+            num_layers=2,
+            num_heads=8,
+            num_kv_heads=num_kv_heads,
+            head_size=64,
+            feed_forward_width=512,
+        ),
+        data=configs.Data(mask_documents=False),
+        training=configs.Training(batch_size=batch_size, sequence_tokens=tokens),
+        mesh=configs.Mesh(**degrees),
+    )
+    return configs.complete(config, name="tiny")
+
+
+def plan(config: configs.Config, gpus: str = "h100:1x8"):
+    target, hosts, gpus_per_host = parse_gpus(gpus)
+    program = compile_step(config, target, hosts, gpus_per_host)
+    return analyse(program, target, gpus_per_host)
+
+
+def exchange(result):
+    rows = result["traffic"]
+    return next(
+        r for r in rows if (r["collective"], r["axis"]) == ("all-to-all", "seq")
+    )
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        dict(data=2, seq=4),
+        dict(fsdp=4, seq=2),
+        dict(data=2, seq=2, tensor=2),
+        dict(seq=8),
+    ],
+    ids=str,
+)
+def test_a_step_sends_what_the_formulas_say(degrees):
+    result = plan(tiny(**degrees))
+    assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
+    for row in result["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+    assert result["warnings"] == []
+    # cuDNN attends: XLA sees its call, and its backward's workspace is estimated.
+    assert result["attention_flops"] > 0
+    memory = result["memory"]
+    assert "cuDNN workspace" in {each["name"] for each in memory["estimated"]}
+    assert 0 < memory["device_bytes"] < memory["limit_bytes"] and memory["fits"]
+    assert memory["host_bytes_per_device"] == 0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_xla_accepts_every_target(name):
+    result = plan(tiny(fsdp=2, seq=4), f"{name}:1x8")
+    assert result["memory"]["limit_bytes"] == TARGETS[name].memory_bytes
+    assert result["attention_flops"] > 0
+
+
+def test_weak_scaling_keeps_the_exchange_of_a_gpu():
+    """Tokens and GPUs grow together, 8 to 64, over whole hosts and a longer seq."""
+    model = dict(num_kv_heads=8)
+    rows = [
+        exchange(plan(tiny(seq=8, batch_size=1, **model), "h100:1x8")),
+        exchange(plan(tiny(seq=8, fsdp=-1, batch_size=8, **model), "h100:8x8")),
+    ]
+    assert rows[0]["bytes"] == pytest.approx(rows[1]["bytes"], rel=0.01)
+    assert [row["link"] for row in rows] == ["within a host"] * 2
+    # A longer sequence over more of seq: (P-1)/P is all that changes.
+    wide = dict(num_kv_heads=8, batch_size=4)
+    two = exchange(plan(tiny(seq=2, data=4, tokens=512, **wide)))
+    eight = exchange(plan(tiny(seq=8, data=1, tokens=2048, **wide)))
+    assert eight["bytes"] / 4 == pytest.approx(two["bytes"] * (7 / 8) / (1 / 2))
+
+
+def test_strong_scaling_falls_as_the_degree():
+    few = exchange(plan(tiny(seq=2, tokens=2048, batch_size=1), "h100:1x2"))
+    many = exchange(plan(tiny(seq=4, tokens=2048, batch_size=1), "h100:1x4"))
+    assert few["bytes"] / (1 / 2 / 2) == pytest.approx(many["bytes"] / (3 / 4 / 4))
+
+
+def test_an_exchange_across_hosts_says_so():
+    row = exchange(plan(tiny(seq=8, batch_size=1), "h100:2x4"))
+    assert row["link"] == "between hosts"
+    assert row["between_hosts_bytes"] == pytest.approx(row["bytes"] * 4 / 7)
+
+
+def test_a_needless_all_gather_is_reported(monkeypatch):
+    def wasteful(config):
+        step = make_train_step(config)
+
+        def with_fault(state, batch):
+            whole = jax.sharding.reshard(state.parameters["embedding"], P())
+            state, metrics = step(state, batch)
+            return state, metrics | {"planted": jax.numpy.sort(whole.reshape(-1))[0]}
+
+        return with_fault
+
+    monkeypatch.setattr(plan_compile, "make_train_step", wasteful)
+    (warning,) = plan(tiny(fsdp=2, seq=4))["warnings"]
+    assert "all-gather over fsdp+seq sends 1." in warning
+
+
+def test_a_target_that_xla_refuses():
+    target = dataclasses.replace(H100, description='one quote: "')
+    with pytest.raises(PlanError, match="XLA refuses the target h100"):
+        compile_step(tiny(seq=8), target, 1, 8)
+
+
+def test_from_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = plan_step(tiny(fsdp=-1, seq=4), H100, 1, 8)
+    assert result["mesh"]["fsdp"] == 2 and not result["is_cached"]
+    assert plan_step(tiny(fsdp=-1, seq=4), H100, 1, 8)["is_cached"]
+    old: Target = dataclasses.replace(H100, compute_capability=(3, 5))
+    with pytest.raises(PlanError, match="XLA cannot compile"):
+        plan_step(tiny(seq=8), old, 1, 8)
+    with pytest.raises(ValueError, match="batch_size"):
+        plan_step(tiny(fsdp=-1, seq=4, batch_size=1), H100, 1, 8)

@@ -1,0 +1,118 @@
+"""The trainer's step, compiled for CPU devices, sends what the formulas say."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ulysses_jax import config as configs
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.plan import compile as plan_compile
+from ulysses_jax.plan.compile import analyse, compile_on
+from ulysses_jax.plan.targets import TARGETS
+from ulysses_jax.training.step import make_train_step
+
+
+def tiny(*, remat="full", accumulation_steps=1, **degrees):
+    config = configs.Config(
+        model=configs.Model(
+            vocab_size=96,
+            width=64,
+            num_layers=3,
+            num_heads=8,
+            num_kv_heads=4,
+            head_size=8,
+            feed_forward_width=96,
+            # CPU devices send bfloat16 as float32.
+            compute_dtype="float32",
+        ),
+        data=configs.Data(mask_documents=False),
+        training=configs.Training(
+            batch_size=4,
+            sequence_tokens=64,
+            accumulation_steps=accumulation_steps,
+        ),
+        mesh=configs.Mesh(**degrees),
+        memory=configs.Memory(remat=remat),
+    )
+    config = configs.complete(config, name="tiny")
+    return configs.place(config, dataclasses.asdict(config.mesh))
+
+
+def analysed(config):
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    return analyse(compile_on(config, mesh), TARGETS["h100"], gpus_per_host=8)
+
+
+def row(result, collective, axis):
+    rows = [r for r in result["traffic"] if r["collective"] == collective]
+    return next(r for r in rows if r["axis"] == axis)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(fsdp=2, seq=4),
+        dict(data=2, seq=2, tensor=2, accumulation_steps=2),
+        dict(seq=8),  # more devices than KV heads
+    ],
+    ids=str,
+)
+def test_exchange_bytes(changes):
+    result = analysed(tiny(**changes))
+    exchange = row(result, "all-to-all", "seq")
+    assert exchange["ratio"] == pytest.approx(1, abs=0.01)
+    assert exchange["link"] == "within a host"
+    # By hand, per pass and layer: q and out of N heads, k and v of max(K, P) heads.
+    seq, tensor = changes["seq"], changes.get("tensor", 1)
+    rows_local = 4 // (changes.get("data", 1) * changes.get("fsdp", 1))
+    heads = 2 * 8 // tensor + 2 * max(4 // tensor, seq)
+    sent = rows_local * 64 // seq * heads * 8 * 4 * (seq - 1) / seq
+    assert exchange["bytes"] == pytest.approx(3 * 3 * sent)
+    assert set(exchange["phases"]) == {"forward", "recompute", "backward"}
+    matmul = 3 * 2 * 64 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 96)  # one layer pass a token: x4
+    tokens = 4 * 64 / 8
+    assert result["matmul_flops"] > 3 * matmul * tokens
+
+
+def test_memory_of_the_state():
+    result = analysed(tiny(fsdp=2, seq=4))
+    memory = result["memory"]
+    layers = 3 * (64 * (2 * 8 * 8 + 2 * 4 * 8) + 3 * 64 * 96)
+    matrices = layers + 2 * 96 * 64
+    vectors = (2 * 3 + 1) * 64  # whole on every device
+    parameters = 4 * (matrices // 8 + vectors)
+    assert memory["parameters_bytes"] == parameters
+    assert memory["optimizer_bytes"] == pytest.approx(2 * parameters, abs=16)
+    assert memory["batch_bytes"] == pytest.approx(3 * 4 * 4 * 64 / 8, abs=256)
+    parts = ("parameters", "optimizer", "batch", "gradients", "activations", "output")
+    total = sum(memory[f"{part}_bytes"] for part in parts)
+    assert memory["device_bytes"] == total
+    assert memory["fits"]
+
+
+def test_a_needless_all_gather_is_reported(monkeypatch):
+    config = tiny(fsdp=2, seq=4, remat="none")
+    clean = analysed(config)
+    assert not [w for w in clean["warnings"] if "all-gather" in w]
+    assert row(clean, "all-gather", "fsdp+seq")["ratio"] == pytest.approx(1)
+
+    def wasteful(config):
+        step = make_train_step(config)
+
+        def with_fault(state, batch):
+            whole = jax.sharding.reshard(state.parameters["embedding"], P())
+            state, metrics = step(state, batch)
+            return state, metrics | {"planted": jax.numpy.sort(whole.reshape(-1))[0]}
+
+        return with_fault
+
+    monkeypatch.setattr(plan_compile, "make_train_step", wasteful)
+    faulty = analysed(config)
+    (warning,) = [w for w in faulty["warnings"] if "all-gather over fsdp+seq" in w]
+    assert "times what the formula says" in warning
+    before = row(clean, "all-gather", "fsdp+seq")["bytes"]
+    after = row(faulty, "all-gather", "fsdp+seq")["bytes"]
+    assert after - before == pytest.approx(96 * 64 * 4 * 7 / 8)
