@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float, Int
 
@@ -39,17 +40,17 @@ def ulysses_attention(
       q: global `[B, T, N, H]`, float32, bfloat16 or float16.
       k, v: global `[B, S, K, H]`, q's dtype; query head n reads KV head n // (N/K).
       mesh: with an axis named `seq` of degree P (without it P = 1), and any of `data`,
-        `fsdp` (they split B) and `tensor` (it splits N and K, before seq does). Axes with
-        other names are left alone. None: the mesh set with `jax.set_mesh`.
+        `fsdp` (they split B) and `tensor` (it splits N and K, before seq does). Axes
+        with other names are left alone. None: the mesh set with `jax.set_mesh`.
       attention: what a device computes, `f(q, k, v, mask=..., scale=...)` on
-        `[B, T, N/P, H]`; `mask` is a `ulysses_jax.attention.mask.Mask`. None: the best for
-        the mesh's devices that honours the mask
+        `[B, T, N/P, H]`; `mask` is a `ulysses_jax.attention.mask.Mask`. None: the best
+        for the mesh's devices that honours the mask
         (`ulysses_jax.attention.select.local_attention` says which).
       causal: a query sees keys at its own position and before. Where T != S, both count
         from 0.
       window: a query sees keys fewer than this many positions away.
-      segment_ids: integers, global `[B, T]` (or a pair, `[B, T]` and `[B, S]`): tokens see
-        only tokens of their own segment.
+      segment_ids: integers, global `[B, T]` (or a pair, `[B, T]` and `[B, S]`): tokens
+        see only tokens of their own segment.
       positions: integers, global, shaped likewise: what `causal` and `window` compare.
         None: 0, 1, 2, ...
       scale: of the logits; None: H**-0.5.
@@ -65,11 +66,12 @@ def ulysses_attention(
         would fit.
 
     Cost: with e bytes an element and g = N/K, each device receives
-    (2 + 2/g) (T D / P) (P-1)/P e bytes forward for D = N H and P <= K, in four all-to-alls,
-    and as much backward. Where P > K each KV head is repeated P/K times, so k and v cost as
-    if K were P. Where the heads do not divide over P, query heads are padded to the next
-    number of slots that does (`parallel.exchange.head_layout`): exchange and attention then
-    cost slots / N times as much, e.g. 8/6 for 6 heads over 4 devices.
+    (2 + 2/g) (T D / P) (P-1)/P e bytes a row of the batch forward for D = N H and
+    P <= K, in four all-to-alls, and as much backward. Where P > K each KV head is
+    repeated P/K times, so k and v cost as if K were P. Where the heads do not divide
+    over P, query heads are padded to the next number of slots that does
+    (`parallel.exchange.head_layout`): exchange and attention then cost slots / N times
+    as much, e.g. 8/6 for 6 heads over 4 devices.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; repeated KV heads as in ALST,
     arXiv 2506.13996.
@@ -86,7 +88,7 @@ def ulysses_attention(
         kv_positions=kv_positions,
     )
     if attention is None:
-        attention = local_attention(platform_of(mesh), q, mask)
+        attention = local_attention(platform_of(mesh), q, k, mask)
     return ulysses(
         q,
         k,
@@ -118,8 +120,9 @@ def attention_fn(
       A function with the signature that `flax.nnx.MultiHeadAttention` calls.
 
     Raises (when called):
-      ValueError: for what the exchange cannot honour: a dense `mask` (use causal, window
-        or segment_ids), dropout of attention weights, and sowing them through `module`.
+      ValueError: for what the exchange cannot honour: `bias`, a dense `mask` (use
+        causal, window or segment_ids), dropout of attention weights, sowing them
+        through `module`, and `precision`.
     """
 
     def fn(
@@ -143,8 +146,8 @@ def attention_fn(
             "bias": (bias is not None, "leave it out"),
             "mask": (
                 mask is not None,
-                "a dense [T, S] mask does not exist at these lengths: give "
-                "attention_fn(causal=..., window=..., segment_ids=...) or is_causal=True",
+                "a dense [T, S] mask does not exist at these lengths: give attention_fn"
+                "(causal=..., window=..., segment_ids=...) or is_causal=True",
             ),
             "dropout": (
                 dropout_rate > 0 and not deterministic,
@@ -189,11 +192,16 @@ def _mesh(mesh: Mesh | AbstractMesh | None, q: Array) -> Mesh | AbstractMesh:
                 "no mesh: pass mesh=make_mesh(...), or call jax.set_mesh(mesh) first"
             )
         return ambient
-    if ambient.axis_names == mesh.axis_names:
+    if not ambient.empty:
+        if dict(ambient.shape) != dict(mesh.shape):
+            raise ValueError(
+                f"mesh is {dict(mesh.shape)}, but jax.set_mesh has set "
+                f"{dict(ambient.shape)}: pass that one, or leave mesh out"
+            )
         return ambient  # it knows which axes an outer shard_map has made manual
     if isinstance(mesh, Mesh) and jax.typeof(q).sharding.mesh.empty:
-        # Nothing around here knows of Explicit axes, and jax.grad outside of jit refuses
-        # results that do.
+        # Nothing around here knows of Explicit axes, and jax.grad outside of jit
+        # refuses results that do.
         auto = (AxisType.Auto,) * len(mesh.axis_names)
         return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
     return mesh
@@ -201,11 +209,34 @@ def _mesh(mesh: Mesh | AbstractMesh | None, q: Array) -> Mesh | AbstractMesh:
 
 def _pair(ids: Any, name: str, q: Array, k: Array) -> tuple[Any, Any]:
     """Splits one array of ids, or a pair of them, into the queries' and the keys'."""
+    if ids is None:
+        return None, None
     if isinstance(ids, tuple):
-        return ids
-    if ids is not None and q.shape[1] != k.shape[1]:
+        if len(ids) != 2:
+            raise ValueError(f"{name} is an array or a pair, not {len(ids)} of them")
+        q_ids, kv_ids = ids
+    else:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"{q.shape[1]} query tokens but {k.shape[1]} key tokens: give {name} "
+                "as a pair, [B, T] for the queries and [B, S] for the keys"
+            )
+        q_ids = kv_ids = ids
+    return _int32(q_ids, name, q), _int32(kv_ids, name, k)
+
+
+def _int32(ids: Any, name: str, like: Array) -> Array:
+    """The ids in the one dtype in which their differences are right: not unsigned."""
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        limits = np.iinfo(np.int32)
+        if ids.size and (ids.min() < limits.min or ids.max() > limits.max):
+            raise ValueError(f"{name} {ids.min()} to {ids.max()} exceed int32")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} are integers, not {ids.dtype}")
+    if ids.shape != like.shape[:2]:
         raise ValueError(
-            f"{q.shape[1]} query tokens but {k.shape[1]} key tokens: give {name} as a "
-            "pair, [B, T] for the queries and [B, S] for the keys"
+            f"{name} has shape {ids.shape}, but there are {like.shape[:2]} (batch, "
+            "tokens)"
         )
-    return ids, ids
+    return jnp.asarray(ids, jnp.int32)

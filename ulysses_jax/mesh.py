@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ def make_mesh(
     ring: int = 1,
     seq: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     axis_type: AxisType = AxisType.Auto,
 ) -> Mesh:
     """Makes a mesh with the axes data, fsdp, ring, seq, tensor, outermost first.
@@ -28,7 +29,7 @@ def make_mesh(
     Args:
       data, fsdp, ring, seq, tensor: the degree of each axis. One of them may be -1:
         what the others leave.
-      devices: the devices to use; None is all of them.
+      devices: the `jax.Device`s to use; None is all of them.
       axis_type: of every axis. `AxisType.Auto` lets any model run unchanged; the
         trainer takes `AxisType.Explicit`, where an array's type says how it is sharded.
 
@@ -115,8 +116,8 @@ def start_distributed(
       process_id: of this process, 0 to num_processes - 1.
 
     Raises:
-      ValueError: some of the arguments are missing, or a launcher is there that does not
-        say enough.
+      ValueError: some of the arguments are missing, or a launcher is there that does
+        not say enough.
     """
     given = dict(
         coordinator=coordinator, num_processes=num_processes, process_id=process_id

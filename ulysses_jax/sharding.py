@@ -17,13 +17,15 @@ ACTIVATION: dict[str, tuple[str, ...]] = {
     "V": ("tensor",),
 }
 
-# Parameters, their gradients and their optimizer state: as activations, and D over every
-# axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
+# Parameters, their gradients and their optimizer state: as activations, and D over
+# every axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
 ZERO = ("fsdp", "ring", "seq")
 
 
 def activation(letters: str, axes: Mapping[str, int]) -> P:
-    """The spec of an activation, or of a weight gathered for use, e.g. `activation("BTNH", mesh.shape)`.
+    """The spec of an activation, or of a weight gathered for use.
+
+    E.g. `activation("BTNH", mesh.shape)`.
 
     Args:
       letters: a letter a dim; letters that ACTIVATION lacks are not sharded.
@@ -39,8 +41,8 @@ def activation(letters: str, axes: Mapping[str, int]) -> P:
 def parameter(letters: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> P:
     """The spec of a parameter, e.g. `parameter("DNH", (4096, 32, 128), mesh.shape)`.
 
-    D lies on `zero_axes`; a vector (D alone, or one a layer, LD) is
-    not worth a gather and stays whole.
+    D lies on `zero_axes`; a vector (D alone, or one a layer, LD) is not worth a gather
+    and stays whole.
     """
     spec = list(activation(letters, axes))
     if "D" in letters and letters.strip("L") != "D":

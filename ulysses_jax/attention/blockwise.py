@@ -40,8 +40,8 @@ def blockwise_attention(
 
     Softmax and accumulators are float32, products are in q's dtype. Keeps out and
     logsumexp for the backward pass, under the names "attention_out" and
-    "attention_logsumexp" for rematerialisation policies. Memory is O(T + S); FLOPs are 2
-    products a tile forward and 5 backward.
+    "attention_logsumexp" for rematerialisation policies. Memory is O(T + S); FLOPs are
+    2 products a tile forward and 5 backward.
 
     Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
     """
@@ -71,7 +71,7 @@ def blockwise_attention_with_logsumexp(
         block_q=min(block_q, q.shape[1]),
         block_kv=min(block_kv, k.shape[1]),
     )
-    return _attend(plan, q, k, v, mask)
+    return _attend(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
 class _Plan(NamedTuple):
@@ -180,7 +180,7 @@ class _Tiles:
 
     Blocks of queries are `[blocks, B, K, G, block, H]`: the G query heads of a KV head
     are rows of one product with it. Where the last block is not full it is padded, and
-    keys of the padding are hidden.
+    the padding is hidden.
     """
 
     def __init__(self, plan: _Plan, q: Array, k: Array, mask: Mask):
@@ -189,21 +189,26 @@ class _Tiles:
         self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
         self.num_q = math.ceil(self.num_queries / plan.block_q)
         self.num_kv = math.ceil(self.num_keys / plan.block_kv)
+        # tree.map leaves what is None.
         self.mask = Mask(
             causal=mask.causal,
             window=mask.window,
-            q_segment_ids=self._pad_q(mask.q_segment_ids),
-            kv_segment_ids=self._pad_kv(mask.kv_segment_ids),
-            q_positions=self._pad_q(mask.q_positions),
-            kv_positions=self._pad_kv(mask.kv_positions),
+            q_segment_ids=jax.tree.map(self._pad_q, mask.q_segment_ids),
+            kv_segment_ids=jax.tree.map(self._pad_kv, mask.kv_segment_ids),
+            q_positions=jax.tree.map(self._pad_q, mask.q_positions),
+            kv_positions=jax.tree.map(self._pad_kv, mask.kv_positions),
         )
         self.bounds = self.mask.block_bounds(plan.block_q, plan.block_kv)
 
     def logits(self, query: Array, key: Array, i: Array, j: Array):
-        """Scaled float32 logits of tile (i, j), hidden ones HIDDEN; and which are not."""
+        """Scaled float32 logits of tile (i, j), HIDDEN where not seen; and what is."""
         block_q, block_kv = self.plan.block_q, self.plan.block_kv
         logits = _product("BKGqH,BKsH->BKGqs", query, key) * self.plan.scale
         seen = self.mask.visible(i * block_q, block_q, j * block_kv, block_kv)
+        # Padding sees nothing and is not seen: no query of it may reach dk and dv.
+        if self.num_queries % block_q:
+            real = i * block_q + jnp.arange(block_q) < self.num_queries
+            seen &= real[:, None]
         if self.num_keys % block_kv:
             seen &= j * block_kv + jnp.arange(block_kv) < self.num_keys
         seen = seen[:, None, None]
@@ -236,16 +241,16 @@ class _Tiles:
     def join_rows(self, x: Array) -> Array:
         return self.join_q(x[..., None])[..., 0].transpose(0, 2, 1)
 
-    def _pad_q(self, x):
+    def _pad_q(self, x: Array) -> Array:
         return _pad_tokens(x, self.num_q * self.plan.block_q)
 
-    def _pad_kv(self, x):
+    def _pad_kv(self, x: Array) -> Array:
         return _pad_tokens(x, self.num_kv * self.plan.block_kv)
 
 
-def _pad_tokens(x: Array | None, size: int) -> Array | None:
-    """Lengthens dim 1 by repeating its last element, which keeps blocks' bounds tight."""
-    if x is None or x.shape[1] == size:
+def _pad_tokens(x: Array, size: int) -> Array:
+    """Lengthens dim 1 by repeating its last element: blocks' bounds stay tight."""
+    if x.shape[1] == size:
         return x
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, size - x.shape[1])

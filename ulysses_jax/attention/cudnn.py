@@ -9,14 +9,14 @@ from ulysses_jax.attention.mask import Mask
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def cudnn_can(q: Array, mask: Mask) -> bool:
+def cudnn_can(q: Array, k: Array, mask: Mask) -> bool:
     """Whether cuDNN through jax.nn has this dtype, head size and mask."""
     return (
         q.dtype in DTYPES
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
         and mask.is_by_index
-        and (mask.window is None or mask.causal)
+        and (mask.window is None or (mask.causal and q.shape[1] <= k.shape[1]))
     )
 
 
@@ -30,11 +30,13 @@ def cudnn_attention(
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN, forward and backward, O(T) memory.
 
-    Args: as `reference_attention`'s; bfloat16 or float16.
+    Args: as `reference_attention`'s; bfloat16 or float16. Head sizes that cuDNN lacks
+      are refused by jax.nn, which knows the GPU.
 
     Raises:
       ValueError: float32; segments or positions, which cuDNN through jax.nn does not
-        have: it would attend across packed documents.
+        have: it would attend across packed documents; a window without causal, or with
+        more queries than keys.
     """
     mask.check(q, k)
     if q.dtype not in DTYPES:
@@ -42,15 +44,30 @@ def cudnn_attention(
             f"cuDNN attends in bfloat16 or float16, not {q.dtype}: cast q, k and v, or "
             "use blockwise_attention"
         )
+    if mask.window is not None and not mask.causal:
+        raise ValueError(
+            "cuDNN has a window only with causal=True: use blockwise_attention"
+        )
     return through_jax_nn(q, k, v, mask=mask, scale=scale, implementation="cudnn")
 
 
 def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:
-    """`jax.nn.dot_product_attention` with a mask given as data."""
+    """`jax.nn.dot_product_attention` with a mask given as data.
+
+    Its causal mask and window compare indices that both count from 0, as `Mask` does
+    where T != S.
+    """
     if not mask.is_by_index:
         raise ValueError(
             "cuDNN through jax.nn has neither segment ids nor positions: use "
             "blockwise_attention, or one document a sequence"
+        )
+    if mask.window is not None and q.shape[1] > k.shape[1]:
+        # cuDNN has no such plan, and jax.nn averages all values for a query past the
+        # last key's window, where `Mask` says 0.
+        raise ValueError(
+            f"cuDNN has a window only for as many keys as queries or more, not for "
+            f"{q.shape[1]} queries and {k.shape[1]} keys: use blockwise_attention"
         )
     window = None
     if mask.window is not None:  # jax.nn counts the neighbours on either side

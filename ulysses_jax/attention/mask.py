@@ -15,7 +15,8 @@ class Mask:
     Attributes:
       causal: a key at the query's position or before.
       window: a key fewer than this many positions away.
-      q_segment_ids, kv_segment_ids: int32 `[B, T]`, `[B, S]`: a key of the same segment.
+      q_segment_ids, kv_segment_ids: int32 `[B, T]`, `[B, S]`: a key of the same
+        segment.
       q_positions, kv_positions: int32 `[B, T]`, `[B, S]`: what causal and window
         compare; None is 0, 1, 2, ... for both.
 
@@ -44,7 +45,7 @@ class Mask:
         return self.q_segment_ids is None and self.q_positions is None
 
     def check(self, q: Array, k: Array) -> None:
-        """Raises ValueError where an array is not `[B, T]`, or `[B, S]`, for q and k."""
+        """Raises ValueError where an array is not `[B, T]` or `[B, S]` of q and k."""
         for name, like in (("q", q), ("kv", k)):
             for what in ("segment_ids", "positions"):
                 ids = getattr(self, f"{name}_{what}")
@@ -57,7 +58,7 @@ class Mask:
     def visible(
         self, q_start: Array | int, num_q: int, kv_start: Array | int, num_kv: int
     ) -> Bool[Array, "B q kv"]:
-        """The mask between two ranges of tokens; B is 1 where it is the same for all."""
+        """The mask between two ranges of tokens; B is 1 if it is one for all rows."""
         q = self._positions("q", q_start, num_q)[:, :, None]
         kv = self._positions("kv", kv_start, num_kv)[:, None, :]
         seen = jnp.ones((1, num_q, num_kv), bool)

@@ -1,5 +1,7 @@
 """Dense float32 attention: the oracle that every other file is tested against."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -27,13 +29,13 @@ def reference_attention(
     mask.check(q, k)
     batch, num_q, num_heads, size = q.shape
     num_kv_heads = k.shape[2]
-    scale = size**-0.5 if scale is None else scale
+    scale = 1 / math.sqrt(size) if scale is None else scale
     grouped = (batch, num_q, num_kv_heads, num_heads // num_kv_heads, size)
     q32 = q.astype(jnp.float32).reshape(grouped)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
     seen = mask.visible(0, num_q, 0, k.shape[1])[:, None, None]
-    # Hidden logits are replaced before and after exp: a row without a visible key is then
-    # 0 / 1 and its gradient 0, not NaN.
+    # Hidden logits are replaced before and after exp: a row without a visible key is
+    # then 0 / 1 and its gradient 0, not NaN.
     highest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - highest, 0)), 0)
     sums = weights.sum(axis=-1, keepdims=True)

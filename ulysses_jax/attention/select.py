@@ -17,13 +17,16 @@ ATTENTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-def local_attention(platform: str, q: Array, mask: Mask) -> Callable[..., Array]:
+def local_attention(
+    platform: str, q: Array, k: Array, mask: Mask
+) -> Callable[..., Array]:
     """The fastest attention that honours the mask.
 
     On GPUs: cuDNN, for bfloat16 and float16, head sizes up to 128 in steps of 8, and
     masks by index alone (no segments, no positions of the caller's, a window only with
-    causal). Everything else: `blockwise_attention`, which has no limits.
+    causal and no more queries than keys). Everything else: `blockwise_attention`, which
+    has no limits.
     """
-    if platform in ("gpu", "cuda") and cudnn_can(q, mask):
+    if platform in ("gpu", "cuda") and cudnn_can(q, k, mask):
         return cudnn_attention
     return blockwise_attention

@@ -65,8 +65,9 @@ def heads_to_seq(
     degree = lax.axis_size(axis_name)
     if x.shape[1] % degree:
         raise ValueError(
-            f"heads_to_seq: {x.shape[1]} tokens do not divide over {axis_name!r} degree "
-            f"{degree}: pad the sequence to {-(-x.shape[1] // degree) * degree} tokens"
+            f"heads_to_seq: {x.shape[1]} tokens do not divide over {axis_name!r} "
+            f"degree {degree}: pad the sequence to "
+            f"{-(-x.shape[1] // degree) * degree} tokens"
         )
     return _all_to_all(x, axis_name, split_axis=1, concat_axis=2)
 
@@ -134,8 +135,8 @@ def head_layout(num_heads: int, num_kv_heads: int, degree: int) -> HeadLayout:
 
     The fewest query slots win (attention's compute, and the exchange of queries and
     outputs, grow as slots / N), then the fewest KV slots. Where P divides N and K
-    nothing is padded or repeated; where K divides P every KV head is repeated P/K times,
-    never to N, and query slots are N rounded up to a multiple of P.
+    nothing is padded or repeated; where K divides P every KV head is repeated P/K
+    times, never to N, and query slots are N rounded up to a multiple of P.
 
     Raises:
       ValueError: K does not divide N.

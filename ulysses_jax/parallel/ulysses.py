@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ulysses_jax.mesh import AXES
@@ -37,9 +36,10 @@ def ulysses(
       q, k, v: global arrays; the batch is sharded over (data, fsdp), tokens over seq,
         heads over tensor, whichever of these axes the mesh has.
       mesh: a mesh; axes that are not of this library's are left as they are.
-      attention: `f(q, k, v, mask=..., scale=...)`, called on local heads and all tokens.
-      mask: a pytree of arrays `[B, global length]`, handed to `attention` with the local
-        part of the batch and all tokens.
+      attention: `f(q, k, v, mask=..., scale=...)`, called on local heads and all
+        tokens.
+      mask: a pytree of arrays `[B, global length]`, handed to `attention` with the
+        local part of the batch and all tokens.
       scale: handed to `attention`.
       head_chunks: the local heads are exchanged and attended in this many groups, so
         that one group's exchange can run under another's attention.
@@ -103,8 +103,8 @@ def ulysses(
         in_specs=specs,
         out_specs=spec,
         axis_names=set(axes),
-        # Every axis of degree > 1 shards q, k and v, so no gradient needs a sum that the
-        # check would find; without it `attention` may be anybody's function.
+        # Every axis of degree > 1 shards q, k and v, so no gradient needs a sum that
+        # the check would find; without it `attention` may be anybody's function.
         check_vma=False,
     )(*args)
 
@@ -119,8 +119,8 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     }
     if "seq" in manual:
         raise ValueError(
-            "ulysses_attention takes global arrays, but it is called inside a shard_map "
-            "over 'seq': call seq_to_heads and heads_to_seq there"
+            "ulysses_attention takes global arrays, but it is called inside a "
+            "shard_map over 'seq': call seq_to_heads and heads_to_seq there"
         )
     return {axis: degrees[axis] for axis in AXES if axis in set(degrees) - manual}
 
@@ -137,8 +137,9 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         )
     if axes.get("ring", 1) > 1:
         raise ValueError(
-            f"ulysses_attention spreads tokens over seq alone, but ring={axes['ring']}: "
-            f"use ring=1, seq={axes['ring'] * axes.get('seq', 1)}"
+            "ulysses_attention spreads tokens over seq alone, but "
+            f"ring={axes['ring']}: use ring=1, "
+            f"seq={axes['ring'] * axes.get('seq', 1)}"
         )
     batch = math.prod(axes.get(axis, 1) for axis in ("data", "fsdp"))
     for name, size, over, degree in (
@@ -168,8 +169,8 @@ def _split_chunks(head_chunks: int, num_kv: int, group: int) -> tuple[int, int]:
             if group % (n // math.gcd(n, num_kv)) == 0
         ]
         raise ValueError(
-            f"head_chunks {head_chunks} does not divide the {num_kv * group} query heads "
-            f"of a device ({num_kv} KV heads x {group}): use one of {fits}"
+            f"head_chunks {head_chunks} does not divide the {num_kv * group} query "
+            f"heads of a device ({num_kv} KV heads x {group}): use one of {fits}"
         )
     return kv_chunks, group_chunks
 
