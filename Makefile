@@ -1,6 +1,9 @@
 # make train   sets up .venv and trains configs/tiny.yaml
 # make test    sets up .venv and runs the tests (make test-all: the slow ones too)
 # make check   format, lint, types
+# make plan    sets up .venv-plan (with the CUDA plugin, 4 GB) and plans Llama-3-8B on 8
+#              H100; another plan: make plan ARGS="--config configs/... --gpus ..."
+# make test-plan   the tests that compile for GPUs
 # PYTHON=python3.12 make test   uses another Python
 
 PYTHON ?= python3
@@ -8,7 +11,11 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 INSTALLED := .venv/installed-for-python-$(VERSION)
 IN := .venv/bin/
 
-.PHONY: train test test-all check format constraints clean
+# The plan compiles for GPUs and so needs JAX's CUDA plugin: an environment of its own.
+PLAN_INSTALLED := .venv-plan/installed-for-python-$(VERSION)
+ARGS ?= --config configs/llama3_8b.yaml --gpus h100:1x8
+
+.PHONY: train test test-all check plan test-plan format constraints clean
 
 train: $(INSTALLED)
 	@echo "== training configs/tiny.yaml: a few minutes on 2 cores"
@@ -28,17 +35,32 @@ check: $(INSTALLED)
 	$(IN)ruff check .
 	$(IN)pyright
 
+plan: $(PLAN_INSTALLED)
+	@.venv-plan/bin/python -m ulysses_jax.plan $(ARGS)
+
+test-plan: $(PLAN_INSTALLED)
+	@echo "== tests that compile for GPUs that are not there"
+	.venv-plan/bin/python -m pytest -m plan
+
 format: $(INSTALLED)
 	$(IN)ruff check --fix .
 	$(IN)ruff format .
 
-# A change of Python, of the dependencies or of their pins makes the environment anew.
+# A change of Python, of the dependencies or of their pins makes an environment anew.
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "== setting up .venv with $$($(PYTHON) --version): about a minute, once"
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: PYTHON=python3.12 make ...' if sys.version_info < (3, 11) else 0)"
-	$(PYTHON) -m venv --clear .venv
-	$(IN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(call make_environment,.venv,.[dev],about a minute)
+
+$(PLAN_INSTALLED): pyproject.toml constraints.txt
+	$(call make_environment,.venv-plan,.[dev$(comma)gpu],about two minutes and 4 GB)
+
+comma := ,
+define make_environment
+	@echo "== setting up $(1) with $$($(PYTHON) --version): $(3), once"
+	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: PYTHON=python3.12 make ...' if sys.version_info < (3, 11) else 0)"
+	@$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(2)'
 	@touch $@
+endef
 
 # The pins: what a fresh resolution gives today, for every supported Python.
 constraints: $(INSTALLED)
@@ -46,4 +68,4 @@ constraints: $(INSTALLED)
 	$(IN)uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate pyproject.toml --output-file constraints.txt --upgrade
 
 clean:
-	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-plan .jax_cache .pytest_cache .ruff_cache build dist

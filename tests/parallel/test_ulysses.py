@@ -94,6 +94,20 @@ def test_composes_with_other_axes(degrees, axis_type):
     )
 
 
+def test_a_residual_sum_has_one_type():
+    """Axes of degree 1 do not come into the type of what a user's array is added to."""
+    mesh = mesh_of(AxisType.Explicit, data=2, seq=4)
+    q, k, v, weights = inputs(8, 8)
+    with jax.set_mesh(mesh):
+        put = NamedSharding(mesh, P("data", "seq"))
+        q, k, v, weights = (jax.device_put(x, put) for x in (q, k, v, weights))
+        got = out_and_gradients(
+            lambda q, k, v: q + ulysses_attention(q, k, v), q, k, v, weights
+        )
+    want, dq, *others = oracle(8, 8)
+    assert_close(got, (want + np.asarray(q), dq + np.asarray(weights), *others))
+
+
 @pytest.mark.parametrize("head_chunks", [2, 4])
 @pytest.mark.parametrize("heads, kv_heads", [(16, 16), (16, 2)])
 def test_head_chunks_change_nothing(heads, kv_heads, head_chunks):

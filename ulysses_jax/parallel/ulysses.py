@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ulysses_jax.mesh import AXES
@@ -45,7 +46,8 @@ def ulysses(
         that one group's exchange can run under another's attention.
 
     Returns:
-      The attended values, global, sharded as q.
+      The attended values, global, sharded as q should be; on a mesh with Explicit axes
+      with q's own type, where that lies alike.
 
     Raises:
       ValueError: shapes that do not fit each other or the mesh; the message has the
@@ -91,13 +93,14 @@ def ulysses(
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)
     args = (q, k, v, mask)
     specs = (spec, spec, spec, mask_spec)
-    if any(
+    is_explicit = any(
         mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes
-    ):
+    )
+    if is_explicit:
         args = jax.tree.map(
             lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), args, specs
         )
-    return jax.shard_map(
+    out = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=specs,
@@ -107,6 +110,20 @@ def ulysses(
         # the check would find; without it `attention` may be anybody's function.
         check_vma=False,
     )(*args)
+    q_sharding = jax.typeof(q).sharding
+    if is_explicit and not q_sharding.mesh.empty:
+        # Axes of degree 1 make types differ that lie alike: out takes q's, so that a
+        # residual sum has one type.
+        if _cut_over(q_sharding.spec, axes, q.ndim) == _cut_over(spec, axes, q.ndim):
+            out = jax.sharding.reshard(out, NamedSharding(mesh, q_sharding.spec))
+    return out
+
+
+def _cut_over(spec: P, axes: dict[str, int], num_dims: int) -> list[tuple[str, ...]]:
+    """For each dim the axes that cut it, without those of degree 1."""
+    dims = [() if d is None else (d,) if isinstance(d, str) else tuple(d) for d in spec]
+    dims += [()] * (num_dims - len(dims))
+    return [tuple(axis for axis in dim if axes.get(axis, 2) > 1) for dim in dims]
 
 
 def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:

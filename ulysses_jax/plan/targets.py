@@ -28,6 +28,12 @@ class Target:
     pcie_bytes_per_second: float
     host_memory_bytes: int
     """Of a node, unless the user says otherwise."""
+    # What kernels reach of these peaks; estimates, used by predictions alone.
+    matmul_efficiency: float
+    attention_efficiency: float
+    """Flash attention, forward and backward together, causal, head size 128."""
+    nvlink_efficiency: float
+    network_efficiency: float
     # What XLA's cost model and code generation read.
     compute_capability: tuple[int, int]
     num_cores: int
@@ -79,6 +85,21 @@ device_description_str: "{self.description}"
 # guides of the DGX A100, DGX H100/H200 and DGX B200 (one network adapter a GPU). Memory
 # that CUDA offers, cores, clocks, caches: as those cards describe themselves through
 # CUDA, which OpenXLA records in xla/backends/gpu/target_config/specs.
+#
+# Efficiencies are estimates. Attention: FlashAttention-2's paper (arXiv 2307.08691)
+# has 73 % of an A100's peak forward and 63 % backward; FlashAttention-3's (arXiv
+# 2407.08608) 570 to 650 TFLOP/s forward and 500 to 560 backward, causal, for cuDNN 9
+# and itself on an H100. Matrix products: what cuBLAS is commonly seen to reach at these
+# shapes. Links: NCCL's bus bandwidths commonly seen, 350 of 450 GB/s and 45 of 50.
+A100 = dict(
+    matmul_efficiency=0.80,
+    attention_efficiency=0.62,
+    nvlink_efficiency=0.78,
+    network_efficiency=0.90,
+)
+HOPPER = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.55)
+BLACKWELL = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.50)
+
 TARGETS = {
     target.name: target
     for target in (
@@ -90,9 +111,9 @@ TARGETS = {
             memory_bytes_per_second=1_555 * GB,  # A100 datasheet
             nvlink_bytes_per_second=300 * GB,  # 600 GB/s both ways, A100 datasheet
             network_bytes_per_second=25 * GB,  # ConnectX-6 200 Gb/s, DGX A100 guide
-            pcie_bytes_per_second=32
-            * GB,  # Gen4 x16: 64 GB/s both ways, A100 datasheet
+            pcie_bytes_per_second=32 * GB,  # Gen4 x16, A100 datasheet
             host_memory_bytes=1 * TB,  # DGX A100 320GB guide
+            **A100,
             compute_capability=(8, 0),
             num_cores=108,
             fp32_units_per_core=64,
@@ -110,9 +131,9 @@ TARGETS = {
             memory_bytes_per_second=2_039 * GB,  # A100 datasheet
             nvlink_bytes_per_second=300 * GB,  # 600 GB/s both ways, A100 datasheet
             network_bytes_per_second=25 * GB,  # ConnectX-6 200 Gb/s, DGX A100 guide
-            pcie_bytes_per_second=32
-            * GB,  # Gen4 x16: 64 GB/s both ways, A100 datasheet
+            pcie_bytes_per_second=32 * GB,  # Gen4 x16, A100 datasheet
             host_memory_bytes=2 * TB,  # DGX A100 640GB guide
+            **A100,
             compute_capability=(8, 0),
             num_cores=108,
             fp32_units_per_core=64,
@@ -130,9 +151,9 @@ TARGETS = {
             memory_bytes_per_second=3_350 * GB,  # H100 SXM datasheet
             nvlink_bytes_per_second=450 * GB,  # 900 GB/s both ways, H100 SXM datasheet
             network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX H100 guide
-            pcie_bytes_per_second=64
-            * GB,  # Gen5 x16: 128 GB/s both ways, H100 datasheet
+            pcie_bytes_per_second=64 * GB,  # Gen5 x16, H100 datasheet
             host_memory_bytes=2 * TB,  # DGX H100 guide
+            **HOPPER,
             compute_capability=(9, 0),
             num_cores=132,
             fp32_units_per_core=128,
@@ -150,9 +171,9 @@ TARGETS = {
             memory_bytes_per_second=4_800 * GB,  # H200 datasheet
             nvlink_bytes_per_second=450 * GB,  # 900 GB/s both ways, H200 datasheet
             network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX H200 guide
-            pcie_bytes_per_second=64
-            * GB,  # Gen5 x16: 128 GB/s both ways, H200 datasheet
+            pcie_bytes_per_second=64 * GB,  # Gen5 x16, H200 datasheet
             host_memory_bytes=2 * TB,  # DGX H200 guide
+            **HOPPER,
             compute_capability=(9, 0),
             num_cores=132,
             fp32_units_per_core=128,
@@ -172,6 +193,7 @@ TARGETS = {
             network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX B200 datasheet
             pcie_bytes_per_second=64 * GB,  # Gen5 x16, DGX B200 guide
             host_memory_bytes=2 * TB,  # DGX B200 datasheet (up to 4 TB)
+            **BLACKWELL,
             compute_capability=(10, 0),
             num_cores=148,
             fp32_units_per_core=128,

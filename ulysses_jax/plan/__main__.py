@@ -1,0 +1,162 @@
+"""`python -m ulysses_jax.plan`: what a run will need, before the GPUs are rented.
+
+python -m ulysses_jax.plan --config configs/llama3_8b.yaml --gpus h100:1x8
+python -m ulysses_jax.plan --config configs/tiny.yaml --check
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ulysses_jax.config import load_from_command_line
+from ulysses_jax.plan.check import check
+from ulysses_jax.plan.compare import compare
+from ulysses_jax.plan.longest import longest
+from ulysses_jax.plan.plan import Cluster, make_plan
+from ulysses_jax.plan.report import (
+    plot_plan,
+    print_check,
+    print_comparison,
+    print_plan,
+)
+from ulysses_jax.plan.targets import TARGETS, parse_gpus
+
+PROGRAM = "python -m ulysses_jax.plan"
+
+
+def main(argv: list[str]) -> None:
+    own, rest = _parser().parse_known_args(argv)
+    if "-h" in rest or "--help" in rest:
+        _parser().print_help()
+        sys.exit(0)
+    try:
+        _run(own, rest)
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(own: argparse.Namespace, rest: list[str]) -> None:
+    config = load_from_command_line(rest, program=PROGRAM)
+    for path in filter(None, (own.json, own.plot)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(
+                f"{path}: there is no folder {path.parent}: make it, or give another"
+            )
+    # Written to a file or a pipe, tables keep their width.
+    width = None if sys.stdout.isatty() else 120
+    console = Console(highlight=False, width=width)
+    if own.check:
+        found = check(config)
+        print_check(found, console)
+        _write(own.json, found)
+        return
+    if own.gpus is None:
+        raise ValueError(
+            f"say for which GPUs: --gpus h100:1x8 (hosts x GPUs a host; "
+            f"{', '.join(TARGETS)}), or --check on a machine that has the devices"
+        )
+    cluster = Cluster(
+        *parse_gpus(own.gpus),
+        host_memory_bytes=own.host_memory and parse_bytes(own.host_memory),
+        timeout_seconds=own.timeout,
+        use_cache=not own.no_cache,
+    )
+    with _progress() as progress:
+        task = progress.add_task(f"compiling for {cluster.name}")
+        if own.longest:
+
+            def show(tokens: int, plan: dict[str, Any]) -> None:
+                verb = "fit" if plan["fits"] else "do not fit"
+                progress.update(task, description=f"{tokens:,} tokens {verb}")
+                if not progress.console.is_terminal:
+                    print(f"{tokens:,} tokens {verb}", file=sys.stderr, flush=True)
+
+            plan = longest(config, cluster, on_trial=show)
+        else:
+            plan = make_plan(config, cluster)
+        rows = compare(config, cluster) if own.compare else []
+    print_plan(plan, console)
+    if own.longest:
+        tokens = plan["longest_tokens"]
+        console.print(
+            f"[bold]The longest sequence that fits: {tokens:,} tokens[/bold] "
+            f"({len(plan['trials'])} lengths compiled, known to 1 %)"
+        )
+    if rows:
+        print_comparison(rows, console)
+        plan["strategies"] = rows
+    if own.plot:
+        plot_plan(plan, own.plot)
+    _write(own.json, plan)
+
+
+def parse_bytes(text: str) -> int:
+    """Reads "1.9TB", "80GiB" or a plain number of bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*(?:([KMGTP])(i?)B?|B)?\s*", text, re.I)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not number > 0:
+        raise ValueError(f"--host-memory {text!r}: write it as 1.9TB or 512GiB")
+    unit = 1024 if match[3] else 1000
+    power = 1 + "KMGTP".index(match[2].upper()) if match[2] else 0
+    return int(number * unit**power)
+
+
+def _write(path: Path | None, value: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as part:
+        json.dump(value, part, indent=1)
+    os.chmod(part.name, 0o644)
+    os.replace(part.name, path)
+
+
+def _progress() -> Progress:
+    """On the terminal alone: it goes to stderr and leaves nothing behind."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} --config FILE",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Any field of the config can be overridden: --mesh.seq 16 "
+        "--training.sequence-tokens 1000000",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", metavar="GPU:HOSTSxGPUS", help=f"a cluster; {', '.join(TARGETS)}")
+    add("--longest", action="store_true", help="find the longest sequence that fits")
+    add("--compare", action="store_true", help="the strategies side by side")
+    add("--check", action="store_true", help="planned beside measured, on devices here")
+    add("--json", metavar="FILE", type=Path, help="write the plan as JSON")
+    add("--plot", metavar="FILE.png", type=Path, help="draw the plan")
+    add("--host-memory", metavar="1.9TB", help="of a host; default: the GPU's usual")
+    add("--timeout", metavar="SECONDS", type=float, default=900, help="of a compile")
+    add("--no-cache", action="store_true", help="compile anew, keep nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Planned beside measured, on devices that are there: how true is the plan?"""
+
+import dataclasses
+import resource
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+from ulysses_jax.config import Config, place
+from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
+from ulysses_jax.plan.compile import analyse, compile_on
+from ulysses_jax.plan.predict import predict
+from ulysses_jax.plan.targets import TARGETS, Target
+from ulysses_jax.training.state import init_state
+from ulysses_jax.training.step import abstract_batch, make_train_step
+
+
+def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
+    """Compiles a run for this machine's devices, runs some steps of it, and compares.
+
+    Runs on random tokens, so it needs no corpus; the first step is not timed.
+
+    Returns:
+      `device`, `plan` (as `compile.analyse`), and `rows` of `what`, `planned`,
+      `measured`, `unit`: the bytes of state and batch on a device; the high-water mark
+      of a device's memory (where the backend tells it, as on GPUs; on CPU devices the
+      growth of the process is shared out over them); the step's seconds (predicted only
+      for a GPU of `TARGETS`).
+
+    Raises:
+      ValueError: the mesh or the config does not fit the devices.
+    """
+    simulate_cpu_devices(config.run.simulated_cpu_devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    config = place(config, dict(mesh.shape))
+    device = mesh.devices.flat[0]
+    target = _target_of(device)
+    program = compile_on(config, mesh)
+    gpus_per_host = jax.local_device_count()
+    plan = analyse(program, target or TARGETS["h100"], gpus_per_host)
+    stats = program.stats
+
+    before = _high_water(mesh)
+    with jax.set_mesh(mesh):
+        state = jax.jit(partial(init_state, config))()
+        batch = _random_batch(config)
+        held = sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves((state, batch))
+            for shard in array.addressable_shards
+            if shard.device == device
+        )
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        seconds = []
+        for _ in range(num_steps + 1):
+            started = time.monotonic()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.monotonic() - started)
+    after = _high_water(mesh)
+    predicted = predict(config, target, plan)["step_seconds"] if target else None
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": mesh.size,
+        "plan": plan,
+        "rows": [
+            {
+                "what": "state and batch on a device",
+                "planned": stats["argument_size"],
+                "measured": held,
+                "unit": "bytes",
+            },
+            {
+                "what": "high-water mark of a device"
+                if device.platform != "cpu"
+                else "growth of the process, a device",
+                "planned": plan["memory"]["device_bytes"],
+                "measured": after if device.platform != "cpu" else after - before,
+                "unit": "bytes",
+            },
+            {
+                "what": "a step",
+                "planned": predicted,
+                "measured": statistics.median(seconds[1:]),
+                "unit": "seconds",
+            },
+        ],
+    }
+
+
+def _target_of(device: Any) -> Target | None:
+    """The target that describes a device that is there, by its name."""
+    names = (t for t in TARGETS.values() if t.description == device.device_kind)
+    return next(names, None)
+
+
+def _high_water(mesh: Mesh) -> int:
+    """The most bytes a device has held; on the CPU, the process, shared out."""
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu":
+        return int((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * 1024 // mesh.size
+
+
+def _random_batch(config: Config) -> dict[str, jax.Array]:
+    """A batch of one document a row, with random tokens, made sharded."""
+    shapes = abstract_batch(config)
+
+    def make():
+        like = shapes["tokens"]
+        tokens = jax.random.randint(
+            jax.random.key(0),
+            like.shape,
+            0,
+            config.model.vocab_size,
+            jnp.int32,
+            out_sharding=like.sharding.spec,
+        )
+        places = jax.lax.broadcasted_iota(
+            jnp.int32, like.shape, 2, out_sharding=like.sharding
+        )
+        whole = {
+            "tokens": tokens,
+            "labels": tokens,
+            "positions": places,
+            "segment_ids": places * 0,
+        }
+        return {name: whole[name] for name in shapes}
+
+    return jax.jit(make)()

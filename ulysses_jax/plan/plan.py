@@ -1,0 +1,113 @@
+"""A plan: what a run needs on a cluster, as one dict that JSON can hold."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ulysses_jax.config import Config, place
+from ulysses_jax.plan.compile import PlanError, mesh_degrees
+from ulysses_jax.plan.predict import predict
+from ulysses_jax.plan.targets import Target
+from ulysses_jax.plan.worker import plan_step
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts of GPUs, and how to compile for them."""
+
+    target: Target
+    hosts: int
+    gpus_per_host: int
+    host_memory_bytes: int | None = None
+    """Of a host; None: the target's."""
+    timeout_seconds: float = 900
+    """Of one compile."""
+    use_cache: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}:{self.hosts}x{self.gpus_per_host}"
+
+    @property
+    def num_devices(self) -> int:
+        return self.hosts * self.gpus_per_host
+
+
+def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
+    """Compiles a run's step for a cluster and says what it will need.
+
+    Returns:
+      `gpus`, `fits`, `num_devices`, `tokens` (of a sequence), `batch_size`, `mesh`;
+      `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the compiled
+      program (`compile.analyse`); `predicted`: by formula and schedule (`predict`);
+      `compile_seconds`; `advice`: what to change first where it does not fit.
+
+    Raises:
+      PlanError, ValueError: as `worker.plan_step`.
+    """
+    found = plan_step(
+        config,
+        cluster.target,
+        cluster.hosts,
+        cluster.gpus_per_host,
+        host_memory_bytes=cluster.host_memory_bytes,
+        timeout_seconds=cluster.timeout_seconds,
+        use_cache=cluster.use_cache,
+    )
+    degrees = mesh_degrees(config, cluster.target, cluster.hosts, cluster.gpus_per_host)
+    config = place(config, degrees)
+    plan = {
+        "gpus": cluster.name,
+        "fits": found["memory"]["fits"],
+        "num_devices": found["num_devices"],
+        "tokens": config.training.sequence_tokens,
+        "batch_size": found["batch_size"],
+        "accumulation_steps": config.training.accumulation_steps,
+        "mesh": found["mesh"],
+        "predicted": predict(config, cluster.target, found),
+        "advice": advice(found["memory"], config, cluster),
+    }
+    return found | plan
+
+
+def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
+    """What to change first where a step does not fit; "" where it does."""
+    if memory["fits"]:
+        return ""
+    if memory["free_bytes"] >= 0:
+        return "shorten the sequence, or give the hosts more memory"
+    tokens = config.training.sequence_tokens
+    state = sum(
+        memory[f"{name}_bytes"] for name in ("parameters", "optimizer", "gradients")
+    )
+    budget = memory["limit_bytes"] - memory["estimated_bytes"]
+    if state > budget / 2:
+        return (
+            f"parameters, optimizer and gradients alone take {state / GIB:.1f} GiB: "
+            f"divide them over more GPUs (--gpus {cluster.target.name}:"
+            f"{2 * cluster.hosts}x{cluster.gpus_per_host}, and mesh.fsdp -1), or take "
+            "a GPU with more memory"
+        )
+    if config.memory.remat == "none":
+        return "keep only the inputs of layers: --memory.remat full"
+    # Activations grow with the tokens of a device.
+    fits = int(tokens * (budget - state) / memory["activations_bytes"])
+    return (
+        f"activations take {memory['activations_bytes'] / GIB:.1f} GiB: spread a "
+        f"sequence over more GPUs (mesh.seq, now {config.mesh.seq}), or take at most "
+        f"about {fits // 1024 * 1024:,} tokens (--longest finds out)"
+    )
+
+
+def with_tokens(config: Config, tokens: int) -> Config:
+    """The run at another sequence length; learned positions grow with it."""
+    model = config.model
+    if model.positions == "learned":
+        model = dataclasses.replace(model, max_positions=tokens)
+    training = dataclasses.replace(config.training, sequence_tokens=tokens)
+    return dataclasses.replace(config, model=model, training=training)
+
+
+__all__ = ["Cluster", "PlanError", "advice", "make_plan", "with_tokens"]

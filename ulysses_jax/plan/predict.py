@@ -1,0 +1,143 @@
+"""How long a step should take on the target: a prediction, and how it is reckoned."""
+
+import math
+from typing import Any
+
+from ulysses_jax.config import Config
+from ulysses_jax.plan.targets import Target
+
+# Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
+# and layer: two norms and two residual sums touch D ten times; RoPE, casts and the
+# exchange's layout touch q, k, v and out three times; the activation reads and writes
+# four times F. Backward takes twice as much.
+D_PASSES, QKV_PASSES, F_PASSES = 10, 3, 4
+
+# AdamW reads parameter, gradient and two moments and writes three of them: float32.
+OPTIMIZER_BYTES_A_PARAMETER = 7 * 4
+
+
+def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, Any]:
+    """The time of a step from formulas and the program's schedule; nothing is measured.
+
+    Args:
+      config: placed on its mesh.
+      plan: `compile.analyse`'s result, for the collectives and what stands under them.
+
+    Returns:
+      `step_seconds` = matmul + attention + elementwise + optimizer + exposed
+      communication, each as `*_seconds`; `communication_seconds`, exposed or not;
+      `tokens_per_second` of the cluster; `mfu`, the FLOPs of a forward and backward
+      pass without recomputation over the peak; `hfu`, with it; `model_flops` and
+      `hardware_flops` of the whole step; `tflops_per_gpu`, of the model;
+      `recomputed_flops_fraction`, of the hardware's.
+
+    A collective is exposed by what its time exceeds the compute between its start and
+    its done; collectives in flight together share that compute, so exposure is
+    understated where many overlap each other, and overstated where compute that stands
+    outside would have hidden it.
+    """
+    devices = plan["num_devices"]
+    flops = step_flops(config)
+    matmul = (flops["matmul"] + flops["matmul_recompute"]) / devices
+    attention = (flops["attention"] + flops["attention_recompute"]) / devices
+    matmul_rate = target.bf16_flops_per_second * target.matmul_efficiency
+    attention_rate = target.bf16_flops_per_second * target.attention_efficiency
+    exposed = total = 0.0
+    for each in plan["overlap"]["collectives"]:
+        inside = each["bytes"] - each["between_hosts_bytes"]
+        seconds = max(
+            inside / (target.nvlink_bytes_per_second * target.nvlink_efficiency),
+            each["between_hosts_bytes"]
+            / (target.network_bytes_per_second * target.network_efficiency),
+        )
+        hidden = (
+            each["matmul_flops_between"] / matmul_rate
+            + each["attention_flops_between"] / attention_rate
+        )
+        total += each["count"] * seconds
+        exposed += each["count"] * max(seconds - hidden, 0)
+    parts = {
+        "matmul_seconds": matmul / matmul_rate,
+        "attention_seconds": attention / attention_rate,
+        "elementwise_seconds": _elementwise_bytes(config)
+        / devices
+        / target.memory_bytes_per_second,
+        "optimizer_seconds": plan["memory"]["parameters_bytes"]
+        / 4
+        * OPTIMIZER_BYTES_A_PARAMETER
+        / target.memory_bytes_per_second,
+        "exposed_communication_seconds": exposed,
+    }
+    seconds = sum(parts.values())
+    model_flops = flops["matmul"] + flops["attention"]
+    recomputed = flops["matmul_recompute"] + flops["attention_recompute"]
+    peak = devices * target.bf16_flops_per_second
+    training = config.training
+    return {
+        "step_seconds": seconds,
+        **parts,
+        "communication_seconds": total,
+        "tokens_per_second": training.batch_size * training.sequence_tokens / seconds,
+        "mfu": model_flops / seconds / peak,
+        "hfu": (model_flops + recomputed) / seconds / peak,
+        "tflops_per_gpu": model_flops / seconds / devices / 1e12,
+        "model_flops": model_flops,
+        "hardware_flops": model_flops + recomputed,
+        "recomputed_flops_fraction": recomputed / (model_flops + recomputed),
+    }
+
+
+def step_flops(config: Config) -> dict[str, float]:
+    """FLOPs of a step of the whole cluster, by formula.
+
+    `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
+    multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
+    and 4 backward; windows narrow it; documents packed into a sequence are counted as
+    one. `*_recompute`: what rematerialisation, and flash attention's backward (T^2 N H
+    more), do again.
+    """
+    model, training = config.model, config.training
+    assert model.num_kv_heads and model.head_size and model.feed_forward_width
+    tokens = training.batch_size * config.padded_tokens()
+    query_width = model.num_heads * model.head_size
+    gated = 3 if model.feed_forward == "swiglu" else 2
+    down = model.width * model.feed_forward_width
+    layer = (
+        2 * model.width * (query_width + model.num_kv_heads * model.head_size)
+        + gated * down
+    )
+    layers = model.num_layers * layer
+    head = model.width * model.vocab_size
+    span = config.padded_tokens()
+    pairs = span * span / 2
+    if model.window is not None and model.window < span:
+        pairs = span * model.window - model.window * model.window / 2
+    # One product of all visible pairs, over batch and layers.
+    product = 2 * pairs * query_width * training.batch_size * model.num_layers
+    again = config.memory.remat != "none"
+    return {
+        "matmul": 6.0 * tokens * (layers + head),
+        # Nothing reads what the last projection of a recomputed layer makes.
+        "matmul_recompute": again * 2.0 * tokens * (layers - model.num_layers * down),
+        "attention": 6.0 * product,
+        "attention_recompute": (1.0 + 2.0 * again) * product,
+    }
+
+
+def _elementwise_bytes(config: Config) -> float:
+    """HBM traffic of a step outside of matrix products and attention, whole cluster."""
+    model, training = config.model, config.training
+    assert model.num_kv_heads and model.head_size and model.feed_forward_width
+    heads = 2 * (model.num_heads + model.num_kv_heads)
+    elements = (
+        D_PASSES * model.width
+        + QKV_PASSES * heads * model.head_size
+        + F_PASSES * model.feed_forward_width
+    )
+    passes = 3 + (config.memory.remat != "none")
+    size = 2 if model.compute_dtype == "bfloat16" else 4
+    tokens = training.batch_size * config.padded_tokens()
+    layers = model.num_layers * elements * passes * size * tokens
+    # Logits are float32: written, read for the softmax, written and read as gradient.
+    tiles = math.prod((4, 4, model.vocab_size, tokens))
+    return layers + tiles

@@ -1,0 +1,253 @@
+"""A plan for a person: a few tables in the terminal, a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+GIB, GB = 2**30, 10**9
+
+PARTS = {
+    "parameters": "parameters_bytes",
+    "gradients": "gradients_bytes",
+    "optimizer": "optimizer_bytes",
+    "activations and temporaries": "activations_bytes",
+    "batch and the rest": "batch_bytes",
+    "estimated (CUDA, NCCL, cuDNN)": "estimated_bytes",
+}
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """Prints a plan; each table's title says where its figures come from."""
+    mesh = " x ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
+    console.print(
+        f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  "
+        f"{plan['batch_size']} x {plan['tokens']:,} tokens a step in "
+        f"{plan['accumulation_steps']} parts; compiled in "
+        f"{plan['compile_seconds']:.0f} s"
+    )
+    _print_memory(plan["memory"], console)
+    console.print(verdict(plan), style="bold green" if plan["fits"] else "bold red")
+    _print_traffic(plan, console)
+    _print_time(plan["predicted"], console)
+    for array in plan["memory"]["large_buffers"]:
+        console.print(
+            f"note: {array['array']} has more than 2^31 elements: a kernel that counts "
+            f"in 32 bits would be wrong there (from {array['from'] or 'no name'})",
+            style="yellow",
+        )
+    for warning in plan["warnings"]:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def verdict(plan: dict[str, Any]) -> str:
+    """Fits or not, by how much, and what to change first."""
+    memory = plan["memory"]
+    free = memory["free_bytes"] / GIB
+    if plan["fits"]:
+        return f"It fits, with {free:.1f} GiB a GPU to spare."
+    missing = []
+    if free < 0:
+        missing.append(f"{-free:.1f} GiB a GPU")
+    host = memory["host_bytes_per_node"] - memory["host_limit_bytes_per_node"]
+    if host > 0:
+        missing.append(f"{host / GIB:.1f} GiB of memory a host")
+    return f"It does not fit: {' and '.join(missing)} missing. {plan['advice']}."
+
+
+def _print_memory(memory: dict[str, Any], console: Console) -> None:
+    table = _table("Memory a GPU, from XLA's buffer assignment", "", "GiB", "")
+    for label, name in PARTS.items():
+        if name == "estimated_bytes":
+            table.add_section()
+            xla = memory["device_bytes"] / GIB
+            table.add_row("XLA's buffers together", f"{xla:.2f}", "")
+            for each in memory["estimated"]:
+                table.add_row(
+                    f"{each['name']} (estimated)",
+                    f"{each['bytes'] / GIB:.2f}",
+                    each["why"],
+                    style="dim",
+                )
+        else:
+            table.add_row(label, f"{memory[name] / GIB:.2f}", "")
+    table.add_section()
+    total = memory["device_bytes"] + memory["estimated_bytes"]
+    share = total / memory["limit_bytes"]
+    table.add_row(
+        "together",
+        f"{total / GIB:.2f}",
+        f"{share:.0%} of the {memory['limit_bytes'] / GIB:.1f} GiB that CUDA offers",
+    )
+    host = memory["host_bytes_per_device"]
+    if host:
+        node, limit = memory["host_bytes_per_node"], memory["host_limit_bytes_per_node"]
+        table.add_row(
+            "host memory a GPU",
+            f"{host / GIB:.2f}",
+            f"{node / GIB:.1f} of {limit / GIB:.0f} GiB a host",
+        )
+    console.print(table)
+
+
+def _print_traffic(plan: dict[str, Any], console: Console) -> None:
+    table = _table(
+        "Sent a GPU a step, from the scheduled program",
+        "collective",
+        "times",
+        "GB",
+        "formula GB",
+        "ratio",
+        "under compute",
+        "link",
+    )
+    fractions = plan["overlap"]["fractions"]
+    total = sum(row["bytes"] for row in plan["traffic"])
+    for row in plan["traffic"]:
+        if row["bytes"] < total / 10_000:
+            continue
+        name = f"{row['collective']} over {row['axis']}"
+        under = fractions.get(name)
+        known = row["formula_bytes"] is not None
+        table.add_row(
+            name,
+            f"{row['count']:,}",
+            f"{row['bytes'] / GB:.3f}",
+            f"{row['formula_bytes'] / GB:.3f}" if known else "",
+            f"{row['ratio']:.3f}" if known else "",
+            "" if under is None else f"{under:.0%}",
+            row["link"],
+        )
+    if not plan["traffic"]:
+        table.add_row("nothing", "", "", "", "", "", "")
+    console.print(table)
+    copied = plan["copies"]["bytes_per_layer"]
+    if copied:
+        console.print(
+            f"Layout-only copies around the exchanges: {copied / 1e6:,.0f} MB a layer."
+        )
+
+
+def _print_time(predicted: dict[str, Any], console: Console) -> None:
+    table = _table("Time of a step: predicted, not measured", "", "seconds", "")
+    seconds = predicted["step_seconds"]
+    for label in (
+        "matmul",
+        "attention",
+        "elementwise",
+        "optimizer",
+        "exposed_communication",
+    ):
+        value = predicted[f"{label}_seconds"]
+        note = f"{value / seconds:.0%}"
+        if label == "exposed_communication":
+            note += f", of {predicted['communication_seconds']:.3f} s in all"
+        table.add_row(label.replace("_", " "), f"{value:.3f}", note)
+    table.add_section()
+    table.add_row(
+        "step",
+        f"{seconds:.3f}",
+        f"{predicted['tokens_per_second']:,.0f} tokens/s, MFU {predicted['mfu']:.1%}, "
+        f"{predicted['tflops_per_gpu']:.0f} TFLOP/s a GPU; "
+        f"{predicted['recomputed_flops_fraction']:.0%} of the FLOPs recomputed",
+    )
+    console.print(table)
+
+
+def print_comparison(rows: list[dict[str, Any]], console: Console) -> None:
+    """Prints strategies side by side; see `compare.compare`."""
+    table = _table(
+        "Strategies, same model, length and batch (times are predicted)",
+        "strategy",
+        "mesh",
+        "fits",
+        "GiB a GPU",
+        "GB sent",
+        "of it exchanged",
+        "step s",
+        "MFU",
+    )
+    for row in rows:
+        table.add_row(
+            row["strategy"],
+            " ".join(f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1),
+            "yes" if row["fits"] else "no",
+            f"{row['total_bytes'] / GIB:.1f}",
+            f"{row['sent_bytes'] / GB:.2f}",
+            f"{row['exchange_bytes'] / GB:.2f}",
+            f"{row['step_seconds']:.2f}",
+            f"{row['mfu']:.1%}",
+        )
+    console.print(table)
+
+
+def print_check(found: dict[str, Any], console: Console) -> None:
+    """Prints planned beside measured; see `check.check`."""
+    title = f"Planned and measured on {found['num_devices']} x {found['device']}"
+    table = _table(title, "what", "planned", "measured", "measured / planned")
+    for row in found["rows"]:
+        planned, measured = row["planned"], row["measured"]
+        if row["unit"] == "bytes":
+            cells = [f"{planned / 1e6:,.1f} MB", f"{measured / 1e6:,.1f} MB"]
+        else:
+            known = planned is not None
+            cells = [f"{planned:.3f} s" if known else "", f"{measured:.3f} s"]
+        table.add_row(
+            row["what"], *cells, f"{measured / planned:.3f}" if planned else ""
+        )
+    console.print(table)
+    _print_traffic(found["plan"], console)
+
+
+def plot_plan(plan: dict[str, Any], path: Path) -> None:
+    """Draws memory by what it holds against the limit, and the predicted time."""
+    figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    colors = ("#2f6fb0", "#7fb0dc", "#3f9a6b", "#d9622b", "#c9a24a", "#9a9a9a")
+    memory, predicted = plan["memory"], plan["predicted"]
+    _stack(left, {k: memory[v] / GIB for k, v in PARTS.items()}, colors, "GiB")
+    limit = memory["limit_bytes"] / GIB
+    left.axhline(limit, color="#333333", linestyle="--", linewidth=1)
+    left.set_ylim(0, 1.12 * max(limit, left.get_ylim()[1]))
+    left.text(0.98, limit, f"limit {limit:.1f}", ha="right", va="bottom", fontsize=8)
+    left.set_title("memory a GPU (GiB)", loc="left", fontsize=10)
+    names = ("matmul", "attention", "elementwise", "optimizer", "exposed_communication")
+    times = {n.replace("_", " "): predicted[f"{n}_seconds"] for n in names}
+    _stack(right, times, colors, "s")
+    right.set_title("a step (seconds, predicted)", loc="left", fontsize=10)
+    verb = "fits" if plan["fits"] else "does not fit"
+    figure.suptitle(
+        f"{plan['tokens']:,} tokens on {plan['gpus']}: {verb}", x=0.02, ha="left"
+    )
+    figure.savefig(path)
+
+
+def _stack(axes: Any, parts: dict[str, float], colors: Any, unit: str) -> None:
+    bottom = 0.0
+    for (label, value), color in zip(parts.items(), colors, strict=False):
+        text = f"{label}  {value:.2f} {unit}"
+        axes.bar([0], [value], bottom=bottom, color=color, width=0.5, label=text)
+        bottom += value
+    axes.set_xlim(-0.4, 1.6)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(0.38, 0.45),
+        reverse=True,
+    )
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(first)
+    for header in others:
+        is_text = header in ("", "link", "mesh", "fits")
+        table.add_column(header, justify="left" if is_text else "right")
+    return table
