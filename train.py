@@ -9,12 +9,17 @@ runs the same line: see docs/pods.md.
 
 import dataclasses
 import math
+import os
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -26,7 +31,9 @@ from ulysses_jax.mesh import make_mesh, simulate_cpu_devices, start_distributed
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.preflight import (
+    agreed,
     architecture,
+    check_folder,
     check_space,
     refuse_other_model,
 )
@@ -63,6 +70,9 @@ def main(argv: list[str]) -> None:
             interval_steps=training.checkpoint_interval_steps,
             keep=training.keep_checkpoints,
         )
+    # What a process finds on its own disk, all processes must hear of.
+    with refused(ValueError, OSError), agreed():
+        check_folder(folder)
         meta = {"model": architecture(config.model), "data": data.meta}
         saved = checkpointer.latest_meta()
         if saved is not None:
@@ -112,19 +122,28 @@ def main(argv: list[str]) -> None:
             ):
                 part, tokens = validate(state.parameters, batch)
                 total, count = total + float(part), count + int(tokens)
-            return total / max(count, 1)
+            return total / count
 
-        log = RunLog(
-            folder,
-            num_steps=training.num_steps,
-            quiet=config.quiet,
-            first_step=first_step,
-            is_main=is_main,
-        )
-        if is_main:
-            (folder / "config.yaml").write_text(config.to_yaml())
+        validates = data.validation is not None and training.validation_batches > 0
+        every = training.validation_interval_steps or training.num_steps
+        with refused(OSError):
+            log = RunLog(
+                folder,
+                num_steps=training.num_steps,
+                quiet=config.quiet,
+                first_step=first_step,
+                is_main=is_main,
+            )
+            if is_main:
+                (folder / "config.yaml").write_text(config.to_yaml())
         number = first_step
-        with refused(OSError, ValueError), log, checkpointer, closing(stream):
+        with (
+            refused(OSError, ValueError),
+            log,
+            checkpointer,
+            closing(stream),
+            told_to_stop() as stopping,
+        ):
             try:
                 while number < training.num_steps:
                     number += 1
@@ -132,6 +151,13 @@ def main(argv: list[str]) -> None:
                     state, metrics = step(state, next(stream))
                     row = {name: float(value) for name, value in metrics.items()}
                     seconds = time.monotonic() - started
+                    if not all(map(math.isfinite, row.values())):
+                        raise ValueError(
+                            f"the loss is {row['loss']} and the gradient's norm "
+                            f"{row['gradient_norm']} at step {number}: lower "
+                            "training.learning_rate; the same command resumes from the "
+                            "last checkpoint, if there is one"
+                        )
                     tokens = training.batch_size * training.sequence_tokens
                     log.log_step(
                         number,
@@ -139,38 +165,80 @@ def main(argv: list[str]) -> None:
                         seconds=seconds,
                         **row,
                     )
-                    if not math.isfinite(row["loss"]):
-                        raise ValueError(
-                            f"the loss is {row['loss']} at step {number}: lower "
-                            "training.learning_rate; the same command resumes from the "
-                            "last checkpoint"
-                        )
                     last = number == training.num_steps
-                    if data.validation is not None and (
-                        last or number % training.validation_interval_steps == 0
-                    ):
+                    if validates and (last or number % every == 0):
                         log.log_validation(number, validation_loss())
-                    if checkpointer.due(number) or last:
+                    # On a pod the others may be a step behind: none can save alone.
+                    stops = stopping.is_set() and jax.process_count() == 1
+                    if checkpointer.due(number) or last or stops:
                         checkpointer.save(number, state, meta)
+                    if stops and not last:
+                        checkpointer.wait()
+                        log.say(
+                            f"stopped at step {number}, which is saved: the same "
+                            "command resumes there"
+                        )
+                        stop(130)
+                    if stopping.is_set() and not last:
+                        raise KeyboardInterrupt
                 checkpointer.wait()
                 log.finish()
             except KeyboardInterrupt:
                 log.say(
                     f"interrupted at step {number}: the same command resumes from the "
-                    f"last checkpoint in {checkpointer.folder}"
+                    f"last checkpoint in {checkpointer.folder}, if there is one"
                 )
-                sys.exit(130)
+                stop(130)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """Set by Ctrl-C or SIGTERM, to end after the step; a second Ctrl-C ends at once."""
+    event = threading.Event()
+
+    def tell(*_) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {
+        each: signal.signal(each, tell) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield event
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
 def refused(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns an error of the user's input or disk into one line and exit code 2."""
+    """Turns an error of the user's input or disk into one line and exit code 2.
+
+    A ValueError from elsewhere than this project is a fault of the program, and keeps
+    its traceback.
+    """
     try:
         yield
     except kinds as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        ours = Path(raised_in).resolve().is_relative_to(Path(__file__).resolve().parent)
+        if isinstance(error, ValueError) and not ours:
+            raise
         print(f"train.py: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        stop(2)
+
+
+def stop(code: int) -> NoReturn:
+    """Ends this process; on a pod at once, since others may wait in a collective."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step", file=sys.stderr)
+        sys.exit(130)

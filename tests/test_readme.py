@@ -23,10 +23,7 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize("page, block", BLOCKS, ids=lambda x: x[:12])
 def test_the_python_blocks_run(page, block):
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
         cwd=ROOT,

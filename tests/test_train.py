@@ -4,19 +4,27 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import AxisType, NamedSharding
 from matplotlib.image import imread
 
-from ulysses_jax.config import load
+from ulysses_jax.config import load, place
+from ulysses_jax.data.corpus import find_documents, split
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.sharding import activation
+from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog, read_rows
+from ulysses_jax.training.state import abstract_state, bind
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -116,6 +124,28 @@ def test_what_a_run_leaves_behind(whole_run, config_file, capfd):
     assert "nothing left to do" in capfd.readouterr().out
 
 
+def test_a_signal_saves_where_it_stops(
+    whole_run, config_file, tmp_path, monkeypatch, capfd
+):
+    folder = tmp_path / "run"
+    log_step = RunLog.log_step
+
+    def kill(self, step, *args, **numbers):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log_step(self, step, *args, **numbers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "log_step", kill)
+        with pytest.raises(SystemExit) as stopped:
+            start(config_file, folder)
+    assert stopped.value.code == 130
+    assert "stopped at step 3, which is saved" in capfd.readouterr().out
+    start(config_file, folder)
+    assert "resuming after step 3 of 6" in capfd.readouterr().out
+    np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "mesh", [dict(data=8, seq=1), dict(data=1, fsdp=2, seq=2, tensor=2)], ids=str
 )
@@ -147,6 +177,91 @@ def test_interrupted_and_resumed_on_another_mesh(
     )
 
 
+def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, corpus):
+    """Against the files themselves and a loss written here: one sum over all tokens."""
+    rows = read_rows(whole_run / "metrics.jsonl")
+    for row in rows:
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(8 * 64)
+
+    config = load(config_file)
+    config = place(config, dict.fromkeys(("data", "fsdp", "ring", "seq", "tensor"), 1))
+    documents, _ = find_documents(str(corpus))
+    _, files = split(documents, config.data.validation_fraction)
+    stream = [
+        (byte, number)
+        for number, file in enumerate(files)
+        for byte in (*file.path.read_bytes(), 256)
+    ]
+    mesh = make_mesh(devices=jax.devices()[:1], axis_type=AxisType.Explicit)
+    total = count = 0
+    with jax.set_mesh(mesh):
+        shapes = abstract_state(config)
+        with Checkpointer(whole_run / "checkpoints", interval_steps=1) as saved:
+            found = saved.restore(shapes)
+        assert found is not None and found[0] == 6
+        model = bind(config, found[1].parameters)
+        by_token = NamedSharding(mesh, activation("BT", mesh.shape))
+        for start_of_row in range(0, len(stream), 64):
+            row = stream[start_of_row : start_of_row + 64]
+            after = [*stream[start_of_row + 1 : start_of_row + 65], (0, -1)]
+            tokens, segments = np.array(row).T[:, None].astype(np.int32)
+            starts = [0, *(np.flatnonzero(np.diff(segments[0])) + 1)]
+            positions = np.concatenate(
+                [np.arange(n) for n in np.diff([*starts, len(row)])]
+            )
+            arrays = (tokens, positions[None].astype(np.int32), segments)
+            x = model(*(jax.device_put(array, by_token) for array in arrays))
+            logits = np.asarray(x[0], np.float64) @ np.asarray(model.head, np.float64).T
+            log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            for i, ((_, document), (label, same)) in enumerate(
+                zip(row, after, strict=False)
+            ):
+                if document == same:
+                    total, count = total - log_p[i, label], count + 1
+    assert count == sum(file.size for file in files)
+    assert validation_losses(whole_run)[-1] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "override, measured",
+    [
+        ("--training.validation-interval-steps=0", [2]),
+        ("--training.validation-batches=0", []),
+        ("--data.validation-fraction=0", []),
+    ],
+)
+def test_validation_switched_off(config_file, tmp_path, override, measured):
+    start(config_file, tmp_path / "run", "--training.num-steps=2", override)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in rows if "validation_loss" in r] == measured
+
+
+def test_quiet_and_null_reach_the_run(config_file, tmp_path, monkeypatch):
+    quiet = []
+    monkeypatch.setattr(
+        train, "RunLog", lambda *a, **k: quiet.append(k["quiet"]) or RunLog(*a, **k)
+    )
+    one = ("--training.num-steps=1", "--training.accumulation-steps", "null")
+    start(config_file, tmp_path / "a", *one, "--quiet")
+    start(config_file, tmp_path / "b", *one, "--data.mask-documents", "false")
+    assert not load(tmp_path / "b" / "config.yaml").data.mask_documents
+    assert quiet == [True, False]
+    # One sequence of each of two rows at a time.
+    assert load(tmp_path / "a" / "config.yaml").training.accumulation_steps == 4
+
+
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_a_folder_that_cannot_be(config_file, tmp_path, capfd, where):
+    file, folder = tmp_path / "file", tmp_path / where
+    file.write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, folder)
+    said = capfd.readouterr()
+    assert stopped.value.code == 2 and "compiled" not in said.out
+    assert "run.folder" in said.err and "use another" in said.err
+    assert file.read_text() == "mine"
+
+
 def test_a_length_that_does_not_divide_is_padded(config_file, tmp_path, capfd):
     short = ("--training.num-steps=3", "--training.sequence-tokens=63")
     start(config_file, tmp_path / "padded", *short)
@@ -171,11 +286,16 @@ def test_a_broken_checkpoint_is_passed_over(whole_run, config_file, tmp_path, ca
 
 
 REFUSALS = {
-    "unknown key": (["--mesh.sequence=4"], "Unrecognized"),
+    "unknown key": (["--mesh.seqs=4"], "--mesh.seq INT"),
+    "huge seed": (["--run.seed=4294967296"], "run.seed must be below 2^32"),
     "wrong type": (["--training.num-steps=many"], "num-steps"),
     "mesh and devices": (["--mesh.seq=3"], "takes 6 devices, but there are 8"),
     "ring": (["--mesh.ring=2", "--mesh.seq=2"], "use mesh.ring 1 and mesh.seq 4"),
-    "heads over tensor": (["--mesh.data=1", "--mesh.tensor=8", "--mesh.seq=1"], "4"),
+    "heads over tensor": (
+        ["--mesh.data=1", "--mesh.tensor=8", "--mesh.seq=1"],
+        "model.num_heads 4 does not divide over mesh.tensor 8: use mesh.tensor 1 or 2 "
+        "or 4, or a num_heads of 8",
+    ),
     "batch over data": (["--training.batch-size=7"], "use a batch_size of 8"),
     "kv heads": (["--model.num-kv-heads=3"], "does not divide model.num_heads 4"),
     "head chunks": (["--memory.head-chunks=3"], "use one of"),
@@ -252,7 +372,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file, tmp_path, capfd):
     with pytest.raises(SystemExit) as stopped:
         start(config_file, tmp_path / "run", "--training.learning-rate=1e30")
     assert stopped.value.code == 2
-    assert "the loss is nan" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "nan at step" in said and "lower training.learning_rate" in said
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 DRIVER = """
@@ -260,6 +382,7 @@ import sys
 sys.path.insert(0, {root!r})
 import jax
 jax.config.update("jax_compilation_cache_dir", {cache!r})
+{prelude}
 import ulysses_jax.data.rows as rows
 read_bytes, num_bytes = rows.read_bytes, 0
 def counted(document, offset, count):
@@ -273,9 +396,11 @@ print("bytes read:", num_bytes, "processes:", jax.process_count())
 """
 
 
-def run_process(config_file, folder, *overrides, env=None):
+def run_process(config_file, folder, *overrides, env=None, prelude=""):
     driver = DRIVER.format(
-        root=str(ROOT), cache=str(jax.config.jax_compilation_cache_dir)
+        root=str(ROOT),
+        cache=str(jax.config.jax_compilation_cache_dir),
+        prelude=prelude,
     )
     options = ["--config", str(config_file), "--run.folder", str(folder), "--quiet"]
     return run_script(driver, *options, *overrides, env=env or {})
@@ -341,6 +466,54 @@ def test_two_processes_with_seq_across_them(config_file, tmp_path):
     np.testing.assert_allclose(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
     )
+
+
+SMALL_DISK = """
+import ulysses_jax.training.preflight as preflight
+def check_space(*_):
+    if jax.process_index() == 1:
+        raise ValueError("no room here")
+preflight.check_space = check_space
+"""
+FULL_DISK = """
+from ulysses_jax.training.metrics import RunLog
+def log_step(self, step, *_, **__):
+    if jax.process_index() == 0:
+        raise OSError("the disk is full")
+RunLog.log_step = log_step
+"""
+
+
+@pytest.mark.parametrize(
+    "prelude, rank, said",
+    [(SMALL_DISK, 1, "no room here"), (FULL_DISK, 0, "the disk is full")],
+    ids=["before the start", "in a step"],
+)
+def test_one_process_that_stops_stops_the_others(
+    config_file, tmp_path, prelude, rank, said
+):
+    """Neither waits for the other's collectives until a timeout of minutes."""
+    port = free_port()
+    pair = [
+        run_process(
+            config_file,
+            tmp_path / "run",
+            "--run.simulated-cpu-devices=4",
+            f"--distributed.coordinator=127.0.0.1:{port}",
+            "--distributed.num-processes=2",
+            f"--distributed.process-id={each}",
+            prelude=prelude,
+        )
+        for each in range(2)
+    ]
+    started = time.monotonic()
+    errors = [process.communicate(timeout=240)[1] for process in pair]
+    assert said in errors[rank] and pair[rank].returncode == 2
+    assert pair[1 - rank].returncode != 0
+    assert time.monotonic() - started < 200  # the barrier's timeout is 300 s
+    if prelude is SMALL_DISK:
+        assert "processes [1] refuse to start" in errors[0]
+        assert not (tmp_path / "run").exists()
 
 
 LAUNCHED = """

@@ -39,9 +39,10 @@ def ulysses_attention(
     Args:
       q: global `[B, T, N, H]`, float32, bfloat16 or float16.
       k, v: global `[B, S, K, H]`, q's dtype; query head n reads KV head n // (N/K).
-      mesh: with an axis named `seq` of degree P (without it P = 1), and any of `data`,
-        `fsdp` (they split B) and `tensor` (it splits N and K, before seq does). Axes
-        with other names are left alone. None: the mesh set with `jax.set_mesh`.
+      mesh: with an axis named `seq` of degree P, and any of `data`, `fsdp` (they split
+        B) and `tensor` (it splits N and K, before seq does). Over axes with other names
+        the arrays are whole: name a batch axis `data`. None: the mesh set with
+        `jax.set_mesh`.
       attention: what a device computes, `f(q, k, v, mask=..., scale=...)` on
         `[B, T, N/P, H]`; `mask` is a `ulysses_jax.attention.mask.Mask`. None: the best
         for the mesh's devices that honours the mask

@@ -22,6 +22,7 @@ class Run:
     folder: str | None = None
     """Where the run's files go; default runs/<the config file's name>."""
     seed: int = 0
+    """0 to 2^32 - 1."""
     simulated_cpu_devices: int | None = None
     """Run on the CPU as this many devices; a device count in XLA_FLAGS wins."""
 
@@ -73,7 +74,7 @@ class Training:
     """Sequences a step, over all devices and accumulation steps."""
     sequence_tokens: int = 2048
     accumulation_steps: int | None = 1
-    """Parts a step is computed in; null: one sequence of each (data, fsdp) at a time."""
+    """Parts of a step; null: one sequence of each (data, fsdp) at a time."""
     learning_rate: float = 3e-4
     """The peak, reached after warmup_steps; then a cosine to final_learning_rate."""
     final_learning_rate: float = 3e-5
@@ -83,7 +84,9 @@ class Training:
     beta2: float = 0.95
     clip_norm: float = 1.0
     validation_interval_steps: int = 100
+    """0: only at the end."""
     validation_batches: int = 8
+    """0: none."""
     checkpoint_interval_steps: int = 500
     keep_checkpoints: int = 2
 
@@ -175,8 +178,31 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     config = from_dict(Config, {} if values is None else values, where=f"{path}: ")
     if argv:
-        config = tyro.cli(Config, default=config, args=list(argv), prog=program or None)
+        words = _as_tyro_writes(argv)
+        config = tyro.cli(Config, default=config, args=words, prog=program or None)
     return complete(config, name=path.stem)
+
+
+def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
+    """YAML's null, true and false after an option, as tyro wants them said."""
+    words: list[str] = []
+    for word in argv:
+        option, _, value = word.rpartition("=")
+        if not option and words and words[-1].startswith("--"):
+            option, value = words[-1], word
+        value = value.lower()
+        if option and value in ("null", "true", "false"):
+            if words and words[-1] == option:
+                words.pop()
+            section, _, name = option.removeprefix("--").rpartition(".")
+            dot = "." if section else ""
+            word = {
+                "null": f"{option}=None",
+                "true": option,
+                "false": f"--{section}{dot}no-{name}",
+            }[value]
+        words.append(word)
+    return words
 
 
 def complete(config: Config, *, name: str) -> Config:
@@ -349,6 +375,8 @@ def _check_ranges(config: Config) -> None:
             if not math.isfinite(value) or value < low:
                 bound = "not negative" if low == 0 else "positive"
                 raise ValueError(f"{name} must be {bound}, not {value}")
+            if each.name == "seed" and value >= 2**32:
+                raise ValueError(f"{name} must be below 2^32, not {value}")
             if each.name in ("validation_fraction", "beta1", "beta2") and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
 

@@ -40,9 +40,16 @@ def make_mesh(
       ValueError: the degrees do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    degrees = resolve_degrees(
-        dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor), len(devices)
-    )
+    degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
+    try:
+        degrees = resolve_degrees(degrees, len(devices))
+    except ValueError as error:
+        if len(devices) > 1 or devices[0].platform != "cpu":
+            raise
+        raise ValueError(
+            f"{error}. JAX found no GPU, only the CPU: GPUs need the extra [gpu], and "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N simulates N devices"
+        ) from None
     by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
     array = np.asarray(by_host, dtype=object).reshape(tuple(degrees.values()))
     return Mesh(array, AXES, axis_types=(axis_type,) * len(AXES))

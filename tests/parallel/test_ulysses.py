@@ -117,7 +117,37 @@ def test_head_chunks_change_nothing(heads, kv_heads, head_chunks):
     assert_close(got, oracle(heads, kv_heads))
 
 
-@pytest.mark.parametrize("degrees", [dict(data=2, seq=4), dict(seq=2, data=2)], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(7, 7), (11, 11), (28, 4)])
+def test_head_chunks_with_heads_that_do_not_divide(heads, kv_heads):
+    attend = functools.partial(ulysses_attention, mesh=mesh_of(seq=2), head_chunks=2)
+    got = out_and_gradients(attend, *inputs(heads, kv_heads))
+    assert_close(got, oracle(heads, kv_heads))
+
+
+def test_axes_of_other_names_are_not_dropped_in_silence():
+    mesh = jax.make_mesh((2, 4), ("dp", "seq"), axis_types=(AxisType.Explicit,) * 2)
+    q, k, v, _ = inputs(8, 4)
+    with jax.set_mesh(mesh):
+        put = NamedSharding(mesh, P("dp", "seq"))
+        q, k, v = (jax.device_put(x, put) for x in (q, k, v))
+        with pytest.raises(ValueError, match="'dp'.*name it data or fsdp"):
+            jax.jit(ulysses_attention)(q, k, v)
+    mesh = jax.make_mesh((8,), ("sp",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"\('sp',\).*name the sequence's axis seq"):
+        ulysses_attention(*inputs(8, 4)[:3], mesh=mesh)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_with_axes_of_other_names_without_jit(axis_type):
+    mesh = jax.make_mesh((2, 4), ("replica", "seq"), axis_types=(axis_type,) * 2)
+    q, k, v, weights = inputs(8, 4)
+    out = ulysses_attention(q, k, v, mesh=mesh)
+    np.testing.assert_allclose(out, oracle(8, 4)[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "degrees", [dict(data=2, seq=4), dict(seq=2, data=2), dict(seq=8)], ids=str
+)
 def test_packed_segments_that_cross_shards(degrees):
     q, k, v, weights = inputs(4, 2)
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [3] * 5, [1] * 13 + [2] * 3])
@@ -168,10 +198,14 @@ def test_bfloat16():
     got = out_and_gradients(attend, q, k, v, weights)
     assert got[0].dtype == jnp.bfloat16
     assert_close(got, want, tolerance=0.05)
+    faulty = functools.partial(attend, scale=1.1 * H**-0.5)
+    with pytest.raises(AssertionError):
+        assert_close(out_and_gradients(faulty, q, k, v, weights), want, tolerance=0.05)
 
 
-def test_under_checkpoint_and_scan():
-    mesh = mesh_of(data=2, seq=4)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_under_checkpoint_and_scan(axis_type):
+    mesh = mesh_of(axis_type, data=2, seq=4)
     q, k, v, weights = inputs(4, 4)
 
     def three_layers(attend, q, k, v):

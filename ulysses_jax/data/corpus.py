@@ -61,6 +61,11 @@ def find_documents(files: str) -> Corpus:
     except OSError as error:
         raise _unreadable(Path(error.filename or files), error) from None
     if not candidates:
+        if Path(files).is_dir():
+            raise ValueError(
+                f"the folder {files} of data.files holds no file: put text files into "
+                'it, or give another folder, a glob, a file, or "stdlib"'
+            )
         raise ValueError(
             f"data.files {files!r} gives no file (looked in {Path.cwd()}): give a "
             'folder, a glob or a file that exists, or "stdlib"'

@@ -36,7 +36,7 @@ def ulysses(
     Args:
       q, k, v: global arrays; the batch is sharded over (data, fsdp), tokens over seq,
         heads over tensor, whichever of these axes the mesh has.
-      mesh: a mesh; axes that are not of this library's are left as they are.
+      mesh: a mesh; over axes that are not of this library's the arrays are whole.
       attention: `f(q, k, v, mask=..., scale=...)`, called on local heads and all
         tokens.
       mask: a pytree of arrays `[B, global length]`, handed to `attention` with the
@@ -54,6 +54,7 @@ def ulysses(
         numbers and what would fit.
     """
     axes = _free_axes(mesh)
+    _check_axes(q, mesh, axes)
     degree = axes.get("seq", 1)
     _check_shapes(q, k, v, axes)
     tensor = axes.get("tensor", 1)
@@ -105,7 +106,8 @@ def ulysses(
         mesh=mesh,
         in_specs=specs,
         out_specs=spec,
-        axis_names=set(axes),
+        # Axes of other names too: what this library does not name is whole on each.
+        axis_names=_not_manual(mesh),
         # Every axis of degree > 1 shards q, k and v, so no gradient needs a sum that
         # the check would find; without it `attention` may be anybody's function.
         check_vma=False,
@@ -126,20 +128,46 @@ def _cut_over(spec: P, axes: dict[str, int], num_dims: int) -> list[tuple[str, .
     return [tuple(axis for axis in dim if axes.get(axis, 2) > 1) for dim in dims]
 
 
+def _not_manual(mesh: Mesh | AbstractMesh) -> set[str]:
+    return {
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    }
+
+
 def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """The degrees of this library's axes that are not manual already."""
     degrees = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    manual = {
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Manual
-    }
-    if "seq" in manual:
+    free = _not_manual(mesh)
+    if "seq" in set(degrees) - free:
         raise ValueError(
             "ulysses_attention takes global arrays, but it is called inside a "
             "shard_map over 'seq': call seq_to_heads and heads_to_seq there"
         )
-    return {axis: degrees[axis] for axis in AXES if axis in set(degrees) - manual}
+    return {axis: degrees[axis] for axis in AXES if axis in degrees and axis in free}
+
+
+def _check_axes(q: Array, mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> None:
+    """Refuses what an axis of another name would do in silence: gather, or nothing."""
+    degrees = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    others = tuple(a for a in _not_manual(mesh) if a not in AXES and degrees[a] > 1)
+    if others and "seq" not in degrees:
+        raise ValueError(
+            f"the mesh has axes {others} and none named seq: name the sequence's axis "
+            "seq, the batch's data or fsdp, and the heads' tensor"
+        )
+    sharding = jax.typeof(q).sharding
+    for axes_of_dim in () if sharding.mesh.empty else sharding.spec:
+        for axis in (
+            (axes_of_dim,) if isinstance(axes_of_dim, str) else axes_of_dim or ()
+        ):
+            if axis in others:
+                raise ValueError(
+                    f"q is sharded over the mesh axis {axis!r}, which would be "
+                    "gathered: name it data or fsdp where it splits the batch, tensor "
+                    "where it splits the heads"
+                )
 
 
 def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:

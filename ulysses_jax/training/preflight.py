@@ -1,12 +1,59 @@
-"""What a run is refused for before it starts: a small disk, another model's state."""
+"""What a run is refused for before it starts: its folder, its disk, another model."""
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from ulysses_jax.config import Model
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Checks that one process may fail alone: if one does, all of them raise.
+
+    Raises:
+      ValueError, OSError: what this process met; ValueError: what another one did.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    met: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        met = error
+    failed = multihost_utils.process_allgather(np.int32(met is not None))
+    if met is not None:
+        raise met
+    if failed.any():
+        others = np.flatnonzero(failed).tolist()
+        raise ValueError(f"processes {others} refuse to start: their output says why")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a run's folder that cannot be made or written.
+
+    Raises:
+      ValueError: names what is in the way.
+    """
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        why = "is not a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written"
+    else:
+        return
+    raise ValueError(f"run.folder {folder}: {there} {why}; use another --run.folder")
 
 
 def check_space(folder: Path, state_bytes: int, keep: int) -> None:
