@@ -302,3 +302,30 @@ def test_validation_gives_a_sum_and_a_count(degrees):
     assert count.dtype == jnp.int32 and int(count) == NUM_VALID
     mean = train("llama", ONE)[0]["loss"][0]
     np.testing.assert_allclose(float(total), mean * NUM_VALID, rtol=2e-6)
+
+
+def test_remat_keeps_only_the_inputs_of_layers():
+    """More layers take far less more memory than when everything is kept."""
+
+    def temporary_bytes(remat, num_layers):
+        config = configs.complete(
+            configs.Config(
+                model=configs.Model(
+                    vocab_size=V, width=32, num_layers=num_layers, num_heads=4
+                ),
+                training=configs.Training(batch_size=1, sequence_tokens=256),
+                memory=configs.Memory(remat=remat),
+            ),
+            name="remat",
+        )
+        config = configs.place(config, dict(mesh_of(data=1).shape))
+        with jax.set_mesh(mesh_of(data=1)):
+            step = jax.jit(make_train_step(config), donate_argnums=0)
+            traced = step.trace(abstract_state(config), abstract_batch(config))
+            return traced.lower().compile().memory_analysis().temp_size_in_bytes
+
+    growth = {
+        remat: temporary_bytes(remat, 8) - temporary_bytes(remat, 2)
+        for remat in ("none", "full")
+    }
+    assert growth["full"] < growth["none"] / 2
