@@ -1,6 +1,7 @@
 """The trainer's step, compiled for GPUs that are not there; needs the CUDA plugin."""
 
-import dataclasses
+from dataclasses import replace
+from functools import cache
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import config as configs
 from ulysses_jax.plan import compile as plan_compile
 from ulysses_jax.plan.compile import PlanError, analyse, compile_step
+from ulysses_jax.plan.predict import step_flops
 from ulysses_jax.plan.targets import TARGETS, Target, parse_gpus
 from ulysses_jax.plan.worker import plan_step
 from ulysses_jax.training.step import make_train_step
@@ -81,26 +83,91 @@ def test_xla_accepts_every_target(name):
     assert result["attention_flops"] > 0
 
 
-def test_weak_scaling_keeps_the_exchange_of_a_gpu():
-    """Tokens and GPUs grow together, 8 to 64, over whole hosts and a longer seq."""
-    model = dict(num_kv_heads=8)
-    rows = [
-        exchange(plan(tiny(seq=8, batch_size=1, **model), "h100:1x8")),
-        exchange(plan(tiny(seq=8, fsdp=-1, batch_size=8, **model), "h100:8x8")),
-    ]
-    assert rows[0]["bytes"] == pytest.approx(rows[1]["bytes"], rel=0.01)
-    assert [row["link"] for row in rows] == ["within a host"] * 2
-    # A longer sequence over more of seq: (P-1)/P is all that changes.
-    wide = dict(num_kv_heads=8, batch_size=4)
-    two = exchange(plan(tiny(seq=2, data=4, tokens=512, **wide)))
-    eight = exchange(plan(tiny(seq=8, data=1, tokens=2048, **wide)))
-    assert eight["bytes"] / 4 == pytest.approx(two["bytes"] * (7 / 8) / (1 / 2))
+@cache
+def over_fsdp(hosts, batch_size):
+    """The exchange of seq 8, in a host, under an fsdp that takes what is left."""
+    config = tiny(seq=8, fsdp=-1, num_kv_heads=8, batch_size=batch_size)
+    return exchange(plan(config, f"h100:{hosts}x8"))
 
 
-def test_strong_scaling_falls_as_the_degree():
-    few = exchange(plan(tiny(seq=2, tokens=2048, batch_size=1), "h100:1x2"))
-    many = exchange(plan(tiny(seq=4, tokens=2048, batch_size=1), "h100:1x4"))
-    assert few["bytes"] / (1 / 2 / 2) == pytest.approx(many["bytes"] / (3 / 4 / 4))
+@cache
+def over_seq(seq, tokens):
+    """The exchange of one sequence over all GPUs: 64 heads, so that each has some."""
+    config = tiny(seq=seq, tokens=tokens, batch_size=1)
+    heads = dict(num_heads=64, num_kv_heads=64, head_size=8)
+    config = replace(config, model=replace(config.model, **heads))
+    return exchange(plan(config, f"h100:{seq // 8}x8"))
+
+
+def test_weak_scaling_from_8_to_1024_gpus():
+    """GPUs and rows grow together: each GPU sends the same, inside its host."""
+    few = over_fsdp(1, batch_size=1)
+    for hosts in (8, 128):
+        many = over_fsdp(hosts, batch_size=hosts)
+        assert many["bytes"] == pytest.approx(few["bytes"], rel=0.01)
+        assert many["ratio"] == pytest.approx(1, abs=0.01)
+        assert many["link"] == few["link"] == "within a host"
+
+
+def test_weak_scaling_of_one_sequence():
+    """GPUs and tokens grow together: only the share sent away, (P-1)/P, grows."""
+    eight = over_seq(8, 4096)
+    assert eight["link"] == "within a host"
+    many = over_seq(64, 32_768)
+    assert many["ratio"] == pytest.approx(1, abs=0.01)
+    a_share = many["bytes"] / (63 / 64)
+    assert a_share == pytest.approx(eight["bytes"] / (7 / 8), rel=0.01)
+    assert many["link"] == "between hosts"
+
+
+def test_strong_scaling_falls_as_the_number_of_gpus():
+    many, few = over_fsdp(128, batch_size=128), over_fsdp(1, batch_size=128)
+    assert many["bytes"] * 128 == pytest.approx(few["bytes"], rel=0.01)
+    many, few = over_seq(64, 32_768), over_seq(8, 32_768)
+    a_share = many["bytes"] / (63 / 64)
+    assert a_share * 8 == pytest.approx(few["bytes"] / (7 / 8), rel=0.01)
+    assert few["ratio"] == pytest.approx(1, abs=0.01)
+
+
+FLOPS = {
+    "rematerialised, more GPUs than KV heads": (dict(seq=8, num_kv_heads=2), {}),
+    "a GPT over tensor, nothing recomputed, in parts": (
+        dict(data=2, seq=2, tensor=2),
+        dict(
+            steps=2,
+            remat="none",
+            feed_forward="gelu",
+            norm="layer",
+            positions="learned",
+            tied=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops_by_formula_are_those_of_the_program(name):
+    """Equal to the last: no tile is padded, and the mask is causal without a window."""
+    arguments, changes = FLOPS[name]
+    changes = dict(changes)
+    config = tiny(**arguments)
+    steps, remat = changes.pop("steps", 1), changes.pop("remat", "full")
+    if changes:
+        changes["tied_embeddings"] = changes.pop("tied")
+        changes["max_positions"] = config.training.sequence_tokens
+    config = replace(
+        config,
+        model=replace(config.model, **changes),
+        training=replace(config.training, accumulation_steps=steps),
+        memory=configs.Memory(remat=remat),
+    )
+    result = plan(config)
+    flops = step_flops(config)
+    for what in ("matmul", "attention"):
+        formula = flops[what] + flops[f"{what}_recompute"]
+        assert result[f"{what}_flops"] * result["num_devices"] == formula, what
+    if remat == "full":
+        assert flops["matmul_recompute"] > 0
 
 
 def test_an_exchange_across_hosts_says_so():
@@ -126,7 +193,7 @@ def test_a_needless_all_gather_is_reported(monkeypatch):
 
 
 def test_a_target_that_xla_refuses():
-    target = dataclasses.replace(H100, description='one quote: "')
+    target = replace(H100, description='one quote: "')
     with pytest.raises(PlanError, match="XLA refuses the target h100"):
         compile_step(tiny(seq=8), target, 1, 8)
 
@@ -136,7 +203,7 @@ def test_from_a_process_of_its_own(tmp_path, monkeypatch):
     result = plan_step(tiny(fsdp=-1, seq=4), H100, 1, 8)
     assert result["mesh"]["fsdp"] == 2 and not result["is_cached"]
     assert plan_step(tiny(fsdp=-1, seq=4), H100, 1, 8)["is_cached"]
-    old: Target = dataclasses.replace(H100, compute_capability=(3, 5))
+    old: Target = replace(H100, compute_capability=(3, 5))
     with pytest.raises(PlanError, match="XLA cannot compile"):
         plan_step(tiny(seq=8), old, 1, 8)
     with pytest.raises(ValueError, match="batch_size"):

@@ -56,6 +56,13 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, width=width)
     if own.check:
+        given = ("gpus", "longest", "compare", "plot", "host_memory")
+        if extra := [name for name in given if getattr(own, name)]:
+            raise ValueError(
+                f"--check runs on the devices here: it takes no --{extra[0]}".replace(
+                    "_", "-"
+                )
+            )
         found = check(config)
         print_check(found, console)
         _write(own.json, found)

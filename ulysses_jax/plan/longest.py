@@ -1,5 +1,6 @@
 """The longest sequence that fits a cluster, found by compiling."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,9 @@ def longest(
             on_trial(tokens, plans[tokens])
         return plans[tokens]["fits"]
 
-    tokens = max(config.training.sequence_tokens // unit, 1) * unit
-    low, high = 0, 0
+    most = MAX_TOKENS // unit * unit
+    tokens = min(max(config.training.sequence_tokens // unit, 1) * unit, most)
+    low, high, leap = 0, 0, 1
     while not low:
         if fits(tokens):
             low = tokens
@@ -60,29 +62,30 @@ def longest(
             )
         else:
             high = tokens
-            tokens = max(
-                min(_meet(plans[high], high), high - unit) // unit * unit, unit
-            )
-    while not high:
+            # Where the line misleads, ever longer leaps.
+            tokens = min(_meet(plans[high], high), high // leap, high - unit)
+            tokens = max(tokens // unit, 1) * unit
+            leap = max(leap, 2) ** 2
+    while not high and low < most:
         # Over the line, to meet a length that does not fit.
-        tokens = min(max(int(1.1 * _meet(plans[low], low)), 2 * low), 16 * low)
+        tokens = min(max(int(1.1 * _meet(plans[low], low)), 2 * low), 16 * low, most)
         tokens = tokens // unit * unit
-        if tokens > MAX_TOKENS:
-            break
         if fits(tokens):
             low = tokens
         else:
             high = tokens
-    while high and (width := high - low) > max(unit, tolerance * low):
-        line = _between(plans[low], plans[high], low, high)
+    while high and high - low > max(unit, tolerance * low):
+        width = high / low
         # On either side of the line, so that both ends move; and where that did not
-        # halve the bracket, in its middle.
-        for tokens in (line - tolerance * line / 3, line + tolerance * line / 3, None):
-            if tokens is None:
-                if high - low <= width / 2:
-                    break
-                tokens = (low + high) / 2
-            tokens = int(tokens) // unit * unit
+        # halve the bracket, in its middle: of ratios, for it may be wide.
+        for factor in (1 - tolerance / 3, 1 + tolerance / 3, None):
+            if factor is not None:
+                aim = factor * _between(plans[low], plans[high], low, high)
+            elif high / low > math.sqrt(width):
+                aim = max(math.sqrt(low * high), low + unit)
+            else:
+                break
+            tokens = int(aim) // unit * unit
             if low < tokens < high:
                 low, high = (tokens, high) if fits(tokens) else (low, tokens)
     trials = [
@@ -97,28 +100,32 @@ def longest(
     return plans[low] | {"longest_tokens": low, "trials": trials}
 
 
-def _load(plan: dict[str, Any]) -> float:
-    """How full the fuller of GPU and host is; 1 is full."""
+def _loads(plan: dict[str, Any]) -> tuple[tuple[float, float], ...]:
+    """Of GPU and host: how full it is, and how full without tokens; 1 is full."""
     memory = plan["memory"]
-    device = (memory["device_bytes"] + memory["estimated_bytes"]) / memory[
-        "limit_bytes"
-    ]
+    names = ("parameters", "optimizer", "gradients", "estimated")
+    state = sum(memory[f"{name}_bytes"] for name in names)
+    device = memory["device_bytes"] + memory["estimated_bytes"]
     host = memory["host_bytes_per_node"] / memory["host_limit_bytes_per_node"]
-    return max(device, host)
+    limit = memory["limit_bytes"]
+    return ((device / limit, state / limit), (host, 0.0))
 
 
 def _meet(plan: dict[str, Any], tokens: int) -> int:
-    """Where the line from the state alone, at no tokens, meets the limit."""
-    memory = plan["memory"]
-    names = ("parameters", "optimizer", "gradients", "estimated")
-    fixed = sum(memory[f"{name}_bytes"] for name in names) / memory["limit_bytes"]
-    slope = max(_load(plan) - fixed, 1e-6)
-    return int(tokens * max(1 - fixed, 0) / slope)
+    """Where the first line from the state alone, at no tokens, meets its limit."""
+    return int(
+        min(
+            tokens * max(1 - state, 0) / max(load - state, 1e-6)
+            for load, state in _loads(plan)
+        )
+    )
 
 
 def _between(
     below: dict[str, Any], above: dict[str, Any], low: int, high: int
 ) -> float:
-    """Where the line through two plans meets the limit."""
-    step = max(_load(above) - _load(below), 1e-9)
-    return low + (high - low) * (1 - _load(below)) / step
+    """Where the first line through two plans meets its limit."""
+    return min(
+        low + (high - low) * (1 - start) / max(end - start, 1e-9)
+        for (start, _), (end, _) in zip(_loads(below), _loads(above), strict=True)
+    )

@@ -1,11 +1,12 @@
 """A plan: what a run needs on a cluster, as one dict that JSON can hold."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ulysses_jax.config import Config, place
-from ulysses_jax.plan.compile import PlanError, mesh_degrees
+from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.worker import plan_step
@@ -43,10 +44,12 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
       `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the compiled
       program (`compile.analyse`); `predicted`: by formula and schedule (`predict`);
       `compile_seconds`; `advice`: what to change first where it does not fit.
+      `overlap.exchange_fraction` is None where nothing is exchanged (seq=1).
 
     Raises:
-      PlanError, ValueError: as `worker.plan_step`.
+      PlanError, ValueError: as `worker.plan_step`, and `degrees_on`.
     """
+    config = place(config, degrees_on(config, cluster))  # or refuse, before compiling
     found = plan_step(
         config,
         cluster.target,
@@ -56,8 +59,6 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         timeout_seconds=cluster.timeout_seconds,
         use_cache=cluster.use_cache,
     )
-    degrees = mesh_degrees(config, cluster.target, cluster.hosts, cluster.gpus_per_host)
-    config = place(config, degrees)
     plan = {
         "gpus": cluster.name,
         "fits": found["memory"]["fits"],
@@ -70,6 +71,68 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "advice": advice(found["memory"], config, cluster),
     }
     return found | plan
+
+
+def degrees_on(config: Config, cluster: Cluster) -> dict[str, int]:
+    """The mesh of a run on a cluster.
+
+    Raises:
+      ValueError: it does not match; the message has the arguments of one that works.
+    """
+    try:
+        return mesh_degrees(
+            config, cluster.target, cluster.hosts, cluster.gpus_per_host
+        )
+    except ValueError as error:
+        works = matching_mesh(config, cluster.num_devices)
+        raise ValueError(f"{error}; this works: {works}" if works else error) from None
+
+
+def matching_mesh(config: Config, num_devices: int) -> str:
+    """Arguments of a mesh that takes the devices; "" where none does.
+
+    The nearest to the config's: first its batch, then its tensor, then its seq degree
+    is kept if it can be; fsdp and data take what is left.
+    """
+    mesh, training = config.mesh, config.training
+    steps = training.accumulation_steps or 1
+
+    def distance(degree: int, wanted: int) -> float:
+        # A degree of -1 wants all there is.
+        return abs(math.log2(degree / (wanted if wanted > 0 else num_devices)))
+
+    found = []
+    for tensor in _divisors(num_devices):
+        for seq in _divisors(num_devices // tensor):
+            heads = config.model.num_heads / (tensor * seq)
+            if heads % config.memory.head_chunks:  # nor is one cut in two
+                continue
+            rows = num_devices // (tensor * seq)
+            data = rows if mesh.data == -1 else math.gcd(rows, max(mesh.data, 1))
+            degrees = dict(data=data, fsdp=rows // data, ring=1, seq=seq, tensor=tensor)
+            batch_size = math.lcm(training.batch_size, rows * steps)
+            run = dataclasses.replace(
+                config, training=dataclasses.replace(training, batch_size=batch_size)
+            )
+            try:
+                place(run, degrees)
+            except ValueError:
+                continue
+            grows = batch_size / training.batch_size
+            order = (grows, distance(tensor, mesh.tensor), distance(seq, mesh.seq))
+            found.append((order, degrees, batch_size))
+    if not found:
+        return ""
+    _, degrees, batch_size = min(found, key=lambda each: each[0])
+    values = {f"mesh.{axis}": degree for axis, degree in degrees.items()}
+    values["training.batch-size"] = batch_size
+    before = {f"mesh.{axis}": n for axis, n in dataclasses.asdict(mesh).items()}
+    before["training.batch-size"] = training.batch_size
+    return " ".join(f"--{k} {v}" for k, v in values.items() if v != before[k])
+
+
+def _divisors(n: int) -> list[int]:
+    return [each for each in range(1, n + 1) if n % each == 0]
 
 
 def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
@@ -108,6 +171,3 @@ def with_tokens(config: Config, tokens: int) -> Config:
         model = dataclasses.replace(model, max_positions=tokens)
     training = dataclasses.replace(config.training, sequence_tokens=tokens)
     return dataclasses.replace(config, model=model, training=training)
-
-
-__all__ = ["Cluster", "PlanError", "advice", "make_plan", "with_tokens"]

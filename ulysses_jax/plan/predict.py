@@ -1,9 +1,9 @@
 """How long a step should take on the target: a prediction, and how it is reckoned."""
 
-import math
 from typing import Any
 
 from ulysses_jax.config import Config
+from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.plan.targets import Target
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
@@ -39,7 +39,8 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     devices = plan["num_devices"]
     flops = step_flops(config)
     matmul = (flops["matmul"] + flops["matmul_recompute"]) / devices
-    attention = (flops["attention"] + flops["attention_recompute"]) / devices
+    attention = flops["attention"] + flops["attention_recompute"]
+    attention *= _head_padding(config) / devices
     matmul_rate = target.bf16_flops_per_second * target.matmul_efficiency
     attention_rate = target.bf16_flops_per_second * target.attention_efficiency
     exposed = total = 0.0
@@ -93,8 +94,8 @@ def step_flops(config: Config) -> dict[str, float]:
     `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
     multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
     and 4 backward; windows narrow it; documents packed into a sequence are counted as
-    one. `*_recompute`: what rematerialisation, and flash attention's backward (T^2 N H
-    more), do again.
+    one; heads that pad N to a multiple of seq are not counted. `*_recompute`: what
+    rematerialisation, and flash attention's backward (T^2 N H more), do again.
     """
     model, training = config.model, config.training
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
@@ -124,6 +125,14 @@ def step_flops(config: Config) -> dict[str, float]:
     }
 
 
+def _head_padding(config: Config) -> float:
+    """Query slots a head: above 1 where heads do not divide over seq."""
+    model, mesh = config.model, config.mesh
+    assert model.num_kv_heads
+    heads, kv_heads = (n // mesh.tensor for n in (model.num_heads, model.num_kv_heads))
+    return head_layout(heads, kv_heads, mesh.seq).num_slots / heads
+
+
 def _elementwise_bytes(config: Config) -> float:
     """HBM traffic of a step outside of matrix products and attention, whole cluster."""
     model, training = config.model, config.training
@@ -139,5 +148,5 @@ def _elementwise_bytes(config: Config) -> float:
     tokens = training.batch_size * config.padded_tokens()
     layers = model.num_layers * elements * passes * size * tokens
     # Logits are float32: written, read for the softmax, written and read as gradient.
-    tiles = math.prod((4, 4, model.vocab_size, tokens))
-    return layers + tiles
+    logits = 4 * 4 * model.vocab_size * tokens
+    return layers + logits

@@ -124,16 +124,17 @@ def _print_traffic(plan: dict[str, Any], console: Console) -> None:
     if not plan["traffic"]:
         table.add_row("nothing", "", "", "", "", "", "")
     console.print(table)
-    copied = plan["copies"]["bytes_per_layer"]
-    if copied:
+    if plan["overlap"]["exchange_fraction"] is not None:
+        copied = plan["copies"]["bytes_per_layer"]
         console.print(
             f"Layout-only copies around the exchanges: {copied / 1e6:,.0f} MB a layer."
         )
 
 
 def _print_time(predicted: dict[str, Any], console: Console) -> None:
-    table = _table("Time of a step: predicted, not measured", "", "seconds", "")
     seconds = predicted["step_seconds"]
+    unit, scale = ("seconds", 1) if seconds >= 1 else ("milliseconds", 1000)
+    table = _table("Time of a step: predicted, not measured", "", unit, "")
     for label in (
         "matmul",
         "attention",
@@ -144,12 +145,12 @@ def _print_time(predicted: dict[str, Any], console: Console) -> None:
         value = predicted[f"{label}_seconds"]
         note = f"{value / seconds:.0%}"
         if label == "exposed_communication":
-            note += f", of {predicted['communication_seconds']:.3f} s in all"
-        table.add_row(label.replace("_", " "), f"{value:.3f}", note)
+            note += f", of {predicted['communication_seconds'] * scale:.3f} in all"
+        table.add_row(label.replace("_", " "), f"{value * scale:.3f}", note)
     table.add_section()
     table.add_row(
         "step",
-        f"{seconds:.3f}",
+        f"{seconds * scale:.3f}",
         f"{predicted['tokens_per_second']:,.0f} tokens/s, MFU {predicted['mfu']:.1%}, "
         f"{predicted['tflops_per_gpu']:.0f} TFLOP/s a GPU; "
         f"{predicted['recomputed_flops_fraction']:.0%} of the FLOPs recomputed",
@@ -159,8 +160,10 @@ def _print_time(predicted: dict[str, Any], console: Console) -> None:
 
 def print_comparison(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints strategies side by side; see `compare.compare`."""
+    plan = rows[0]["plan"]
     table = _table(
-        "Strategies, same model, length and batch (times are predicted)",
+        f"Strategies at {plan['batch_size']} x {plan['tokens']:,} tokens a step "
+        "(times are predicted)",
         "strategy",
         "mesh",
         "fits",
@@ -223,7 +226,7 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{plan['tokens']:,} tokens on {plan['gpus']}: {verb}", x=0.02, ha="left"
     )
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _stack(axes: Any, parts: dict[str, float], colors: Any, unit: str) -> None:

@@ -1,0 +1,209 @@
+"""The prediction: FLOPs counted by hand, time from a plan made by hand."""
+
+import dataclasses
+
+import pytest
+
+from ulysses_jax import config as configs
+from ulysses_jax.plan.predict import predict, step_flops
+from ulysses_jax.plan.targets import TARGETS
+
+# A GPU of round figures: 1 TFLOP/s, 1 GB/s of HBM, 100 MB/s of NVLink, 10 of network.
+GPU = dataclasses.replace(
+    TARGETS["h100"],
+    bf16_flops_per_second=1e12,
+    memory_bytes_per_second=1e9,
+    nvlink_bytes_per_second=1e8,
+    network_bytes_per_second=1e7,
+    matmul_efficiency=0.5,
+    attention_efficiency=0.25,
+    nvlink_efficiency=0.5,
+    network_efficiency=0.5,
+)
+
+
+def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model):
+    defaults = dict(
+        vocab_size=512,
+        width=256,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=4,
+        head_size=64,
+        feed_forward_width=512,
+    )
+    config = configs.Config(
+        model=configs.Model(**defaults | model),
+        training=configs.Training(
+            batch_size=batch_size, sequence_tokens=tokens, accumulation_steps=parts
+        ),
+        mesh=configs.Mesh(**mesh or dict(fsdp=2, seq=4)),
+        memory=configs.Memory(remat=remat),
+    )
+    config = configs.complete(config, name="run")
+    return configs.place(config, dataclasses.asdict(config.mesh))
+
+
+def plan(config, *collectives, parameters_bytes=0):
+    blank = dict(
+        count=1,
+        bytes=0.0,
+        between_hosts_bytes=0.0,
+        matmul_flops_between=0,
+        attention_flops_between=0,
+    )
+    return {
+        "num_devices": 8,
+        "memory": {"parameters_bytes": parameters_bytes},
+        "overlap": {"collectives": [blank | each for each in collectives]},
+    }
+
+
+def test_flops_by_hand():
+    # A token of a layer meets q 256x512, k and v 256x256, out 512x256, and gate, up
+    # and down of 256x512: 393,216 + 393,216 = 786,432 weights, of the down 131,072.
+    # The head is 256x512 = 131,072. 4 sequences of 1,024 are 4,096 tokens.
+    flops = step_flops(run())
+    assert flops["matmul"] == 6 * 4096 * (2 * 786_432 + 131_072)
+    assert flops["matmul_recompute"] == 2 * 4096 * 2 * (786_432 - 131_072)
+    # q k^T of 4 sequences, 2 layers, 8 heads of 64, half of 1,024^2 pairs, 2 a product.
+    product = 4 * 2 * 2 * 8 * 64 * (1024 * 1024 // 2)
+    assert flops["attention"] == 6 * product  # 2 forward, 4 backward
+    assert flops["attention_recompute"] == 3 * product  # 1 by flash, 2 by remat
+
+
+def test_flops_without_rematerialisation():
+    full, kept = step_flops(run()), step_flops(run(remat="none"))
+    assert kept["matmul_recompute"] == 0
+    assert kept["attention_recompute"] == full["attention"] / 6
+    assert kept["matmul"] == full["matmul"] and kept["attention"] == full["attention"]
+
+
+def test_flops_of_other_models():
+    base = step_flops(run())
+    # Fewer KV heads: smaller k and v, the same attention.
+    grouped = step_flops(run(num_kv_heads=1))
+    assert grouped["attention"] == base["attention"]
+    less = 2 * 2 * 256 * 3 * 64  # k and v, 2 layers, 3 heads of 64 fewer
+    assert base["matmul"] - grouped["matmul"] == 6 * 4096 * less
+    # GELU has no gate; a tied head multiplies all the same.
+    plain = step_flops(run(feed_forward="gelu", tied_embeddings=True))
+    assert base["matmul"] - plain["matmul"] == 6 * 4096 * 2 * 256 * 512
+    # Of a window of 100, the first 100 tokens see half, the others all.
+    narrow = step_flops(run(window=100))
+    pairs = 100 * 1024 - 100 * 100 / 2
+    assert narrow["attention"] / base["attention"] == pairs / (1024 * 1024 / 2)
+    assert step_flops(run(window=5000)) == base
+    # The step is the same work in parts, and on any mesh.
+    assert step_flops(run(parts=2)) == step_flops(run(mesh=dict(seq=8))) == base
+    # Tokens are those of the padded sequence.
+    assert step_flops(run(tokens=1021)) == base
+
+
+def test_time_by_hand():
+    config = run()
+    flops = step_flops(config)
+    found = predict(config, GPU, plan(config, parameters_bytes=4000))
+    matmul = (flops["matmul"] + flops["matmul_recompute"]) / 8
+    attention = (flops["attention"] + flops["attention_recompute"]) / 8
+    assert found["matmul_seconds"] == pytest.approx(matmul / 0.5e12)
+    assert found["attention_seconds"] == pytest.approx(attention / 0.25e12)
+    # 1,000 parameters: 7 float32 each, over 1 GB/s.
+    assert found["optimizer_seconds"] == pytest.approx(28_000 / 1e9)
+    # A token and layer: 10 of D, 3 of q, k, v and out, 4 of F; four passes, 2 bytes;
+    # and four float32 of V a token.
+    elements = 10 * 256 + 3 * (8 + 4 + 4 + 8) * 64 + 4 * 512
+    moved = 4096 / 8 * (2 * elements * 4 * 2 + 4 * 4 * 512)
+    assert found["elementwise_seconds"] == pytest.approx(moved / 1e9)
+    assert found["exposed_communication_seconds"] == 0
+    parts = ("matmul", "attention", "elementwise", "optimizer", "exposed_communication")
+    seconds = sum(found[f"{part}_seconds"] for part in parts)
+    assert found["step_seconds"] == pytest.approx(seconds)
+    assert found["tokens_per_second"] == pytest.approx(4096 / seconds)
+    model = flops["matmul"] + flops["attention"]
+    assert found["mfu"] == pytest.approx(model / seconds / 8e12)
+    assert found["tflops_per_gpu"] == pytest.approx(model / seconds / 8 / 1e12)
+    assert found["hfu"] > found["mfu"]
+    assert found["hardware_flops"] == sum(flops.values())
+
+
+@pytest.mark.parametrize(
+    ("collective", "exposed", "total"),
+    [
+        # 50 MB at half of 100 MB/s: a second.
+        (dict(bytes=50e6), 1, 1),
+        (dict(bytes=50e6, count=3), 3, 3),
+        # Half a second of matrix products stands between, or of attention.
+        (dict(bytes=50e6, matmul_flops_between=0.25e12), 0.5, 1),
+        (dict(bytes=50e6, attention_flops_between=0.125e12), 0.5, 1),
+        (
+            dict(
+                bytes=50e6,
+                matmul_flops_between=0.125e12,
+                attention_flops_between=0.0625e12,
+            ),
+            0.5,
+            1,
+        ),
+        (dict(bytes=50e6, matmul_flops_between=9e12, count=2), 0, 2),
+        # Between hosts at half of 10 MB/s, at the same time as within one.
+        (dict(bytes=5e6, between_hosts_bytes=5e6), 1, 1),
+        (dict(bytes=55e6, between_hosts_bytes=5e6), 1, 1),
+        (dict(bytes=105e6, between_hosts_bytes=5e6), 2, 2),
+    ],
+)
+def test_communication_by_hand(collective, exposed, total):
+    config = run()
+    quiet = predict(config, GPU, plan(config))
+    found = predict(config, GPU, plan(config, collective))
+    assert found["exposed_communication_seconds"] == pytest.approx(exposed)
+    assert found["communication_seconds"] == pytest.approx(total)
+    grown = found["step_seconds"] - quiet["step_seconds"]
+    assert grown == pytest.approx(exposed)
+
+
+def test_compute_hides_only_what_it_stands_under():
+    """One collective's spare compute does not hide another's."""
+    config = run()
+    found = predict(
+        config,
+        GPU,
+        plan(config, dict(bytes=50e6, matmul_flops_between=9e12), dict(bytes=50e6)),
+    )
+    assert found["exposed_communication_seconds"] == pytest.approx(1)
+    assert found["communication_seconds"] == pytest.approx(2)
+
+
+def test_more_tokens_take_longer_and_use_the_gpu_better():
+    rows = []
+    for tokens in (1000, 1001, 1024, 2048, 65_536, 2**20):
+        config = run(tokens=tokens)
+        rows.append(predict(config, GPU, plan(config, dict(bytes=5e6))))
+    seconds = [row["step_seconds"] for row in rows]
+    # 1,001 is padded to 1,004 over seq 4.
+    assert seconds == sorted(seconds) and len(set(seconds)) == len(seconds)
+    assert rows[-1]["attention_seconds"] == pytest.approx(
+        256 * rows[-2]["attention_seconds"]
+    )
+    assert rows[-1]["matmul_seconds"] == pytest.approx(16 * rows[-2]["matmul_seconds"])
+    assert all(0 < row["mfu"] < 0.5 for row in rows)
+
+
+def test_heads_that_do_not_divide_take_longer_and_are_no_model_flops():
+    even = run(num_heads=16, num_kv_heads=16)
+    uneven = run(num_heads=16, num_kv_heads=16, mesh=dict(seq=3), batch_size=1)
+    two = run(num_heads=16, num_kv_heads=16, mesh=dict(seq=2), batch_size=1)
+    assert step_flops(uneven)["attention"] == pytest.approx(
+        step_flops(two)["attention"], rel=0.01
+    )
+    times = [
+        predict(each, GPU, plan(each) | {"num_devices": each.mesh.seq})
+        for each in (uneven, two)
+    ]
+    # 16 heads over 3 devices are 18 slots.
+    ratio = times[0]["attention_seconds"] / times[1]["attention_seconds"]
+    assert ratio == pytest.approx(18 / 16 * 2 / 3, rel=0.01)
+    parts = step_flops(even)
+    seconds = predict(even, GPU, plan(even))["attention_seconds"]
+    both = parts["attention"] + parts["attention_recompute"]
+    assert seconds == pytest.approx(both / 8 / 0.25e12)
