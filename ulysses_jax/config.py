@@ -105,6 +105,9 @@ class Memory:
     """What the backward pass recomputes: nothing, or each layer from its input."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
+    mlp_tile_tokens: int | None = None
+    """Tokens of a device whose feed-forward activations exist at once; default: all.
+    Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
     head_chunks: int = 1
     """Groups in which a device's heads are exchanged and attended."""
 

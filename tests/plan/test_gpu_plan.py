@@ -18,7 +18,7 @@ pytestmark = pytest.mark.plan
 H100 = TARGETS["h100"]
 
 
-def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, **degrees):
+def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, memory=None, **degrees):
     config = configs.Config(
         model=configs.Model(
             vocab_size=512,
@@ -32,6 +32,7 @@ def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, **degrees):
         data=configs.Data(mask_documents=False),
         training=configs.Training(batch_size=batch_size, sequence_tokens=tokens),
         mesh=configs.Mesh(**degrees),
+        memory=configs.Memory(**(memory or {})),
     )
     return configs.complete(config, name="tiny")
 
@@ -72,6 +73,15 @@ def test_a_step_sends_what_the_formulas_say(degrees):
     assert "cuDNN workspace" in {each["name"] for each in memory["estimated"]}
     assert 0 < memory["device_bytes"] < memory["limit_bytes"] and memory["fits"]
     assert memory["host_bytes_per_device"] == 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_weights_are_gathered_once_a_pass_and_not_once_a_tile(remat):
+    result = plan(tiny(fsdp=4, seq=2, memory=dict(remat=remat, mlp_tile_tokens=100)))
+    for row in result["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+    assert result["warnings"] == []
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ulysses_jax.config import Config
 from ulysses_jax.plan.targets import Target
+from ulysses_jax.plan.traffic import feed_forward_is_tiled
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
 # and layer: two norms and two residual sums touch D ten times; RoPE, casts and the
@@ -115,10 +116,15 @@ def step_flops(config: Config) -> dict[str, float]:
     # One product of all visible pairs, over batch and layers.
     product = 2 * pairs * query_width * training.batch_size * model.num_layers
     again = config.memory.remat != "none"
+    # Nothing reads what the last projection of a recomputed layer makes. A feed-forward
+    # in tiles makes its hidden activations again, whether its layer is or not.
+    hidden = model.num_layers * (gated - 1) * down
+    attention_matrices = layers - model.num_layers * gated * down
+    tiled = feed_forward_is_tiled(config)
+    recomputed = again * attention_matrices + (again or tiled) * hidden
     return {
         "matmul": 6.0 * tokens * (layers + head),
-        # Nothing reads what the last projection of a recomputed layer makes.
-        "matmul_recompute": again * 2.0 * tokens * (layers - model.num_layers * down),
+        "matmul_recompute": 2.0 * tokens * recomputed,
         "attention": 6.0 * product,
         "attention_recompute": (1.0 + 2.0 * again) * product,
     }
