@@ -115,18 +115,25 @@ def step_flops(config: Config) -> dict[str, float]:
         pairs = span * model.window - model.window * model.window / 2
     # One product of all visible pairs, over batch and layers.
     product = 2 * pairs * query_width * training.batch_size * model.num_layers
-    again = config.memory.remat != "none"
-    # Nothing reads what the last projection of a recomputed layer makes. A feed-forward
-    # in tiles makes its hidden activations again, whether its layer is or not.
+    memory = config.memory
+    again = memory.remat != "none"
+    # Nothing reads what the feed-forward of a recomputed layer makes, but for the next
+    # layer that is recomputed with it; its backward pass reads the hidden activations,
+    # and in tiles makes them again, whether the layer is recomputed or not.
     hidden = model.num_layers * (gated - 1) * down
     attention_matrices = layers - model.num_layers * gated * down
-    tiled = feed_forward_is_tiled(config)
-    recomputed = again * attention_matrices + (again or tiled) * hidden
+    read = 1 - 1 / memory.remat_layers
+    recomputed = again * attention_matrices
+    if feed_forward_is_tiled(config):
+        recomputed += hidden + again * read * model.num_layers * gated * down
+    else:
+        recomputed += again * (hidden + read * model.num_layers * down)
     return {
         "matmul": 6.0 * tokens * (layers + head),
         "matmul_recompute": 2.0 * tokens * recomputed,
         "attention": 6.0 * product,
-        "attention_recompute": (1.0 + 2.0 * again) * product,
+        # Kept out and logsumexp: the backward pass calls no forward.
+        "attention_recompute": (1.0 + 2.0 * (memory.remat == "full")) * product,
     }
 
 

@@ -97,7 +97,9 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
         unread = model.num_layers * model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
             unread *= 3 if model.feed_forward == "swiglu" else 2
-        gathered = (layers * passes - unread * (passes - 2) + rest) / mesh.tensor
+        # Of layers that are recomputed together, only the last one's is not read.
+        unread *= (passes - 2) / config.memory.remat_layers
+        gathered = (layers * passes - unread + rest) / mesh.tensor
         sent = gathered * (degree - 1) / degree * element
     elif kind == "reduce-scatter":
         sent = (layers + rest) / mesh.tensor * (degree - 1) / degree * F32_BYTES
