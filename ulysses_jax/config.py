@@ -107,6 +107,9 @@ class Memory:
     and no second attention)."""
     remat_layers: int = 1
     """Layers that are recomputed together, from the input of the first."""
+    offload: Literal["none", "inputs"] = "none"
+    """What waits for the backward pass in the host's memory: the inputs that remat
+    keeps."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
     mlp_tile_tokens: int | None = None
@@ -388,6 +391,12 @@ def _check_memory(memory: Memory, model: Model) -> None:
         raise ValueError(
             f"memory.remat_layers {memory.remat_layers} does not divide "
             f"model.num_layers {layers}: use one of {fits}"
+        )
+    if memory.remat == "none" and memory.offload != "none":
+        raise ValueError(
+            f"memory.offload {memory.offload} moves what remat keeps, but memory.remat "
+            "none keeps everything: use memory.remat full or attention, or "
+            "memory.offload none"
         )
     if memory.remat == "none" and memory.remat_layers > 1:
         raise ValueError(

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Memory
 
 # As every flash attention of this library names what its backward pass needs.
 ATTENTION = ("attention_out", "attention_logsumexp")
+LAYER_INPUT = "layer_input"
 
 
 def run_layers(
@@ -27,6 +29,7 @@ def run_layers(
         of every block of `remat_layers` layers and computes the rest again, once.
         attention also keeps each attention's output and logsumexp: its kernel runs
         once, but its queries, keys and values are projected and exchanged again.
+        `offload` inputs puts the blocks' inputs in the host's memory.
 
     Returns:
       The last layer's result, as x.
@@ -37,6 +40,7 @@ def run_layers(
     num_layers = memory.remat_layers
 
     def block(x, parameters):
+        x = checkpoint_name(x, LAYER_INPUT)
         if num_layers == 1:
             return layer(x, parameters), None
         for i in range(num_layers):
@@ -48,10 +52,20 @@ def run_layers(
             lambda each: each.reshape(-1, num_layers, *each.shape[1:]), stacked
         )
     if memory.remat != "none":
-        kept = ATTENTION if memory.remat == "attention" else ()
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
         # A loop keeps XLA from merging the two computations; one trip is no loop.
         is_loop = jax.tree.leaves(stacked)[0].shape[0] > 1
-        block = jax.checkpoint(block, prevent_cse=not is_loop, policy=policy)
+        block = jax.checkpoint(block, prevent_cse=not is_loop, policy=_policy(memory))
     x, _ = jax.lax.scan(block, x, stacked)
     return x
+
+
+def _policy(memory: Memory) -> Callable[..., Any]:
+    kept = ATTENTION if memory.remat == "attention" else ()
+    if memory.offload == "none":
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=(LAYER_INPUT,),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

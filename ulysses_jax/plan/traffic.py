@@ -67,8 +67,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     compute dtype for each pass over the layers (a recomputation needs no down
     projection: nothing reads what it makes; and nothing of a feed-forward in tiles,
     whose backward pass makes its hidden activations itself), once for the embedding
-    and once for the head; their gradients scattered in float32 once an accumulation step, then summed
-    over `data`.
+    and once for the head; their gradients scattered in float32 once an accumulation
+    step, then summed over `data`.
     """
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads and model.head_size and training.accumulation_steps
