@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -27,7 +27,13 @@ from jax.sharding import AxisType, NamedSharding
 from ulysses_jax.config import load_from_command_line, place
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
-from ulysses_jax.mesh import make_mesh, simulate_cpu_devices, start_distributed
+from ulysses_jax.memory.offload import check_offload
+from ulysses_jax.mesh import (
+    make_mesh,
+    platform_of,
+    simulate_cpu_devices,
+    start_distributed,
+)
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.preflight import (
@@ -102,6 +108,9 @@ def main(argv: list[str]) -> None:
         # ---- The step, compiled once.
         started = time.monotonic()
         step = step.lower().compile()
+        analysis: Any = step.memory_analysis()
+        host_bytes = analysis.host_temp_size_in_bytes
+        check_offload(config.memory, host_bytes, platform_of(mesh))
         validate = jax.jit(make_validation_step(config))
         say(f"compiled the step in {time.monotonic() - started:.0f} s")
 

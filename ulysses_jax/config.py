@@ -104,10 +104,20 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Memory:
-    remat: Literal["none", "full"] = "full"
-    """What the backward pass recomputes: nothing, or each layer from its input."""
+    remat: Literal["none", "full", "attention"] = "full"
+    """What the backward pass recomputes: nothing; each layer from its input; or all of
+    it but attention, whose output and logsumexp are kept (the memory of a second input,
+    and no second attention)."""
+    remat_layers: int = 1
+    """Layers that are recomputed together, from the input of the first."""
+    offload: Literal["none", "inputs"] = "none"
+    """What waits for the backward pass in the host's memory: the inputs that remat
+    keeps."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
+    mlp_tile_tokens: int | None = None
+    """Tokens of a device whose feed-forward activations exist at once; default: all.
+    Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
     head_chunks: int = 1
     """Groups in which a device's heads are exchanged and attended."""
 
@@ -228,6 +238,7 @@ def complete(config: Config, *, name: str) -> Config:
         run=dataclasses.replace(config.run, folder=config.run.folder or f"runs/{name}"),
     )
     _check_model(config.model, training)
+    _check_memory(config.memory, config.model)
     return config
 
 
@@ -398,4 +409,26 @@ def _check_model(model: Model, training: Training) -> None:
         raise ValueError(
             f"model.max_positions {model.max_positions} is less than "
             f"training.sequence_tokens {training.sequence_tokens}: raise it"
+        )
+
+
+def _check_memory(memory: Memory, model: Model) -> None:
+    if model.num_layers % memory.remat_layers:
+        layers = model.num_layers
+        fits = [n for n in range(1, layers + 1) if layers % n == 0]
+        raise ValueError(
+            f"memory.remat_layers {memory.remat_layers} does not divide "
+            f"model.num_layers {layers}: use one of {fits}"
+        )
+    if memory.remat == "none" and memory.offload != "none":
+        raise ValueError(
+            f"memory.offload {memory.offload} moves what remat keeps, but memory.remat "
+            "none keeps everything: use memory.remat full or attention, or "
+            "memory.offload none"
+        )
+    if memory.remat == "none" and memory.remat_layers > 1:
+        raise ValueError(
+            f"memory.remat_layers {memory.remat_layers} recomputes layers together, "
+            "but memory.remat none recomputes nothing: use memory.remat full or "
+            "attention, or memory.remat_layers 1"
         )

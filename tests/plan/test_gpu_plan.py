@@ -20,7 +20,7 @@ pytestmark = pytest.mark.plan
 H100 = TARGETS["h100"]
 
 
-def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, **degrees):
+def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, memory=None, **degrees):
     config = configs.Config(
         model=configs.Model(
             vocab_size=512,
@@ -34,6 +34,7 @@ def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, **degrees):
         data=configs.Data(mask_documents=False),
         training=configs.Training(batch_size=batch_size, sequence_tokens=tokens),
         mesh=configs.Mesh(**degrees),
+        memory=configs.Memory(**(memory or {})),
     )
     return configs.complete(config, name="tiny")
 
@@ -74,6 +75,66 @@ def test_a_step_sends_what_the_formulas_say(degrees):
     assert "cuDNN workspace" in {each["name"] for each in memory["estimated"]}
     assert 0 < memory["device_bytes"] < memory["limit_bytes"] and memory["fits"]
     assert memory["host_bytes_per_device"] == 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_weights_are_gathered_once_a_pass_and_not_once_a_tile(remat):
+    result = plan(tiny(fsdp=4, seq=2, memory=dict(remat=remat, mlp_tile_tokens=100)))
+    for row in result["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+    assert result["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "options, forwards",
+    [
+        (dict(remat="none"), 1),
+        (dict(remat="full"), 2),
+        (dict(remat="attention"), 1),
+        (dict(remat="attention", remat_layers=2), 2),
+        (dict(remat="attention", head_chunks=2), 2),
+    ],
+    ids=str,
+)
+def test_kept_attention_calls_its_forward_once(options, forwards):
+    """Calls in the program: of one layer, of both layers, of both chunks."""
+    config = tiny(data=2, seq=4, memory=options)
+    program = compile_step(config, H100, 1, 8)
+    backwards = forwards if options["remat"] == "attention" else 1
+    assert program.text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forwards
+    name = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
+    assert program.text.count(name) == backwards
+    result = analyse(program, H100, 8)
+    assert result["warnings"] == []
+    assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_offloaded_inputs_lie_in_host_memory(remat, monkeypatch):
+    """8 inputs of [1, 4096, 256] in bfloat16 leave the device, and only they."""
+
+    def memory(**options):
+        config = tiny(seq=8, tokens=32768, batch_size=1, memory=options)
+        model = dataclasses.replace(config.model, num_layers=8)
+        return plan(dataclasses.replace(config, model=model))["memory"]
+
+    kept, offloaded = memory(remat=remat), memory(remat=remat, offload="inputs")
+    inputs = 8 * 4096 * 256 * 2
+    assert kept["host_bytes_per_device"] == 0
+    assert offloaded["host_bytes_per_device"] == pytest.approx(inputs, rel=0.01)
+    saved = kept["device_bytes"] - offloaded["device_bytes"]
+    assert 0.6 * inputs < saved <= inputs  # two of them wait on the device at a time
+
+
+def test_an_offload_that_does_nothing_is_refused(monkeypatch):
+    def nothing(**_):
+        return jax.checkpoint_policies.nothing_saveable
+
+    policies = jax.checkpoint_policies
+    monkeypatch.setattr(policies, "save_and_offload_only_these_names", nothing)
+    with pytest.raises(ValueError, match="0 bytes in host memory"):
+        plan(tiny(seq=8, memory=dict(offload="inputs")))
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -15,7 +15,7 @@ from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.training.step import make_train_step
 
 
-def tiny(*, remat="full", accumulation_steps=1, **degrees):
+def tiny(*, accumulation_steps=1, memory=None, **degrees):
     config = configs.Config(
         model=configs.Model(
             vocab_size=96,
@@ -35,7 +35,7 @@ def tiny(*, remat="full", accumulation_steps=1, **degrees):
             accumulation_steps=accumulation_steps,
         ),
         mesh=configs.Mesh(**degrees),
-        memory=configs.Memory(remat=remat),
+        memory=configs.Memory(**(memory or {})),
     )
     config = configs.complete(config, name="tiny")
     return configs.place(config, dataclasses.asdict(config.mesh))
@@ -77,6 +77,15 @@ def test_exchange_bytes(changes):
     assert result["matmul_flops"] > 3 * matmul * tokens
 
 
+def test_weights_are_gathered_once_a_pass_and_not_once_a_tile():
+    """32 tokens a device, in tiles of 5."""
+    memory = dict(remat="none", mlp_tile_tokens=5)
+    result = analysed(tiny(fsdp=2, seq=4, memory=memory))
+    assert row(result, "all-gather", "fsdp+seq")["ratio"] == pytest.approx(1)
+    # CPU devices scatter only these: three matrices of three layers, and two tables.
+    assert row(result, "reduce-scatter", "fsdp+seq")["count"] == 3 * 3 + 2
+
+
 def test_memory_of_the_state():
     result = analysed(tiny(fsdp=2, seq=4))
     memory = result["memory"]
@@ -94,7 +103,7 @@ def test_memory_of_the_state():
 
 
 def test_a_needless_all_gather_is_reported(monkeypatch):
-    config = tiny(fsdp=2, seq=4, remat="none")
+    config = tiny(fsdp=2, seq=4, memory=dict(remat="none"))
     clean = analysed(config)
     assert not [w for w in clean["warnings"] if "all-gather" in w]
     assert row(clean, "all-gather", "fsdp+seq")["ratio"] == pytest.approx(1)

@@ -1,7 +1,10 @@
 """cuDNN's fused attention on NVIDIA GPUs, through jax.nn."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask
@@ -30,6 +33,9 @@ def cudnn_attention(
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN, forward and backward, O(T) memory.
 
+    Keeps out and logsumexp for the backward pass under the names "attention_out" and
+    "attention_logsumexp", as `blockwise_attention` does.
+
     Args: as `reference_attention`'s; bfloat16 or float16. Head sizes that cuDNN lacks
       are refused by jax.nn, which knows the GPU.
 
@@ -48,7 +54,37 @@ def cudnn_attention(
         raise ValueError(
             "cuDNN has a window only with causal=True: use blockwise_attention"
         )
-    return through_jax_nn(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+    return _attend(
+        partial(through_jax_nn, mask=mask, scale=scale, implementation="cudnn"), q, k, v
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(attention, q: Array, k: Array, v: Array) -> Array:
+    return attention(q, k, v)
+
+
+def _forward(attention, q, k, v):
+    # jax.nn names nothing that it keeps: its pullback is taken apart here, and what it
+    # holds beside its inputs is named.
+    out, pullback = jax.vjp(attention, q, k, v)
+    named = checkpoint_name(out, "attention_out")
+
+    def name(kept):
+        if kept is out:
+            return named
+        if kept.dtype == jnp.float32:
+            return checkpoint_name(kept, "attention_logsumexp")
+        return kept
+
+    return named, jax.tree.map(name, pullback)
+
+
+def _backward(attention, pullback, dout):
+    return pullback(dout)
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.api import ulysses_attention
@@ -12,6 +13,8 @@ from ulysses_jax.attention.select import ATTENTIONS
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.models.linear import constant, project, weight
 from ulysses_jax.models.rope import apply_rope
+from ulysses_jax.models.tiled import LETTERS, activate, tiled_feed_forward
+from ulysses_jax.sharding import activation
 
 
 def letter_sizes(model: Model) -> dict[str, int]:
@@ -106,9 +109,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202), or GELU in the tanh form of GPT-2 and Megatron."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
         sizes, biased = letter_sizes(model), model.biases
         gated = model.feed_forward == "swiglu"
+        self.tile_tokens = memory.mlp_tile_tokens
         self.gate = weight(rngs, "LDF", sizes, std=_STD) if gated else None
         self.up = weight(rngs, "LDF", sizes, std=_STD)
         self.down = weight(rngs, "LFD", sizes, std=_output_std(model))
@@ -117,13 +121,29 @@ class FeedForward(nnx.Module):
         self.down_bias = constant("LD", sizes, 0.0) if biased else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = _add_bias(project("BTD,DF->BTF", x, self.up[...]), self.up_bias)
-        if self.gate is None:
-            hidden = jax.nn.gelu(up, approximate=True)
+        """In tiles where a device has more tokens than memory.mlp_tile_tokens."""
+        if self.tile_tokens and _local_tokens(x) > self.tile_tokens:
+            named = {name: getattr(self, name) for name in LETTERS}
+            weights = {name: w[...] for name, w in named.items() if w is not None}
+            y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
         else:
-            gate = _add_bias(project("BTD,DF->BTF", x, self.gate[...]), self.gate_bias)
-            hidden = jax.nn.silu(gate) * up
-        return _add_bias(project("BTF,FD->BTD", hidden, self.down[...]), self.down_bias)
+            up = _add_bias(project("BTD,DF->BTF", x, self.up[...]), self.up_bias)
+            gate = None
+            if self.gate is not None:
+                gate = _add_bias(
+                    project("BTD,DF->BTF", x, self.gate[...]), self.gate_bias
+                )
+            y = project("BTF,FD->BTD", activate(gate, up), self.down[...])
+        return _add_bias(y, self.down_bias)
+
+
+def _local_tokens(x: Float[Array, "B T D"]) -> int:
+    """The tokens of a global activation that one device has."""
+    axes = get_abstract_mesh().shape
+    batch, tokens, _ = NamedSharding(
+        get_abstract_mesh(), activation("BTD", axes)
+    ).shard_shape(x.shape)
+    return batch * tokens
 
 
 class Block(nnx.Module):
@@ -133,7 +153,7 @@ class Block(nnx.Module):
         self.attention_norm = Norm(model)
         self.attention = Attention(model, memory, rngs)
         self.feed_forward_norm = Norm(model)
-        self.feed_forward = FeedForward(model, rngs)
+        self.feed_forward = FeedForward(model, memory, rngs)
 
     def __call__(
         self,

@@ -172,7 +172,7 @@ def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
     return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
-def sum_gradient(gradient: Array, zero: tuple[str, ...], *, dim: int) -> Array:
+def sum_gradient(gradient: Array, zero: tuple[str, ...], dim: int) -> Array:
     """Inside shard_map: a weight's gradient, summed over all tokens, sharded as it."""
     others = tuple(axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero)
     if zero:

@@ -1,12 +1,12 @@
 """One decoder-only transformer that is Llama or GPT by its config."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Memory, Model
+from ulysses_jax.memory.remat import run_layers
 from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
 from ulysses_jax.models.rope import rope_angles
@@ -46,7 +46,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        """Runs the layers; memory.remat says whether the backward pass recomputes each.
+        """Runs the layers; `memory` says what the backward pass finds and recomputes.
 
         Args:
           tokens: global ids, B over (data, fsdp), T over (ring, seq).
@@ -73,9 +73,6 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, parameters):
-            return nnx.merge(graph, parameters)(x, angles, segment_ids), None
+            return nnx.merge(graph, parameters)(x, angles, segment_ids)
 
-        if self.memory.remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        x, _ = jax.lax.scan(layer, x, stacked)
-        return self.norm(x)
+        return self.norm(run_layers(layer, x, stacked, self.memory))

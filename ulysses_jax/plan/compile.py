@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax.config import Config, place
+from ulysses_jax.memory.offload import check_offload
 from ulysses_jax.mesh import make_mesh, resolve_degrees
 from ulysses_jax.plan.collectives import find_collectives
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
@@ -115,6 +116,8 @@ def compile_on(config: Config, mesh: Mesh, *, started: float | None = None) -> P
         for name in dir(analysis)
         if name.endswith(suffix)
     }
+    host = sum(stats[f"host_{kind}_size"] for kind in ("argument", "temp", "output"))
+    check_offload(config.memory, host, platform)
     seconds = time.monotonic() - started
     return Program(text, stats, config, dict(mesh.shape), state, seconds)
 

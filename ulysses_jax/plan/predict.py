@@ -5,6 +5,7 @@ from typing import Any
 from ulysses_jax.config import Config
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.plan.targets import Target
+from ulysses_jax.plan.traffic import feed_forward_is_tiled
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
 # and layer: two norms and two residual sums touch D ten times; RoPE, casts and the
@@ -115,13 +116,25 @@ def step_flops(config: Config) -> dict[str, float]:
         pairs = span * model.window - model.window * model.window / 2
     # One product of all visible pairs, over batch and layers.
     product = 2 * pairs * query_width * training.batch_size * model.num_layers
-    again = config.memory.remat != "none"
+    memory = config.memory
+    again = memory.remat != "none"
+    # Nothing reads what the feed-forward of a recomputed layer makes, but for the next
+    # layer that is recomputed with it; its backward pass reads the hidden activations,
+    # and in tiles makes them again, whether the layer is recomputed or not.
+    hidden = model.num_layers * (gated - 1) * down
+    attention_matrices = layers - model.num_layers * gated * down
+    read = 1 - 1 / memory.remat_layers
+    recomputed = again * attention_matrices
+    if feed_forward_is_tiled(config):
+        recomputed += hidden + again * read * model.num_layers * gated * down
+    else:
+        recomputed += again * (hidden + read * model.num_layers * down)
     return {
         "matmul": 6.0 * tokens * (layers + head),
-        # Nothing reads what the last projection of a recomputed layer makes.
-        "matmul_recompute": again * 2.0 * tokens * (layers - model.num_layers * down),
+        "matmul_recompute": 2.0 * tokens * recomputed,
         "attention": 6.0 * product,
-        "attention_recompute": (1.0 + 2.0 * again) * product,
+        # Kept out and logsumexp: the backward pass calls no forward.
+        "attention_recompute": (1.0 + 2.0 * (memory.remat == "full")) * product,
     }
 
 

@@ -65,9 +65,10 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     dtype, and `(2 T N H / P + 2 T H) (P-1)/P e` where P exceeds the KV heads of a
     device's tensor part, each then repeated P/K times. Parameters: gathered in the
     compute dtype for each pass over the layers (a recomputation needs no down
-    projection: nothing reads what it makes), once for the embedding and once for the
-    head; their gradients scattered in float32 once an accumulation step, then summed
-    over `data`.
+    projection: nothing reads what it makes; and nothing of a feed-forward in tiles,
+    whose backward pass makes its hidden activations itself), once for the embedding
+    and once for the head; their gradients scattered in float32 once an accumulation
+    step, then summed over `data`.
     """
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads and model.head_size and training.accumulation_steps
@@ -93,9 +94,11 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
         return None
     elif kind == "all-gather":
         assert model.feed_forward_width
-        unread = (
-            model.num_layers * model.width * model.feed_forward_width * (passes - 2)
-        )
+        unread = model.num_layers * model.width * model.feed_forward_width
+        if feed_forward_is_tiled(config):
+            unread *= 3 if model.feed_forward == "swiglu" else 2
+        # Of layers that are recomputed together, only the last one's is not read.
+        unread *= (passes - 2) / config.memory.remat_layers
         gathered = (layers * passes - unread + rest) / mesh.tensor
         sent = gathered * (degree - 1) / degree * element
     elif kind == "reduce-scatter":
@@ -108,6 +111,15 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 def num_passes(config: Config) -> int:
     """Passes over the layers: forward, backward, and recomputation if there is any."""
     return 2 if config.memory.remat == "none" else 3
+
+
+def feed_forward_is_tiled(config: Config) -> bool:
+    """Whether a device has more tokens than memory.mlp_tile_tokens."""
+    training, mesh, tile = config.training, config.mesh, config.memory.mlp_tile_tokens
+    assert training.accumulation_steps
+    rows = training.batch_size // training.accumulation_steps // mesh.data // mesh.fsdp
+    tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
+    return tile is not None and tokens > tile
 
 
 def _matrix_elements(config: Config) -> tuple[int, int]:

@@ -1,0 +1,58 @@
+"""Layer inputs in host memory: the same results, and no silence where it fails."""
+
+import dataclasses
+
+import jax
+import pytest
+from memory_cases import (
+    MESHES,
+    assert_same,
+    loss_and_gradients,
+    make_config,
+    mesh_of,
+    plain,
+)
+
+from ulysses_jax.config import Memory
+from ulysses_jax.memory.offload import check_offload
+from ulysses_jax.training.state import abstract_state
+from ulysses_jax.training.step import abstract_batch, make_train_step
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.parametrize("mesh_name", ["one device", "data 2, seq 4"])
+def test_same_loss_and_gradients(mesh_name, remat):
+    options = dict(offload="inputs", remat=remat, mlp_tile_tokens=9)
+    config = make_config("llama", MESHES[mesh_name], **options)
+    assert_same(loss_and_gradients(config), plain("llama", mesh_name))
+
+
+def traced(config):
+    with jax.set_mesh(mesh_of(**dataclasses.asdict(config.mesh))):
+        step = jax.jit(make_train_step(config))
+        return str(step.trace(abstract_state(config), abstract_batch(config)).jaxpr)
+
+
+def test_the_program_asks_for_host_memory():
+    """The inputs of both layers, stacked; JAX's lowering for CPU devices drops this.
+
+    They have one memory. tests/plan reads the bytes off a program for GPUs.
+    """
+    degrees = MESHES["data 2, seq 4"]
+    stacked = "f32<host>[2,4@(data,fsdp),56@(ring,seq),16]"
+    assert stacked in traced(make_config("llama", degrees, offload="inputs"))
+    assert "<host>" not in traced(make_config("llama", degrees))
+
+
+def test_an_offload_that_does_nothing_is_refused():
+    memory = Memory(offload="inputs")
+    with pytest.raises(ValueError, match="offload inputs, .* 0 bytes in host memory"):
+        check_offload(memory, 0, "gpu")
+    check_offload(memory, 1, "gpu")
+    check_offload(memory, 0, "cpu")
+    check_offload(Memory(), 0, "gpu")
+
+
+def test_nothing_to_offload():
+    with pytest.raises(ValueError, match="remat none keeps everything: use"):
+        make_config("llama", offload="inputs", remat="none")

@@ -1,0 +1,84 @@
+"""Rematerialisation changes what is kept and computed again, and no result."""
+
+import pytest
+from memory_cases import (
+    FAMILIES,
+    MESHES,
+    assert_same,
+    compiled,
+    loss_and_gradients,
+    make_config,
+    plain,
+)
+
+OPTIONS = [
+    dict(remat="full"),
+    dict(remat="attention"),
+    dict(remat="full", remat_layers=2),
+    dict(remat="attention", remat_layers=2, mlp_tile_tokens=9),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_loss_and_gradients(family, options):
+    config = make_config(family, MESHES["data 2, seq 4"], **options)
+    assert_same(loss_and_gradients(config), plain(family, "data 2, seq 4"))
+
+
+@pytest.mark.parametrize("mesh_name", ["one device", "fsdp 2, seq 2, tensor 2"])
+def test_attention_on_every_mesh(mesh_name):
+    config = make_config("llama", MESHES[mesh_name], remat="attention")
+    assert_same(loss_and_gradients(config), plain("llama", mesh_name))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """A sequence of many blocks, so that no loop of blockwise attention unrolls."""
+    options = {
+        "none": dict(remat="none"),
+        "full": dict(remat="full"),
+        "attention": dict(remat="attention"),
+        "full, 2 layers": dict(remat="full", remat_layers=2),
+    }
+    return {
+        name: compiled(
+            make_config(
+                "llama",
+                dict(data=2, seq=4),
+                tokens=4096,
+                model=dict(num_layers=8),
+                **each,
+            )
+        )
+        for name, each in options.items()
+    }
+
+
+def num_loops(program):
+    return program.text.count(" while(")
+
+
+def test_attention_runs_its_forward_once(programs):
+    """Its forward is two loops in one another; only `full` has them twice."""
+    assert num_loops(programs["full"]) == num_loops(programs["none"]) + 2
+    assert num_loops(programs["attention"]) == num_loops(programs["none"])
+
+
+def test_what_each_keeps(programs):
+    """Bytes of 8 layers on a device: inputs of [2, 1024, 16], attention's results."""
+    temp = {name: program.stats["temp_size"] for name, program in programs.items()}
+    assert temp["full"] < temp["attention"] < temp["none"]
+    inputs = 8 * 2 * 1024 * 16 * 4
+    kept = 8 * 2 * 4096 * 2 * (4 * 4 + 4)  # out and logsumexp of 2 of 8 heads
+    assert temp["attention"] - temp["full"] == pytest.approx(kept, rel=0.2)
+    # Half the inputs, and what the backward pass of a second layer reads.
+    assert temp["full, 2 layers"] > temp["full"] - inputs / 2
+    assert num_loops(programs["full, 2 layers"]) > num_loops(programs["full"])
+
+
+def test_blocks_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"remat_layers 3 .* 2: use one of \[1, 2\]"):
+        make_config("llama", remat_layers=3)
+    with pytest.raises(ValueError, match="remat none recomputes nothing: use"):
+        make_config("llama", remat_layers=2, remat="none")

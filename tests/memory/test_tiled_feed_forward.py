@@ -1,0 +1,127 @@
+"""The feed-forward in tiles is the feed-forward, and never holds [T, F]."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from memory_cases import (
+    FAMILIES,
+    MESHES,
+    assert_same,
+    compiled,
+    loss_and_gradients,
+    make_config,
+    mesh_of,
+    plain,
+)
+
+from ulysses_jax.memory.tiles import over_tiles
+from ulysses_jax.models.tiled import tiled_feed_forward
+from ulysses_jax.sharding import activation, parameter
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_loss_and_gradients(family, mesh_name):
+    """A tile of 9 divides no device's tokens (224, 28, 28, 56)."""
+    config = make_config(family, MESHES[mesh_name], remat="none", mlp_tile_tokens=9)
+    assert_same(loss_and_gradients(config), plain(family, mesh_name))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 8, 56])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_any_tile(tile, remat):
+    config = make_config("llama", mlp_tile_tokens=tile, remat=remat)
+    assert_same(loss_and_gradients(config), plain("llama", "one device"))
+
+
+def hidden_shapes(config, width):
+    """The numbers of tokens of the program's arrays whose last dim is F."""
+    found = re.findall(rf"\b[a-z]+\d+\[([\d,]*\b{width})\]", compiled(config).text)
+    dims = [list(map(int, each.split(","))) for each in found]
+    weights = ([config.model.width, width], [width, config.model.width])
+    return {np.prod(d[:-1]) for d in dims if d[-2:] not in weights}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_hidden_activations_are_a_tile(remat):
+    """T F exists in the untiled program, and in the tiled one nothing beyond a tile."""
+    options = dict(tokens=776, model=dict(feed_forward_width=136), remat=remat)
+    degrees = dict(data=2, seq=4)
+    local = 4 // 2 * 776 // 4
+    assert local in hidden_shapes(make_config("llama", degrees, **options), 136)
+    tiled = make_config("llama", degrees, mlp_tile_tokens=48, **options)
+    # 64 of the 136 x 16 weights of 4 layers lie on a device: shapes of their own.
+    assert 48 in hidden_shapes(tiled, 136)
+    assert max(hidden_shapes(tiled, 136)) < local / 2
+
+
+def test_a_device_with_no_more_tokens_than_a_tile_has_none():
+    degrees = dict(data=2, seq=4)  # 28 tokens a device
+    without = num_loops(make_config("llama", degrees))
+    assert num_loops(make_config("llama", degrees, mlp_tile_tokens=28)) == without
+    assert num_loops(make_config("llama", degrees, mlp_tile_tokens=13)) > without
+
+
+def num_loops(config):
+    return compiled(config).text.count(" while(")
+
+
+def test_weight_gradients_are_summed_in_float32():
+    """Ones: 2056 is no bfloat16, and a bfloat16 sum of tiles stops at 256."""
+    degrees = dict(data=2, seq=2, tensor=2)
+    mesh = mesh_of(**degrees)
+    with jax.set_mesh(mesh):
+
+        def put(value, spec):
+            return jax.device_put(value, NamedSharding(mesh, spec))
+
+        x = put(jnp.ones((4, 514, 8), jnp.bfloat16), activation("BTD", mesh.shape))
+        weights = {
+            name: put(
+                jnp.full(shape, value, jnp.float32),
+                parameter(letters, shape, mesh.shape),
+            )
+            for name, letters, shape, value in (
+                ("up", "DF", (8, 4), 2.0),
+                ("down", "FD", (4, 8), 1 / 16),
+                ("up_bias", "F", (4,), 0.0),
+            )
+        }
+
+        def backward(x, weights):
+            y, pull = jax.vjp(lambda x, w: tiled_feed_forward(x, w, 5), x, weights)
+            return y, *pull(jnp.ones_like(y))
+
+        y, dx, dw = jax.jit(backward)(x, weights)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    # gelu(16) = 16: down's gradient is 16 a token, up's sum over D of 1/16: a half.
+    np.testing.assert_array_equal(np.asarray(y, np.float32), 4)
+    np.testing.assert_array_equal(np.asarray(dx, np.float32), 4)
+    np.testing.assert_array_equal(np.asarray(dw["down"]), 16 * 2056)
+    np.testing.assert_array_equal(np.asarray(dw["up"]), 2056 / 2)
+    np.testing.assert_array_equal(np.asarray(dw["up_bias"]), 2056 / 2)
+    for name, w in weights.items():
+        assert dw[name].dtype == jnp.float32 and dw[name].sharding == w.sharding
+
+
+@pytest.mark.parametrize("num_tokens, tile", [(12, 4), (13, 4), (3, 4), (4, 4), (5, 1)])
+def test_over_tiles_reads_and_writes_every_row_once(num_tokens, tile):
+    sizes = []
+
+    def body(total, x):
+        sizes.append(x.shape[0])
+        return total + x.sum(axis=0), (x * 2, x[:, :1])
+
+    rows = jnp.arange(num_tokens * 3).reshape(num_tokens, 3)
+    outputs = (jnp.zeros_like(rows), jnp.zeros((num_tokens, 1), rows.dtype))
+    total, (twice, first) = over_tiles(
+        body, jnp.zeros(3, rows.dtype), rows, outputs, tile_tokens=tile
+    )
+    np.testing.assert_array_equal(total, rows.sum(axis=0))
+    np.testing.assert_array_equal(twice, rows * 2)
+    np.testing.assert_array_equal(first, rows[:, :1])
+    assert set(sizes) <= {min(tile, num_tokens), num_tokens % tile}

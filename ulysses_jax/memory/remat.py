@@ -1,0 +1,71 @@
+"""Which values of a layer the backward pass finds, and which it computes again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from ulysses_jax.config import Memory
+
+# As every flash attention of this library names what its backward pass needs.
+ATTENTION = ("attention_out", "attention_logsumexp")
+LAYER_INPUT = "layer_input"
+
+
+def run_layers(
+    layer: Callable[[Float[Array, "B T D"], Any], Float[Array, "B T D"]],
+    x: Float[Array, "B T D"],
+    stacked: Any,
+    memory: Memory,
+) -> Float[Array, "B T D"]:
+    """Runs layers in order, to be recomputed in the backward pass as `memory` says.
+
+    Args:
+      layer: `f(x, parameters)`.
+      stacked: a pytree of parameters, each with a leading dim L.
+      memory: `remat` none keeps all that the backward pass reads. full keeps the input
+        of every block of `remat_layers` layers and computes the rest again, once.
+        attention also keeps each attention's output and logsumexp: its kernel runs
+        once, but its queries, keys and values are projected and exchanged again.
+        `offload` inputs puts the blocks' inputs in the host's memory.
+
+    Returns:
+      The last layer's result, as x.
+
+    Cost: the input of every block; what the backward pass of one block reads, all its
+    layers at once.
+    """
+    num_layers = memory.remat_layers
+
+    def block(x, parameters):
+        x = checkpoint_name(x, LAYER_INPUT)
+        if num_layers == 1:
+            return layer(x, parameters), None
+        for i in range(num_layers):
+            x = layer(x, jax.tree.map(lambda each, i=i: each[i], parameters))
+        return x, None
+
+    if num_layers > 1:
+        stacked = jax.tree.map(
+            lambda each: each.reshape(-1, num_layers, *each.shape[1:]), stacked
+        )
+    if memory.remat != "none":
+        # A loop keeps XLA from merging the two computations; one trip is no loop.
+        is_loop = jax.tree.leaves(stacked)[0].shape[0] > 1
+        block = jax.checkpoint(block, prevent_cse=not is_loop, policy=_policy(memory))
+    x, _ = jax.lax.scan(block, x, stacked)
+    return x
+
+
+def _policy(memory: Memory) -> Callable[..., Any]:
+    kept = ATTENTION if memory.remat == "attention" else ()
+    if memory.offload == "none":
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=(LAYER_INPUT,),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

@@ -1,0 +1,56 @@
+"""A loop over tiles of a device's tokens, so that wide intermediates stay small."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Shaped
+
+
+def over_tiles(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    sums: Any,
+    tokens: Any,
+    outputs: Any,
+    *,
+    tile_tokens: int,
+) -> tuple[Any, Any]:
+    """Runs `sums, out = body(sums, tile)` on one tile of tokens after another.
+
+    Tiles are cut from `tokens` and written into `outputs` in place, so no padded or
+    stacked copy of either exists. Where the tile does not divide the tokens, the last
+    and smaller one runs after the loop.
+
+    Args:
+      body: on local arrays of at most `tile_tokens` rows.
+      sums: what tiles add to.
+      tokens: a pytree of local arrays `[num_tokens, ...]`.
+      outputs: a pytree of local arrays `[num_tokens, ...]` to write into.
+      tile_tokens: rows of a tile; more than there are is all of them.
+
+    Returns:
+      `(sums, outputs)`.
+    """
+    num_tokens = jax.tree.leaves(tokens)[0].shape[0]
+    tile_tokens = min(tile_tokens, num_tokens)
+    num_tiles, rest = divmod(num_tokens, tile_tokens)
+
+    def run(start: int | Array, size: int, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, outputs = carry
+
+        def cut(x: Shaped[Array, "T ..."]) -> Shaped[Array, "t ..."]:
+            return lax.dynamic_slice_in_dim(x, start, size)
+
+        def write(whole: Shaped[Array, "T ..."], part: Shaped[Array, "t ..."]) -> Array:
+            return lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+
+        sums, parts = body(sums, jax.tree.map(cut, tokens))
+        return sums, jax.tree.map(write, outputs, parts)
+
+    def one_tile(carry: tuple[Any, Any], i: Array) -> tuple[tuple[Any, Any], None]:
+        return run(i * tile_tokens, tile_tokens, carry), None
+
+    # scan, not fori_loop: its trip count stands in the program.
+    carry, _ = lax.scan(one_tile, (sums, outputs), jax.numpy.arange(num_tiles))
+    return run(num_tiles * tile_tokens, rest, carry) if rest else carry
