@@ -21,7 +21,7 @@ from ulysses_jax.config import load_from_command_line
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.longest import longest
-from ulysses_jax.plan.plan import Cluster, make_plan
+from ulysses_jax.plan.plan import Cluster, make_plan, with_tokens
 from ulysses_jax.plan.report import (
     plot_plan,
     print_check,
@@ -52,6 +52,10 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
             raise ValueError(
                 f"{path}: there is no folder {path.parent}: make it, or give another"
             )
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written as a file: give another")
+    if not 0 < own.timeout < math.inf:
+        raise ValueError(f"--timeout {own.timeout}: give a positive number of seconds")
     # Written to a file or a pipe, tables keep their width.
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, width=width)
@@ -91,7 +95,6 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
             plan = longest(config, cluster, on_trial=show)
         else:
             plan = make_plan(config, cluster)
-        rows = compare(config, cluster) if own.compare else []
     print_plan(plan, console)
     if own.longest:
         tokens = plan["longest_tokens"]
@@ -99,7 +102,10 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
             f"[bold]The longest sequence that fits: {tokens:,} tokens[/bold] "
             f"({len(plan['trials'])} lengths compiled, known to 1 %)"
         )
-    if rows:
+    if own.compare:
+        with _progress() as progress:
+            progress.add_task("compiling the other strategies")
+            rows = compare(with_tokens(config, plan["tokens"]), cluster)
         print_comparison(rows, console)
         plan["strategies"] = rows
     if own.plot:
@@ -114,7 +120,7 @@ def parse_bytes(text: str) -> int:
         number = float(match[1]) if match else math.nan
     except ValueError:
         number = math.nan
-    if match is None or not number > 0:
+    if match is None or not 1 <= number < 1e15:
         raise ValueError(f"--host-memory {text!r}: write it as 1.9TB or 512GiB")
     unit = 1024 if match[3] else 1000
     power = 1 + "KMGTP".index(match[2].upper()) if match[2] else 0

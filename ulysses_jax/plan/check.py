@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.config import Config, place
 from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
-from ulysses_jax.plan.compile import analyse, compile_on
+from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS, Target
 from ulysses_jax.training.state import init_state
@@ -43,6 +43,15 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
     program = compile_on(config, mesh)
     gpus_per_host = jax.local_device_count()
     plan = analyse(program, target or TARGETS["h100"], gpus_per_host)
+    if target is None:  # what fits here is not for an H100 to say
+        for name in (
+            "fits",
+            "free_bytes",
+            "limit_bytes",
+            "estimated",
+            "estimated_bytes",
+        ):
+            plan["memory"][name] = None
     stats = program.stats
 
     before = _high_water(mesh)
@@ -59,8 +68,14 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
         seconds = []
         for _ in range(num_steps + 1):
             started = time.monotonic()
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
+            try:
+                state, metrics = step(state, batch)
+                jax.block_until_ready((state, metrics))
+            except jax.errors.JaxRuntimeError as error:
+                planned = plan["memory"]["device_bytes"]
+                raise PlanError(
+                    f"planned {planned:,} bytes a device; the step failed: {error}"
+                ) from None
             seconds.append(time.monotonic() - started)
     after = _high_water(mesh)
     predicted = predict(config, target, plan)["step_seconds"] if target else None

@@ -55,9 +55,11 @@ def longest(
             low = tokens
         elif tokens == unit:
             memory = plans[unit]["memory"]
+            needed = memory["device_bytes"] + memory["estimated_bytes"]
             raise ValueError(
-                f"not even {unit:,} tokens fit {cluster.name}: "
-                f"{memory['device_bytes']:,} bytes a GPU of {memory['limit_bytes']:,}; "
+                f"not even {unit:,} tokens fit {cluster.name}: {needed:,} bytes a GPU "
+                f"of {memory['limit_bytes']:,}, {memory['host_bytes_per_node']:,} a "
+                f"host of {memory['host_limit_bytes_per_node']:,}; "
                 f"{plans[unit]['advice']}"
             )
         else:

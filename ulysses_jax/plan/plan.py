@@ -150,11 +150,16 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
         return (
             f"parameters, optimizer and gradients alone take {state / GIB:.1f} GiB: "
             f"divide them over more GPUs (--gpus {cluster.target.name}:"
-            f"{2 * cluster.hosts}x{cluster.gpus_per_host}, and mesh.fsdp -1), or take "
-            "a GPU with more memory"
+            f"{2 * cluster.hosts}x{cluster.gpus_per_host} "
+            f"{matching_mesh(config, 2 * cluster.num_devices)}), or take a GPU with "
+            "more memory"
         )
     if config.memory.remat == "none":
         return "keep only the inputs of layers: --memory.remat full"
+    if config.memory.mlp_tile_tokens is None:
+        return "tile the feed-forward: --memory.mlp-tile-tokens 8192"
+    if config.memory.offload == "none":
+        return "keep the layers' inputs in the host's memory: --memory.offload inputs"
     # Activations grow with the tokens of a device.
     fits = int(tokens * (budget - state) / memory["activations_bytes"])
     return (

@@ -98,7 +98,7 @@ def _run(
         except subprocess.TimeoutExpired:
             raise PlanError(
                 f"compiling took longer than {timeout_seconds:g} s and was stopped: "
-                "allow more time, or plan fewer layers"
+                "allow more time (--timeout SECONDS), or plan fewer layers"
             ) from None
         answer = _read(result)
     if answer is None:
@@ -120,7 +120,17 @@ def _digest(request: dict[str, Any]) -> str:
     }
     parts = [json.dumps(request | {"config": config}, sort_keys=True)]
     parts += [os.environ.get("XLA_FLAGS", ""), sys.version]
-    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax"):
+    for package in (
+        "jax",
+        "jaxlib",
+        "jax-cuda13-plugin",
+        "jax-cuda13-pjrt",
+        "jax-cuda12-plugin",
+        "jax-cuda12-pjrt",
+        "nvidia-cudnn-cu13",
+        "flax",
+        "optax",
+    ):
         try:
             parts.append(importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
