@@ -116,8 +116,8 @@ def test_offloaded_inputs_lie_in_host_memory(remat, monkeypatch):
 
     def memory(**options):
         config = tiny(seq=8, tokens=32768, batch_size=1, memory=options)
-        model = dataclasses.replace(config.model, num_layers=8)
-        return plan(dataclasses.replace(config, model=model))["memory"]
+        model = replace(config.model, num_layers=8)
+        return plan(replace(config, model=model))["memory"]
 
     kept, offloaded = memory(remat=remat), memory(remat=remat, offload="inputs")
     inputs = 8 * 4096 * 256 * 2
