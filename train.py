@@ -110,7 +110,8 @@ def main(argv: list[str]) -> None:
         step = step.lower().compile()
         analysis: Any = step.memory_analysis()
         host_bytes = analysis.host_temp_size_in_bytes
-        check_offload(config.memory, host_bytes, platform_of(mesh))
+        with refused(ValueError):
+            check_offload(config.memory, host_bytes, platform_of(mesh))
         validate = jax.jit(make_validation_step(config))
         say(f"compiled the step in {time.monotonic() - started:.0f} s")
 
