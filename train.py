@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from ulysses_jax.config import load_from_command_line, place
+from ulysses_jax.config import place
+from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_offload

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ulysses_jax.config import load
+from ulysses_jax.config_file import load
 from ulysses_jax.plan.plan import Cluster, make_plan
 from ulysses_jax.plan.targets import TARGETS
 

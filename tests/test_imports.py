@@ -15,6 +15,7 @@ BASE = {"config", "mesh", "sharding"}
 LAYERS = {"parallel", "attention", "memory"}
 ALLOWED = {
     "config": set(),
+    "config_file": {"config"},
     "mesh": {"config"},
     "sharding": {"config", "mesh"},
     "parallel": BASE,
@@ -27,7 +28,7 @@ ALLOWED = {
 ALLOWED["models"] = BASE | LAYERS | {"api"}
 ALLOWED["interop"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["models"] | {"models", "data"}
-ALLOWED["plan"] = ALLOWED["training"] | {"training"}
+ALLOWED["plan"] = ALLOWED["training"] | {"training", "config_file"}
 
 
 def room_of(module: str) -> str:

@@ -18,7 +18,8 @@ import yaml
 from jax.sharding import AxisType, NamedSharding
 from matplotlib.image import imread
 
-from ulysses_jax.config import load, place
+from ulysses_jax.config import place
+from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents, split
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.sharding import activation

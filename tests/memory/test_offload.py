@@ -22,7 +22,7 @@ from ulysses_jax.training.step import abstract_batch, make_train_step
 @pytest.mark.parametrize("remat", ["full", "attention"])
 @pytest.mark.parametrize("mesh_name", ["one device", "data 2, seq 4"])
 def test_same_loss_and_gradients(mesh_name, remat):
-    options = dict(offload="inputs", remat=remat, mlp_tile_tokens=9)
+    options = dict(offload=("inputs",), remat=remat, mlp_tile_tokens=9)
     config = make_config("llama", MESHES[mesh_name], **options)
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))
 
@@ -40,12 +40,12 @@ def test_the_program_asks_for_host_memory():
     """
     degrees = MESHES["data 2, seq 4"]
     stacked = "f32<host>[2,4@(data,fsdp),56@(ring,seq),16]"
-    assert stacked in traced(make_config("llama", degrees, offload="inputs"))
+    assert stacked in traced(make_config("llama", degrees, offload=("inputs",)))
     assert "<host>" not in traced(make_config("llama", degrees))
 
 
 def test_an_offload_that_does_nothing_is_refused():
-    memory = Memory(offload="inputs")
+    memory = Memory(offload=("inputs",))
     with pytest.raises(ValueError, match="offload inputs, .* 0 bytes in host memory"):
         check_offload(memory, 0, "gpu")
     check_offload(memory, 1, "gpu")
@@ -55,4 +55,4 @@ def test_an_offload_that_does_nothing_is_refused():
 
 def test_nothing_to_offload():
     with pytest.raises(ValueError, match="remat none keeps everything: use"):
-        make_config("llama", offload="inputs", remat="none")
+        make_config("llama", offload=("inputs",), remat="none")

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh
+from ulysses_jax.config_file import from_dict
 from ulysses_jax.models.linear import embed, project
 from ulysses_jax.sharding import activation, parameter
 from ulysses_jax.training.loss import cross_entropy
@@ -70,7 +71,7 @@ def make_config(family, degrees=None, **memory):
         training=dict(num_steps=5, warmup_steps=1, batch_size=B, sequence_tokens=T),
         memory=dict(loss_tile_tokens=5) | memory,
     )
-    config = configs.complete(configs.from_dict(configs.Config, values), name="test")
+    config = configs.complete(from_dict(configs.Config, values), name="test")
     return configs.place(config, dict(mesh_of(**(degrees or {})).shape))
 
 
@@ -333,7 +334,7 @@ WIDE = dict(SHAPE, width=256, vocab_size=2048, feed_forward_width=1024, head_siz
 def test_no_device_ever_holds_the_whole_state():
     degrees = MESHES["fsdp x seq x tensor"]
     values = dict(model=WIDE, training=dict(batch_size=B, sequence_tokens=T))
-    config = configs.complete(configs.from_dict(configs.Config, values), name="test")
+    config = configs.complete(from_dict(configs.Config, values), name="test")
     with on_mesh(**degrees) as mesh:
         config = configs.place(config, dict(mesh.shape))
         state = abstract_state(config)

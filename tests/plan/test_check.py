@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ulysses_jax.config import load
+from ulysses_jax.config_file import load
 from ulysses_jax.plan import check as check_module
 from ulysses_jax.plan.__main__ import main
 from ulysses_jax.plan.check import check

@@ -119,7 +119,7 @@ def test_offloaded_inputs_lie_in_host_memory(remat, monkeypatch):
         model = replace(config.model, num_layers=8)
         return plan(replace(config, model=model))["memory"]
 
-    kept, offloaded = memory(remat=remat), memory(remat=remat, offload="inputs")
+    kept, offloaded = memory(remat=remat), memory(remat=remat, offload=("inputs",))
     inputs = 8 * 4096 * 256 * 2
     assert kept["host_bytes_per_device"] == 0
     assert offloaded["host_bytes_per_device"] == pytest.approx(inputs, rel=0.01)
@@ -134,7 +134,7 @@ def test_an_offload_that_does_nothing_is_refused(monkeypatch):
     policies = jax.checkpoint_policies
     monkeypatch.setattr(policies, "save_and_offload_only_these_names", nothing)
     with pytest.raises(ValueError, match="0 bytes in host memory"):
-        plan(tiny(seq=8, memory=dict(offload="inputs")))
+        plan(tiny(seq=8, memory=dict(offload=("inputs",))))
 
 
 @pytest.mark.parametrize("name", TARGETS)

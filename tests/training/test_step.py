@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh
+from ulysses_jax.config_file import from_dict
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
@@ -79,7 +80,7 @@ def make_config(family, degrees, *, dtype="float32", accumulation_steps=1, **mem
         ),
         memory=dict(loss_tile_tokens=6) | memory,
     )
-    config = configs.complete(configs.from_dict(configs.Config, values), name="test")
+    config = configs.complete(from_dict(configs.Config, values), name="test")
     return configs.place(config, dict(mesh_of(**degrees).shape))
 
 

@@ -14,9 +14,9 @@ def check_offload(memory: Memory, host_bytes: int, platform: str) -> None:
     Raises:
       ValueError: offload is asked for, and the program has nothing in host memory.
     """
-    if memory.offload != "none" and platform != "cpu" and host_bytes == 0:
+    if memory.offload and platform != "cpu" and host_bytes == 0:
         raise ValueError(
-            f"memory.offload {memory.offload}, but the compiled step has 0 bytes in "
-            f"host memory: XLA left them on the {platform} device; use memory.offload "
-            "none, or another version of jax"
+            f"memory.offload {' '.join(memory.offload)}, but the compiled step has 0 "
+            f"bytes in host memory: XLA left them on the {platform} device; use an "
+            "empty memory.offload, or another version of jax"
         )

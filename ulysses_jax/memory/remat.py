@@ -61,7 +61,7 @@ def run_layers(
 
 def _policy(memory: Memory) -> Callable[..., Any]:
     kept = ATTENTION if memory.remat == "attention" else ()
-    if memory.offload == "none":
+    if "inputs" not in memory.offload:
         return jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=kept,

@@ -158,7 +158,7 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
         return "keep only the inputs of layers: --memory.remat full"
     if config.memory.mlp_tile_tokens is None:
         return "tile the feed-forward: --memory.mlp-tile-tokens 8192"
-    if config.memory.offload == "none":
+    if "inputs" not in config.memory.offload:
         return "keep the layers' inputs in the host's memory: --memory.offload inputs"
     # Activations grow with the tokens of a device.
     fits = int(tokens * (budget - state) / memory["activations_bytes"])

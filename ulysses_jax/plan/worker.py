@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ulysses_jax.config import Config, from_dict
+from ulysses_jax.config import Config
+from ulysses_jax.config_file import from_dict
 from ulysses_jax.plan.compile import PlanError, analyse, compile_step, mesh_degrees
 from ulysses_jax.plan.targets import Target
 
