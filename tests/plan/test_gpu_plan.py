@@ -4,12 +4,20 @@ from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
+from ulysses_jax.attention.cudnn import cudnn_gradients
+from ulysses_jax.attention.mask import Mask
 from ulysses_jax.plan import compile as plan_compile
-from ulysses_jax.plan.compile import PlanError, analyse, compile_step
+from ulysses_jax.plan.compile import (
+    PlanError,
+    analyse,
+    cluster_devices,
+    compile_step,
+)
 from ulysses_jax.plan.predict import step_flops
 from ulysses_jax.plan.targets import TARGETS, Target, parse_gpus
 from ulysses_jax.plan.worker import plan_step
@@ -269,3 +277,32 @@ def test_from_a_process_of_its_own(tmp_path, monkeypatch):
         plan_step(tiny(seq=8), old, 1, 8)
     with pytest.raises(ValueError, match="batch_size"):
         plan_step(tiny(fsdp=-1, seq=4, batch_size=1), H100, 1, 8)
+
+
+def test_cudnn_pulls_back_a_part_without_its_forward():
+    """The backward kernel reads the out and logsumexp that it is given."""
+    device = cluster_devices(H100, 1, 1)[0]
+    one = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+
+    q, k = array(2, 512, 8, 128), array(2, 512, 2, 128)
+    logsumexp = array(2, 8, 512, dtype=jnp.float32)
+
+    def gradients(q, k, v, given_out, given_logsumexp, dout):
+        return cudnn_gradients(
+            q, k, v, given_out, given_logsumexp, dout, mask=Mask(causal=True)
+        )
+
+    text = (
+        jax.jit(gradients)
+        .trace(q, k, k, q, logsumexp, q)
+        .lower(lowering_platforms=("cuda",))
+        .compile()
+        .as_text()
+    )
+    assert text is not None
+    calls = [line for line in text.splitlines() if "custom_call_target" in line]
+    assert len(calls) == 1 and "__cudnn$fmhaSoftmaxBackward" in calls[0]
+    assert "%given_out" in calls[0] and "%given_logsumexp" in calls[0]

@@ -66,18 +66,42 @@ def blockwise_attention_with_logsumexp(
     logsumexp of a query that sees no key is `HIDDEN`.
     """
     mask.check(q, k)
-    plan = _Plan(
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        block_q=min(block_q, q.shape[1]),
-        block_kv=min(block_kv, k.shape[1]),
-    )
+    plan = _plan(q, k, scale, block_q, block_kv)
     return _attend(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
+
+
+def blockwise_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
+    logsumexp: Float[Array, "B N T"],
+    dout: Float[Array, "B T N H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    block_q: int = 256,
+    block_kv: int = 512,
+) -> tuple[Array, Array, Array]:
+    """dq, dk, dv of these keys, given out and logsumexp over all keys of a query."""
+    plan = _plan(q, k, scale, block_q, block_kv)
+    residuals = (q, k, v, jax.tree.map(jnp.asarray, mask), out, logsumexp)
+    dq, dk, dv, _ = _backward(plan, residuals, (dout, jnp.zeros_like(logsumexp)))
+    return dq, dk, dv
 
 
 class _Plan(NamedTuple):
     scale: float
     block_q: int
     block_kv: int
+
+
+def _plan(q, k, scale, block_q, block_kv) -> _Plan:
+    return _Plan(
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        block_q=min(block_q, q.shape[1]),
+        block_kv=min(block_kv, k.shape[1]),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

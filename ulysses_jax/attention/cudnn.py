@@ -44,6 +44,42 @@ def cudnn_attention(
         have: it would attend across packed documents; a window without causal, or with
         more queries than keys.
     """
+    return _attend(_through_cudnn(q, k, mask, scale), q, k, v)
+
+
+def cudnn_attention_with_logsumexp(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`cudnn_attention`, and the float32 logsumexp; has no gradient of its own."""
+    # jax.nn's own return_residual rounds the logsumexp to out's dtype.
+    out, pullback = jax.vjp(_through_cudnn(q, k, mask, scale), q, k, v)
+    return out, _logsumexp(pullback)
+
+
+def cudnn_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
+    logsumexp: Float[Array, "B N T"],
+    dout: Float[Array, "B T N H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+) -> tuple[Array, Array, Array]:
+    """dq, dk, dv of these keys, given out and logsumexp over all keys of a query."""
+    own, pullback = jax.vjp(_through_cudnn(q, k, mask, scale), q, k, v)
+    # What these keys alone gave is replaced, and so is never computed.
+    return _with_statistics(own, pullback, out, logsumexp)(dout)
+
+
+def _through_cudnn(q, k, mask, scale):
+    """`f(q, k, v)`; raises where cuDNN has no such attention."""
     mask.check(q, k)
     if q.dtype not in DTYPES:
         raise ValueError(
@@ -54,9 +90,7 @@ def cudnn_attention(
         raise ValueError(
             "cuDNN has a window only with causal=True: use blockwise_attention"
         )
-    return _attend(
-        partial(through_jax_nn, mask=mask, scale=scale, implementation="cudnn"), q, k, v
-    )
+    return partial(through_jax_nn, mask=mask, scale=scale, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,15 +103,8 @@ def _forward(attention, q, k, v):
     # holds beside its inputs is named.
     out, pullback = jax.vjp(attention, q, k, v)
     named = checkpoint_name(out, "attention_out")
-
-    def name(kept):
-        if kept is out:
-            return named
-        if kept.dtype == jnp.float32:
-            return checkpoint_name(kept, "attention_logsumexp")
-        return kept
-
-    return named, jax.tree.map(name, pullback)
+    logsumexp = checkpoint_name(_logsumexp(pullback), "attention_logsumexp")
+    return named, _with_statistics(out, pullback, named, logsumexp)
 
 
 def _backward(attention, pullback, dout):
@@ -85,6 +112,21 @@ def _backward(attention, pullback, dout):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _logsumexp(pullback) -> Float[Array, "B N T"]:
+    """Among what a pullback keeps, all else being in the compute dtype."""
+    (logsumexp,) = (x for x in jax.tree.leaves(pullback) if x.dtype == jnp.float32)
+    return logsumexp
+
+
+def _with_statistics(own, pullback, out, logsumexp):
+    """The pullback with another out and logsumexp in place of its own."""
+    leaves, treedef = jax.tree.flatten(pullback)
+    (i,) = (i for i, x in enumerate(leaves) if x is own)
+    (j,) = (j for j, x in enumerate(leaves) if x.dtype == jnp.float32)
+    leaves[i], leaves[j] = out, logsumexp.reshape(leaves[j].shape)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:
