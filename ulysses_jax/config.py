@@ -102,8 +102,10 @@ class Memory:
     and no second attention)."""
     remat_layers: int = 1
     """Layers that are recomputed together, from the input of the first."""
-    offload: tuple[Literal["inputs"], ...] = ()
-    """What waits in the host's memory until it is used: the inputs that remat keeps."""
+    offload: tuple[Literal["inputs", "attention", "keys"], ...] = ()
+    """What waits in the host's memory until it is used: inputs, those that remat keeps;
+    attention, the outputs that remat attention keeps; keys, and values, of the layer
+    that is computed, where sequence_chunk_tokens cuts it."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
     mlp_tile_tokens: int | None = None
@@ -111,6 +113,9 @@ class Memory:
     Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
     head_chunks: int = 1
     """Groups in which a device's heads are exchanged and attended."""
+    sequence_chunk_tokens: int | None = None
+    """Tokens of a device that go through a layer at a time, attention and feed-forward:
+    of all others there are only the layer's input, keys and values; default: all."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run_layers(
         of every block of `remat_layers` layers and computes the rest again, once.
         attention also keeps each attention's output and logsumexp: its kernel runs
         once, but its queries, keys and values are projected and exchanged again.
-        `offload` inputs puts the blocks' inputs in the host's memory.
+        `offload` inputs, or attention, puts these in the host's memory.
 
     Returns:
       The last layer's result, as x.
@@ -61,11 +61,14 @@ def run_layers(
 
 def _policy(memory: Memory) -> Callable[..., Any]:
     kept = ATTENTION if memory.remat == "attention" else ()
-    if "inputs" not in memory.offload:
+    offloaded = (LAYER_INPUT,) if "inputs" in memory.offload else ()
+    if "attention" in memory.offload:
+        kept, offloaded = (), offloaded + kept
+    if not offloaded:
         return jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=kept,
-        names_which_can_be_offloaded=(LAYER_INPUT,),
+        names_which_can_be_offloaded=offloaded,
         offload_src="device",
         offload_dst="pinned_host",
     )

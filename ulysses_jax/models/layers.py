@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.api import ulysses_attention
 from ulysses_jax.attention.select import ATTENTIONS
 from ulysses_jax.config import Memory, Model
-from ulysses_jax.models.linear import constant, project, weight
+from ulysses_jax.models.linear import Gathered, constant, project, weight
 from ulysses_jax.models.rope import apply_rope
 from ulysses_jax.models.tiled import LETTERS, activate, tiled_feed_forward
 from ulysses_jax.sharding import activation
@@ -88,13 +88,9 @@ class Attention(nnx.Module):
         angles: tuple[Array, Array] | None,
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        q = _add_bias(project("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
-        k = _add_bias(project("BTD,DKH->BTKH", x, self.k[...]), self.k_bias)
-        v = _add_bias(project("BTD,DKH->BTKH", x, self.v[...]), self.v_bias)
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        k, v = self.keys_values(x, angles)
         out = ulysses_attention(
-            q,
+            self.queries(x, angles),
             k,
             v,
             attention=ATTENTIONS.get(self.model.attention),
@@ -103,6 +99,22 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             head_chunks=self.memory.head_chunks,
         )
+        return self.project_out(out)
+
+    def queries(
+        self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None
+    ) -> Float[Array, "B T N H"]:
+        q = _add_bias(project("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        return q if angles is None else apply_rope(q, angles)
+
+    def keys_values(
+        self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        k = _add_bias(project("BTD,DKH->BTKH", x, self.k[...]), self.k_bias)
+        v = _add_bias(project("BTD,DKH->BTKH", x, self.v[...]), self.v_bias)
+        return (k if angles is None else apply_rope(k, angles)), v
+
+    def project_out(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         return _add_bias(project("BTNH,NHD->BTD", out, self.out[...]), self.out_bias)
 
 
@@ -122,7 +134,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """In tiles where a device has more tokens than memory.mlp_tile_tokens."""
-        if self.tile_tokens and _local_tokens(x) > self.tile_tokens:
+        is_global = not isinstance(self.up[...], Gathered)
+        if is_global and self.tile_tokens and _local_tokens(x) > self.tile_tokens:
             named = {name: getattr(self, name) for name in LETTERS}
             weights = {name: w[...] for name, w in named.items() if w is not None}
             y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
@@ -163,4 +176,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """One layer; the parameters are those of that layer, without L."""
         x = x + self.attention(self.attention_norm(x), angles, segment_ids)
+        return self.add_feed_forward(x)
+
+    def add_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,6 +1,7 @@
 """Weights that are sharded at rest and gathered in use (ZeRO-3), with float32 grads."""
 
 import re
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.sharding import activation, parameter, zero_axes
+from ulysses_jax.sharding import ACTIVATION, activation, parameter, zero_axes
 
 
 def weight(
@@ -37,8 +38,27 @@ def constant(letters: str, sizes: dict[str, int], value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gathered:
+    """Inside shard_map: a weight that is whole in D, and where its gradient goes.
+
+    Attributes:
+      value: in the compute dtype.
+      gradient: float32, of its shape, never read: the cotangent of this is the gradient
+        of the weight over the device's tokens, which value's dtype could not hold.
+    """
+
+    value: Array
+    gradient: Array
+
+    def __getitem__(self, _) -> "Gathered":
+        return self  # as nnx reads the whole of a Param
+
+
+def project(
+    equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Gathered
+) -> Array:
     """A matrix product with a sharded weight, `project("BTD,DNH->BTNH", x, w)`.
 
     The weight is cast to x's dtype, then gathered over the axes that hold its D, for
@@ -50,14 +70,21 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Ar
       equation: an einsum of one activation and one weight; its letters, those of
         `sharding.ACTIVATION`, also say how the result is sharded.
       x: global activation, in the compute dtype.
-      w: global float32 parameter.
+      w: global float32 parameter; inside shard_map a `Gathered`, and x local.
 
     Returns:
-      The global activation, x's dtype.
+      The activation, x's dtype, global or local as x.
 
     Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where
     a letter of the tensor axis is contracted, an all-reduce of the result.
     """
+    if isinstance(w, Gathered):
+        return _project_local(equation, x, w.value, w.gradient)
+    return _project_global(equation, x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_global(equation: str, x: Array, w: Array) -> Array:
     _, w_letters, y_letters = re.split(",|->", equation)
     axes = get_abstract_mesh().shape
     return jnp.einsum(
@@ -69,7 +96,7 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Ar
 
 
 def _project_forward(equation, x, w):
-    return project(equation, x, w), (x, w)
+    return _project_global(equation, x, w), (x, w)
 
 
 def _project_backward(equation, residuals, dy):
@@ -92,7 +119,42 @@ def _project_backward(equation, residuals, dy):
     return dx, dw
 
 
-project.defvjp(_project_forward, _project_backward)
+_project_global.defvjp(_project_forward, _project_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_local(equation: str, x: Array, w: Array, gradient: Array) -> Array:
+    x_letters, w_letters, y_letters = re.split(",|->", equation)
+    return _product(x_letters, x, w_letters, w, y_letters)
+
+
+def _project_local_forward(equation, x, w, gradient):
+    return _project_local(equation, x, w, gradient), (x, w)
+
+
+def _project_local_backward(equation, residuals, dy):
+    x, w = residuals
+    x_letters, w_letters, y_letters = re.split(",|->", equation)
+    dx = _product(y_letters, dy, w_letters, w, x_letters)
+    dw = jnp.einsum(
+        f"{x_letters},{y_letters}->{w_letters}",
+        x,
+        dy,
+        preferred_element_type=jnp.float32,
+    )
+    return dx, None, dw
+
+
+_project_local.defvjp(_project_local_forward, _project_local_backward)
+
+
+def _product(a_letters: str, a: Array, b_letters: str, b: Array, letters: str) -> Array:
+    """Inside shard_map; summed over tensor where that holds a contracted letter."""
+    y = jnp.einsum(f"{a_letters},{b_letters}->{letters}", a, b)
+    contracted = set(a_letters) & set(b_letters) - set(letters)
+    if any("tensor" in ACTIVATION.get(letter, ()) for letter in contracted):
+        y = lax.psum(y, "tensor")
+    return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.memory.remat import run_layers
+from ulysses_jax.models.chunked import Layer, chunked_layer
 from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
 from ulysses_jax.models.rope import rope_angles
@@ -72,7 +73,11 @@ class Transformer(nnx.Module):
 
         graph, stacked = nnx.split(self.layers)
 
+        chunked = Layer(graph, model, self.memory)
+
         def layer(x, parameters):
+            if self.memory.sequence_chunk_tokens:
+                return chunked_layer(chunked, x, parameters, angles, segment_ids)
             return nnx.merge(graph, parameters)(x, angles, segment_ids)
 
         return self.norm(run_layers(layer, x, stacked, self.memory))
