@@ -199,6 +199,22 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
                 f"mesh.tensor {' or '.join(map(str, fits))}, or a {name} of "
                 f"{math.ceil(size / tensor) * tensor}"
             )
+    chunk, shards = (
+        config.memory.sequence_chunk_tokens,
+        degrees["ring"] * degrees["seq"],
+    )
+    local_tokens = math.ceil(training.sequence_tokens / shards)
+    if chunk and local_tokens > chunk and local_tokens % chunk:
+        fits = [
+            n * chunk * shards
+            for n in (local_tokens // chunk, local_tokens // chunk + 1)
+        ]
+        raise ValueError(
+            f"memory.sequence_chunk_tokens {chunk} does not divide the {local_tokens} "
+            f"tokens of a device (training.sequence_tokens {training.sequence_tokens} "
+            f"over mesh.ring x mesh.seq {shards}): use sequence_tokens {fits[0]} or "
+            f"{fits[1]}, or a chunk of {math.gcd(chunk, local_tokens)}"
+        )
     rows = degrees["data"] * degrees["fsdp"]
     steps = training.accumulation_steps or max(training.batch_size // rows, 1)
     if training.batch_size % (rows * steps):
@@ -283,6 +299,22 @@ def _check_memory(memory: Memory, model: Model) -> None:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
             "everything: use memory.remat full or attention, or do not offload inputs"
+        )
+    if memory.remat != "attention" and "attention" in memory.offload:
+        raise ValueError(
+            "memory.offload attention moves attention's outputs, which memory.remat "
+            f"{memory.remat} does not keep apart: use memory.remat attention, or do "
+            "not offload attention"
+        )
+    if memory.sequence_chunk_tokens is None and "keys" in memory.offload:
+        raise ValueError(
+            "memory.offload keys moves the keys and values of a layer in chunks: set "
+            "memory.sequence_chunk_tokens, or do not offload keys"
+        )
+    if memory.sequence_chunk_tokens and model.attention == "reference":
+        raise ValueError(
+            "model.attention reference cannot attend to some keys at a time, as "
+            "memory.sequence_chunk_tokens asks: use model.attention auto or blockwise"
         )
     if memory.remat == "none" and memory.remat_layers > 1:
         raise ValueError(

@@ -145,6 +145,34 @@ def test_an_offload_that_does_nothing_is_refused(monkeypatch):
         plan(tiny(seq=8, memory=dict(offload=("inputs",))))
 
 
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_a_layer_in_chunks(remat):
+    """Kept attention: two calls forward (of a block's own keys, of those before) and no
+    more; keys and values, 16 KV slots of [4096, 64] in 8 chunks, on the host."""
+    config = tiny(
+        seq=8,
+        num_kv_heads=8,
+        tokens=32768,
+        batch_size=1,
+        memory=dict(remat=remat, sequence_chunk_tokens=512),
+    )
+    program = compile_step(config, H100, 1, 8)
+    calls = program.text.count('custom_call_target="__cudnn$fmhaSoftmax"')
+    assert calls == 2 if remat == "attention" else calls > 2
+    result = analyse(program, H100, 8)
+    assert result["warnings"] == []
+    assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
+    assert result["memory"]["host_bytes_per_device"] == 0
+
+    offload = ("inputs", "keys") + ("attention",) * (remat == "attention")
+    offloaded = plan(replace(config, memory=replace(config.memory, offload=offload)))
+    keys = 2 * 32768 * 64 * 2
+    inputs = 2 * 4096 * 256 * 2
+    kept = 2 * 4096 * 8 * (64 * 2 + 4) if remat == "attention" else 0
+    host = offloaded["memory"]["host_bytes_per_device"]
+    assert host == pytest.approx(keys + inputs + kept, rel=0.01)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_xla_accepts_every_target(name):
     result = plan(tiny(fsdp=2, seq=4), f"{name}:1x8")

@@ -215,9 +215,7 @@ def _over_earlier_blocks(pieces, keys, q_block, step, start):
         following = _block(pieces, keys, jnp.minimum(block + 1, q_block))
         return step(carry, k, v, block), following
 
-    carry, _ = lax.fori_loop(
-        first, q_block, body, (start, _block(pieces, keys, first))
-    )
+    carry, _ = lax.fori_loop(first, q_block, body, (start, _block(pieces, keys, first)))
     return carry
 
 

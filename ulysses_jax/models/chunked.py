@@ -45,7 +45,7 @@ def chunked_layer(
     angles: Any,
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T D"]:
-    """A `Block`, for one chunk of `sequence_chunk_tokens` of a device's tokens at a time.
+    """A `Block`, for `sequence_chunk_tokens` of a device's tokens at a time.
 
     First the keys and values of all chunks; then for each chunk its queries, their
     attention over the keys before, the projection, the feed-forward. The backward pass
@@ -86,7 +86,9 @@ def _backward(layer, residuals, dy):
     x_spec, parameter_specs, *_ = specs
 
     def local(x, parameters, angles, segment_ids, attended, dy):
-        pieces, weights = _take_apart(layer, x, parameters, parameter_specs, segment_ids)
+        pieces, weights = _take_apart(
+            layer, x, parameters, parameter_specs, segment_ids
+        )
         dx, sums = backward(
             pieces, weights, x, angles, attended, dy, _chunk_tokens(layer, x)
         )
@@ -109,9 +111,7 @@ def _run_forward(layer, x, parameters, angles, segment_ids, *, keep):
 
     def local(x, parameters, angles, segment_ids):
         pieces, weights = _take_apart(layer, x, parameters, specs[1], segment_ids)
-        return forward(
-            pieces, weights, x, angles, _chunk_tokens(layer, x), keep=keep
-        )
+        return forward(pieces, weights, x, angles, _chunk_tokens(layer, x), keep=keep)
 
     return jax.shard_map(
         local,
@@ -170,7 +170,9 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
 
     axes = get_abstract_mesh().shape
     tensor, degree = axes["tensor"], axes["seq"]
-    layout = head_layout(model.num_heads // tensor, model.num_kv_heads // tensor, degree)
+    layout = head_layout(
+        model.num_heads // tensor, model.num_kv_heads // tensor, degree
+    )
 
     def exchange(x: Float[Array, "B t N H"]) -> Float[Array, "P B t n H"]:
         x = seq_to_heads(x)

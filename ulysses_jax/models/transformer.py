@@ -75,9 +75,10 @@ class Transformer(nnx.Module):
 
         chunked = Layer(graph, model, self.memory)
 
-        def layer(x, parameters):
+        def layer(x, parameters) -> Array:
             if self.memory.sequence_chunk_tokens:
-                return chunked_layer(chunked, x, parameters, angles, segment_ids)
+                y: Array = chunked_layer(chunked, x, parameters, angles, segment_ids)
+                return y
             return nnx.merge(graph, parameters)(x, angles, segment_ids)
 
         return self.norm(run_layers(layer, x, stacked, self.memory))

@@ -117,6 +117,27 @@ def find_collectives(
     return found
 
 
+def sending_loops_of_unknown_trips(module: Module) -> list[str]:
+    """Loops that XLA cannot count, with a collective inside: its bytes count once.
+
+    The loop over blocks of keys, as long as a causal mask leaves it, sends nothing.
+    """
+
+    def sends(name: str) -> bool:
+        computation = module.computations.get(name)
+        return computation is not None and any(
+            each.opcode.removesuffix("-start") in KINDS or any(map(sends, each.called))
+            for each in computation.instructions
+        )
+
+    return [
+        each.name
+        for computation in module.computations.values()
+        for each in computation.instructions
+        if each.name in module.unknown_trips and any(map(sends, each.called))
+    ]
+
+
 def phase_of(instruction: Instruction) -> str:
     """The phase that the instruction's name in JAX says; "" where it has none."""
     name = instruction.op_name

@@ -18,7 +18,10 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax.config import Config, place
 from ulysses_jax.memory.offload import check_offload
 from ulysses_jax.mesh import make_mesh, resolve_degrees
-from ulysses_jax.plan.collectives import find_collectives
+from ulysses_jax.plan.collectives import (
+    find_collectives,
+    sending_loops_of_unknown_trips,
+)
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
 from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
@@ -171,7 +174,7 @@ def analyse(
         "warnings": unexpected(rows)
         + [
             f"loop {name} runs a number of times that XLA does not know: counted once"
-            for name in module.unknown_trips
+            for name in sending_loops_of_unknown_trips(module)
         ],
     }
 

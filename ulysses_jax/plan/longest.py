@@ -35,10 +35,12 @@ def longest(
       PlanError, ValueError: as `make_plan`; ValueError where not even one block of 128
         tokens a device fits.
     """
-    # Lengths that every shard divides into whole blocks of 128 tokens.
-    unit = 128 * max(config.mesh.seq, 1) * max(config.mesh.ring, 1)
+    # Lengths that every shard divides into whole chunks, or blocks of 128 tokens.
+    unit = config.memory.sequence_chunk_tokens or 128
     if config.mesh.seq == -1 or config.mesh.ring == -1:
-        unit = 128 * cluster.num_devices
+        unit *= cluster.num_devices
+    else:
+        unit *= config.mesh.seq * config.mesh.ring
     plans: dict[int, dict[str, Any]] = {}
 
     def fits(tokens: int) -> bool:

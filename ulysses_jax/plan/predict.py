@@ -125,7 +125,13 @@ def step_flops(config: Config) -> dict[str, float]:
     attention_matrices = layers - model.num_layers * gated * down
     read = 1 - 1 / memory.remat_layers
     recomputed = again * attention_matrices
-    if feed_forward_is_tiled(config):
+    attention_again = 1.0 * (memory.remat == "full")
+    if memory.sequence_chunk_tokens:
+        # A layer in chunks recomputes itself, and those before the last of a block are
+        # recomputed for the next one's input too.
+        recomputed = attention_matrices + hidden + again * read * layers
+        attention_again = (memory.remat != "attention") + read * attention_again
+    elif feed_forward_is_tiled(config):
         recomputed += hidden + again * read * model.num_layers * gated * down
     else:
         recomputed += again * (hidden + read * model.num_layers * down)
@@ -134,7 +140,7 @@ def step_flops(config: Config) -> dict[str, float]:
         "matmul_recompute": 2.0 * tokens * recomputed,
         "attention": 6.0 * product,
         # Kept out and logsumexp: the backward pass calls no forward.
-        "attention_recompute": (1.0 + 2.0 * (memory.remat == "full")) * product,
+        "attention_recompute": (1.0 + 2.0 * attention_again) * product,
     }
 
 

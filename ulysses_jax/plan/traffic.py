@@ -99,6 +99,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
             unread *= 3 if model.feed_forward == "swiglu" else 2
         # Of layers that are recomputed together, only the last one's is not read.
         unread *= (passes - 2) / config.memory.remat_layers
+        if config.memory.sequence_chunk_tokens:
+            unread = layers  # the recomputation shares the backward pass's gathers
         gathered = (layers * passes - unread + rest) / mesh.tensor
         sent = gathered * (degree - 1) / degree * element
     elif kind == "reduce-scatter":
@@ -108,9 +110,16 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     return training.accumulation_steps * sent
 
 
-def num_passes(config: Config) -> int:
-    """Passes over the layers: forward, backward, and recomputation if there is any."""
-    return 2 if config.memory.remat == "none" else 3
+def num_passes(config: Config) -> float:
+    """Passes over the layers: forward, backward, and recomputation if there is any.
+
+    A layer in chunks recomputes itself in any case, and once more where it is not the
+    last of layers that are recomputed together.
+    """
+    memory = config.memory
+    if memory.sequence_chunk_tokens:
+        return 4 - 1 / memory.remat_layers
+    return 2 if memory.remat == "none" else 3
 
 
 def feed_forward_is_tiled(config: Config) -> bool:

@@ -1,0 +1,126 @@
+"""A layer over chunks of tokens is the layer: results, gradients, memory, refusals."""
+
+import pytest
+from memory_cases import (
+    MESHES,
+    assert_same,
+    compiled,
+    loss_and_gradients,
+    make_config,
+    plain,
+)
+
+# Chunks of a device's tokens: 56, 7, 14 and 28 of them.
+CHUNKS = dict(zip(MESHES, (8, 1, 7, 4), strict=True))
+ALL = dict(
+    remat="attention", offload=("inputs", "attention", "keys"), loss_tile_tokens=9
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh_name", "packed"),
+    [
+        *(("llama", name, True) for name in MESHES),
+        ("llama", "seq 8", False),
+        ("gpt", "one device", False),
+        ("gpt", "fsdp 2, seq 2, tensor 2", True),
+    ],
+)
+def test_same_loss_and_gradients(family, mesh_name, packed):
+    chunk = CHUNKS[mesh_name]
+    config = make_config(family, MESHES[mesh_name], sequence_chunk_tokens=chunk)
+    want = plain(family, mesh_name, packed=packed)
+    assert_same(loss_and_gradients(config, packed=packed), want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(remat="none"), dict(remat="attention"), dict(remat_layers=2), ALL],
+    ids=["none", "attention", "two layers", "all"],
+)
+@pytest.mark.parametrize("mesh_name", ["data 2, seq 4"])
+def test_with_every_rematerialisation(mesh_name, options):
+    chunk = CHUNKS[mesh_name]
+    options = dict(sequence_chunk_tokens=chunk, **options)
+    config = make_config("llama", MESHES[mesh_name], **options)
+    assert_same(loss_and_gradients(config), plain("llama", mesh_name))
+
+
+@pytest.mark.parametrize("window", [7, 8, 20])
+def test_a_window(window):
+    """Of a chunk, one more, many."""
+    model, mesh, chunk = dict(window=window), dict(seq=2), 7
+    config = make_config("llama", mesh, model=model, sequence_chunk_tokens=chunk)
+    want = loss_and_gradients(make_config("llama", mesh, model=model, remat="none"))
+    assert_same(loss_and_gradients(config), want)
+
+
+@pytest.mark.parametrize("degrees", [dict(seq=4), dict(seq=4, tensor=2)])
+def test_more_devices_than_key_heads(degrees):
+    """Keys are repeated, queries are padded to 8 slots."""
+    model = dict(num_heads=6, num_kv_heads=2)
+    config = make_config("llama", degrees, model=model, sequence_chunk_tokens=7)
+    want = loss_and_gradients(make_config("llama", model=model, remat="none"))
+    assert_same(loss_and_gradients(config), want)
+
+
+def test_a_chunk_longer_than_a_device_has():
+    config = make_config("llama", MESHES["seq 8"], sequence_chunk_tokens=1000)
+    assert_same(loss_and_gradients(config), plain("llama", "seq 8"))
+
+
+def wide(tokens, **memory):
+    """The program of a model with many heads and a wide feed-forward."""
+    model = dict(num_heads=16, head_size=16, feed_forward_width=512, num_kv_heads=1)
+    memory = dict(loss_tile_tokens=64) | memory
+    return compiled(
+        make_config("llama", dict(seq=4), tokens=tokens, model=model, **memory)
+    )
+
+
+def test_memory_of_a_chunk():
+    """What is as wide as the heads or the feed-forward exists of a chunk alone."""
+
+    def bytes_a_token(**memory):
+        short, long = (wide(n, **memory).stats["temp_size"] for n in (4096, 8192))
+        return (long - short) / 1024  # of a device
+
+    assert (
+        bytes_a_token(sequence_chunk_tokens=64) < bytes_a_token(mlp_tile_tokens=64) / 3
+    )
+
+
+def test_attention_is_not_computed_again_where_it_is_kept():
+    again, kept = (
+        wide(4096, remat=remat, sequence_chunk_tokens=64).text.count(" while(")
+        for remat in ("full", "attention")
+    )
+    assert again > kept
+
+
+def test_chunks_that_do_not_divide():
+    message = (
+        r"sequence_chunk_tokens 6 does not divide the 14 tokens of a device .*"
+        r"sequence_tokens 56 over mesh.ring x mesh.seq 4\): use sequence_tokens 48 or "
+        r"72, or a chunk of 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_config("llama", dict(seq=4), sequence_chunk_tokens=6)
+
+
+def test_keys_need_chunks():
+    with pytest.raises(
+        ValueError, match="offload keys .*: set memory.sequence_chunk_tokens"
+    ):
+        make_config("llama", offload=("keys",))
+
+
+def test_kept_attention_needs_remat():
+    with pytest.raises(ValueError, match="offload attention .* memory.remat attention"):
+        make_config("llama", offload=("attention",))
+
+
+def test_the_dense_reference_has_no_parts():
+    model = dict(attention="reference")
+    with pytest.raises(ValueError, match="reference cannot attend to some keys"):
+        make_config("llama", model=model, sequence_chunk_tokens=8)
