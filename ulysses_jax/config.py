@@ -112,10 +112,16 @@ class Memory:
     """Tokens of a device whose feed-forward activations exist at once; default: all.
     Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
     head_chunks: int = 1
-    """Groups in which a device's heads are exchanged and attended."""
+    """Groups in which a device's heads are projected, exchanged and attended."""
     sequence_chunk_tokens: int | None = None
     """Tokens of a device that go through a layer at a time, attention and feed-forward:
     of all others there are only the layer's input, keys and values; default: all."""
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether layers run as `models.pieces`, which recomputes in any case."""
+        chunks = self.head_chunks > 1 and self.remat != "none"
+        return chunks or self.sequence_chunk_tokens is not None
 
 
 @dataclass(frozen=True)
@@ -311,10 +317,11 @@ def _check_memory(memory: Memory, model: Model) -> None:
             "memory.offload keys moves the keys and values of a layer in chunks: set "
             "memory.sequence_chunk_tokens, or do not offload keys"
         )
-    if memory.sequence_chunk_tokens and model.attention == "reference":
+    if memory.in_pieces and model.attention == "reference":
         raise ValueError(
             "model.attention reference cannot attend to some keys at a time, as "
-            "memory.sequence_chunk_tokens asks: use model.attention auto or blockwise"
+            "memory.sequence_chunk_tokens and memory.head_chunks ask: use "
+            "model.attention auto or blockwise"
         )
     if memory.remat == "none" and memory.remat_layers > 1:
         raise ValueError(

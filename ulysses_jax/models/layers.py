@@ -1,6 +1,7 @@
 """The layers of a transformer: norms, attention, feed-forward, as Flax NNX modules."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ulysses_jax.attention.select import ATTENTIONS
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.models.linear import Gathered, constant, project, weight
 from ulysses_jax.models.rope import apply_rope
-from ulysses_jax.models.tiled import LETTERS, activate, tiled_feed_forward
+from ulysses_jax.models.tiled import NAMES, activate, tiled_feed_forward
 from ulysses_jax.sharding import activation
 
 
@@ -61,9 +62,13 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def _add_bias(y: Array, bias: nnx.Param | None) -> Array:
+def _add_bias(
+    y: Array, bias: nnx.Param | None, part: Callable[[Array], Array] = lambda b: b
+) -> Array:
     """Adds in float32: the bias's gradient is a sum over all tokens."""
-    return y if bias is None else (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
+    if bias is None:
+        return y
+    return (y.astype(jnp.float32) + part(bias[...])).astype(y.dtype)
 
 
 class Attention(nnx.Module):
@@ -102,9 +107,14 @@ class Attention(nnx.Module):
         return self.project_out(out)
 
     def queries(
-        self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array] | None,
+        heads: Callable[[Array], Array] = lambda w: w,
     ) -> Float[Array, "B T N H"]:
-        q = _add_bias(project("BTD,DNH->BTNH", x, self.q[...]), self.q_bias)
+        """Of all heads, or of those that `heads` picks from arrays `[..., N, H]`."""
+        q = project("BTD,DNH->BTNH", x, jax.tree.map(heads, self.q[...]))
+        q = _add_bias(q, self.q_bias, heads)
         return q if angles is None else apply_rope(q, angles)
 
     def keys_values(
@@ -136,7 +146,7 @@ class FeedForward(nnx.Module):
         """In tiles where a device has more tokens than memory.mlp_tile_tokens."""
         is_global = not isinstance(self.up[...], Gathered)
         if is_global and self.tile_tokens and _local_tokens(x) > self.tile_tokens:
-            named = {name: getattr(self, name) for name in LETTERS}
+            named = {name: getattr(self, name) for name in NAMES}
             weights = {name: w[...] for name, w in named.items() if w is not None}
             y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
         else:

@@ -1,26 +1,21 @@
 """The feed-forward over tiles of tokens: its hidden activations never exist at once."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.models.linear import all_gather, sum_gradient
-from ulysses_jax.sharding import activation, parameter, zero_axes
+from ulysses_jax.models.gathered import gather, scatter, specs_of
+from ulysses_jax.models.linear import Gathered
+from ulysses_jax.sharding import activation
 
-# The parameters by name, each global, float32, and the letters of their dims.
-LETTERS = {
-    "gate": "DF",
-    "up": "DF",
-    "down": "FD",
-    "gate_bias": "F",
-    "up_bias": "F",
-}
+# The parameters, by the names that `FeedForward` has for them.
+NAMES = ("gate", "up", "down", "gate_bias", "up_bias")
 Weights = dict[str, Array]
 
 
@@ -39,8 +34,8 @@ def tiled_feed_forward(
 
     Args:
       x: global, in the compute dtype, B over (data, fsdp), T over (ring, seq).
-      weights: global float32 parameters by the names of LETTERS, sharded as
-        `sharding.parameter` says; gate and the biases may be missing.
+      weights: global float32 parameters by NAMES, sharded as `sharding.parameter` says;
+        gate and the biases may be missing.
       tile_tokens: how many tokens of a device have hidden activations at a time.
 
     Returns:
@@ -53,11 +48,11 @@ def tiled_feed_forward(
 
     Source: tiling over the sequence as in Mini-Sequence Transformer, arXiv 2407.15892.
     """
-    axes = get_abstract_mesh().shape
-    spec = activation("BTD", axes)
+    spec = activation("BTD", get_abstract_mesh().shape)
+    specs = specs_of(weights)
 
     def local(x, weights):
-        weights = _gather(weights, x)
+        weights, _ = _gather(weights, specs, x)
 
         def tile(_, x):
             hidden = activate(*_hidden_inputs(x, weights))
@@ -70,7 +65,7 @@ def tiled_feed_forward(
         return lax.psum(y, "tensor").reshape(x.shape)
 
     return jax.shard_map(
-        local, in_specs=(spec, _specs(weights)), out_specs=spec, check_vma=False
+        local, in_specs=(spec, specs), out_specs=spec, check_vma=False
     )(x, weights)
 
 
@@ -80,12 +75,11 @@ def _forward(x, weights, tile_tokens):
 
 def _backward(tile_tokens, residuals, dy):
     x, weights = residuals
-    axes = get_abstract_mesh().shape
-    spec = activation("BTD", axes)
+    spec = activation("BTD", get_abstract_mesh().shape)
+    specs = specs_of(weights)
 
     def local(x, dy, weights):
-        gathered = _gather(weights, x)
-        zeros = {name: jnp.zeros(w.shape, jnp.float32) for name, w in gathered.items()}
+        gathered, zeros = _gather(weights, specs, x)
 
         def tile(sums, tokens):
             x, dy = tokens
@@ -112,13 +106,8 @@ def _backward(tile_tokens, residuals, dy):
             jnp.zeros_like(rows),
             tile_tokens=tile_tokens,
         )
-        gradients = {
-            name: sum_gradient(total, *_zero(name, x, axes))
-            for name, total in sums.items()
-        }
-        return lax.psum(dx, "tensor").reshape(x.shape), gradients
+        return lax.psum(dx, "tensor").reshape(x.shape), scatter(sums, specs)
 
-    specs = _specs(weights)
     return jax.shard_map(
         local, in_specs=(spec, spec, specs), out_specs=(spec, specs), check_vma=False
     )(x, dy, weights)
@@ -142,29 +131,11 @@ def _weight_gradient(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _specs(weights: Weights) -> dict[str, P]:
-    axes = get_abstract_mesh().shape
-    return {
-        name: parameter(LETTERS[name], w.shape, axes) for name, w in weights.items()
+def _gather(weights: Weights, specs: Any, x: Array) -> tuple[Weights, Weights]:
+    """Inside shard_map: matrices whole in D, in x's dtype, biases as they are; zeros."""
+    leaves, gathered = gather(weights, specs, x.dtype)
+    values = {
+        name: w.value if isinstance(w, Gathered) else w
+        for name, w in gathered(leaves).items()
     }
-
-
-def _zero(name: str, x: Array, axes) -> tuple[tuple[str, ...], int]:
-    """The axes over which a parameter's D is cut, and which dim that is."""
-    letters = LETTERS[name]
-    if "D" not in letters:
-        return (), 0
-    return zero_axes(x.shape[-1], axes), letters.index("D")
-
-
-def _gather(weights: Weights, x: Array) -> Weights:
-    """Inside shard_map: matrices whole in D, in x's dtype; biases as they are."""
-    axes = get_abstract_mesh().shape
-
-    def whole(name, w):
-        if "D" not in LETTERS[name]:
-            return w
-        zero, dim = _zero(name, x, axes)
-        return all_gather(w.astype(x.dtype), zero, dim=dim)
-
-    return {name: whole(name, w) for name, w in weights.items()}
+    return values, jax.tree.map(jnp.zeros_like, leaves)

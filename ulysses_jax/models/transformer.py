@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.memory.remat import run_layers
-from ulysses_jax.models.chunked import Layer, chunked_layer
 from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
+from ulysses_jax.models.pieces import Layer, layer_in_pieces
 from ulysses_jax.models.rope import rope_angles
 from ulysses_jax.sharding import activation
 
@@ -73,11 +73,11 @@ class Transformer(nnx.Module):
 
         graph, stacked = nnx.split(self.layers)
 
-        chunked = Layer(graph, model, self.memory)
+        pieces = Layer(graph, model, self.memory)
 
         def layer(x, parameters) -> Array:
-            if self.memory.sequence_chunk_tokens:
-                y: Array = chunked_layer(chunked, x, parameters, angles, segment_ids)
+            if self.memory.in_pieces:
+                y: Array = layer_in_pieces(pieces, x, parameters, angles, segment_ids)
                 return y
             return nnx.merge(graph, parameters)(x, angles, segment_ids)
 

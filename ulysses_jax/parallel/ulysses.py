@@ -59,7 +59,7 @@ def ulysses(
     _check_shapes(q, k, v, axes)
     tensor = axes.get("tensor", 1)
     layout = head_layout(q.shape[2] // tensor, k.shape[2] // tensor, degree)
-    kv_chunks, group_chunks = _split_chunks(
+    kv_chunks, group_chunks = split_head_chunks(
         head_chunks, layout.num_kv_slots // degree, layout.group
     )
 
@@ -203,7 +203,7 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
             )
 
 
-def _split_chunks(head_chunks: int, num_kv: int, group: int) -> tuple[int, int]:
+def split_head_chunks(head_chunks: int, num_kv: int, group: int) -> tuple[int, int]:
     """Chunks over a device's KV slots, and over the queries of each: their product."""
     kv_chunks = math.gcd(head_chunks, num_kv)
     group_chunks = head_chunks // kv_chunks

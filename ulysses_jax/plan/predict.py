@@ -126,8 +126,8 @@ def step_flops(config: Config) -> dict[str, float]:
     read = 1 - 1 / memory.remat_layers
     recomputed = again * attention_matrices
     attention_again = 1.0 * (memory.remat == "full")
-    if memory.sequence_chunk_tokens:
-        # A layer in chunks recomputes itself, and those before the last of a block are
+    if memory.in_pieces:
+        # A layer in pieces recomputes itself, and those before the last of a block are
         # recomputed for the next one's input too.
         recomputed = attention_matrices + hidden + again * read * layers
         attention_again = (memory.remat != "attention") + read * attention_again

@@ -99,7 +99,7 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
             unread *= 3 if model.feed_forward == "swiglu" else 2
         # Of layers that are recomputed together, only the last one's is not read.
         unread *= (passes - 2) / config.memory.remat_layers
-        if config.memory.sequence_chunk_tokens:
+        if config.memory.in_pieces:
             unread = layers  # the recomputation shares the backward pass's gathers
         gathered = (layers * passes - unread + rest) / mesh.tensor
         sent = gathered * (degree - 1) / degree * element
@@ -113,11 +113,11 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 def num_passes(config: Config) -> float:
     """Passes over the layers: forward, backward, and recomputation if there is any.
 
-    A layer in chunks recomputes itself in any case, and once more where it is not the
+    A layer in pieces recomputes itself in any case, and once more where it is not the
     last of layers that are recomputed together.
     """
     memory = config.memory
-    if memory.sequence_chunk_tokens:
+    if memory.in_pieces:
         return 4 - 1 / memory.remat_layers
     return 2 if memory.remat == "none" else 3
 

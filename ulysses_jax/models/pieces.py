@@ -1,4 +1,4 @@
-"""A transformer's layer over chunks of tokens: attention and feed-forward together."""
+"""A transformer's layer in pieces: attention and feed-forward together."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import attention_parts, join
 from ulysses_jax.config import Memory, Model
+from ulysses_jax.memory.pieces import Pieces, backward, forward
 from ulysses_jax.memory.remat import ATTENTION
-from ulysses_jax.memory.sequence_chunks import Pieces, backward, forward
 from ulysses_jax.mesh import platform_of
+from ulysses_jax.models.gathered import gather, scatter, specs_of
 from ulysses_jax.models.layers import Block
-from ulysses_jax.models.linear import Gathered, all_gather, sum_gradient
 from ulysses_jax.parallel.exchange import head_layout, heads_to_seq, seq_to_heads
-from ulysses_jax.sharding import ZERO, activation
+from ulysses_jax.parallel.ulysses import split_head_chunks
+from ulysses_jax.sharding import activation
 
 # [c, P, B, n, t]: heads lie over tensor, then seq.
 _LOGSUMEXP = P(None, None, ("data", "fsdp"), ("tensor", "seq"), None)
@@ -38,7 +39,7 @@ class Layer:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked_layer(
+def layer_in_pieces(
     layer: Layer,
     x: Float[Array, "B T D"],
     parameters: Any,
@@ -47,9 +48,10 @@ def chunked_layer(
 ) -> Float[Array, "B T D"]:
     """A `Block`, for `sequence_chunk_tokens` of a device's tokens at a time.
 
-    First the keys and values of all chunks; then for each chunk its queries, their
-    attention over the keys before, the projection, the feed-forward. The backward pass
-    does the same again, then pulls each chunk back.
+    First the keys and values of all chunks; then for each chunk, `head_chunks` times,
+    queries and their attention over the keys before; then the projection and the
+    feed-forward, for `mlp_tile_tokens` at a time. The backward pass does the same
+    again, then pulls each chunk back.
 
     Args:
       x: global, compute dtype, B over (data, fsdp), T over seq.
@@ -64,10 +66,11 @@ def chunked_layer(
     and logsumexp). Forward: x, which becomes the result, and the sequence's keys and
     values of a device's heads. Backward: also dx, and keys' and values' gradients in
     float32. Weights are gathered once a pass. Exchanges are those of the whole, a chunk
-    at a time.
+    and a group of heads at a time; keys and values are exchanged once.
 
     Source: sequence chunks as in FPDT, arXiv 2408.16978; attention and feed-forward of
-    a block of queries together as in Blockwise Parallel Transformer, arXiv 2305.19370.
+    a block of queries together as in Blockwise Parallel Transformer, arXiv 2305.19370;
+    groups of heads as in UPipe.
     """
     return _run_forward(layer, x, parameters, angles, segment_ids, keep=False)[0]
 
@@ -76,7 +79,9 @@ def _forward(layer, x, parameters, angles, segment_ids):
     keep = layer.memory.remat == "attention"
     y, attended = _run_forward(layer, x, parameters, angles, segment_ids, keep=keep)
     if attended is not None:
-        attended = tuple(map(checkpoint_name, attended, ATTENTION))
+        out, logsumexps = attended
+        logsumexps = tuple(checkpoint_name(each, ATTENTION[1]) for each in logsumexps)
+        attended = checkpoint_name(out, ATTENTION[0]), logsumexps
     return y, (x, parameters, angles, segment_ids, attended)
 
 
@@ -86,13 +91,9 @@ def _backward(layer, residuals, dy):
     x_spec, parameter_specs, *_ = specs
 
     def local(x, parameters, angles, segment_ids, attended, dy):
-        pieces, weights = _take_apart(
-            layer, x, parameters, parameter_specs, segment_ids
-        )
-        dx, sums = backward(
-            pieces, weights, x, angles, attended, dy, _chunk_tokens(layer, x)
-        )
-        return dx, jax.tree.map(_sum_gradient, sums, parameter_specs)
+        pieces, leaves = _take_apart(layer, x, parameters, parameter_specs, segment_ids)
+        dx, sums = backward(pieces, leaves, x, angles, attended, dy)
+        return dx, scatter(sums, parameter_specs)
 
     dx, gradients = jax.shard_map(
         local,
@@ -103,15 +104,15 @@ def _backward(layer, residuals, dy):
     return dx, gradients, None, None
 
 
-chunked_layer.defvjp(_forward, _backward)
+layer_in_pieces.defvjp(_forward, _backward)
 
 
 def _run_forward(layer, x, parameters, angles, segment_ids, *, keep):
     specs = _specs(x, parameters, angles, segment_ids)
 
     def local(x, parameters, angles, segment_ids):
-        pieces, weights = _take_apart(layer, x, parameters, specs[1], segment_ids)
-        return forward(pieces, weights, x, angles, _chunk_tokens(layer, x), keep=keep)
+        pieces, leaves = _take_apart(layer, x, parameters, specs[1], segment_ids)
+        return forward(pieces, leaves, x, angles, keep=keep)
 
     return jax.shard_map(
         local,
@@ -125,7 +126,7 @@ def _specs(x, parameters, angles, segment_ids):
     axes = get_abstract_mesh().shape
     return (
         activation("BTD", axes),
-        jax.tree.map(lambda w: jax.typeof(w).sharding.spec, parameters),
+        specs_of(parameters),
         jax.tree.map(lambda _: activation("BT", axes), angles),
         jax.tree.map(lambda _: activation("B", axes), segment_ids),
     )
@@ -134,39 +135,24 @@ def _specs(x, parameters, angles, segment_ids):
 def _attended_specs(keep: bool):
     if not keep:
         return None
+    # One spec for the logsumexps of all groups.
     return activation("BTNH", get_abstract_mesh().shape), _LOGSUMEXP
 
 
-def _chunk_tokens(layer: Layer, x: Float[Array, "B t D"]) -> int:
-    assert layer.memory.sequence_chunk_tokens
-    return min(layer.memory.sequence_chunk_tokens, x.shape[1])
+def _tile_tokens(wanted: int | None, chunk_tokens: int, rows: int) -> int:
+    """The most tokens, up to `wanted` of all rows, that divide a chunk."""
+    most = chunk_tokens if wanted is None else max(min(wanted // rows, chunk_tokens), 1)
+    return next(n for n in range(most, 0, -1) if chunk_tokens % n == 0)
 
 
 def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
-    """The layer as pieces, inside shard_map, and what their gradients are asked of.
-
-    Matrices are gathered here, once. The pieces take a tree of float32 arrays in their
-    place, which are not read but whose cotangents are the gradients; vectors (norms,
-    biases) are taken as they are.
-    """
-    model, dtype = layer.model, x.dtype
+    """The layer as pieces, inside shard_map, and what their gradients are taken of."""
+    model, memory = layer.model, layer.memory
     assert model.num_kv_heads
-    values = jax.tree.map(lambda w, spec: _gather(w, spec, dtype), parameters, specs)
-    weights = jax.tree.map(
-        lambda value, w: w if value is None else jnp.zeros(value.shape, jnp.float32),
-        values,
-        parameters,
-        is_leaf=lambda leaf: leaf is None,
-    )
+    leaves, weights = gather(parameters, specs, x.dtype)
 
-    def block(weights) -> Block:
-        both = jax.tree.map(
-            lambda value, w: w if value is None else Gathered(value, w),
-            values,
-            weights,
-            is_leaf=lambda leaf: leaf is None,
-        )
-        return nnx.merge(layer.graph, both)
+    def block(leaves) -> Block:
+        return nnx.merge(layer.graph, weights(leaves))
 
     axes = get_abstract_mesh().shape
     tensor, degree = axes["tensor"], axes["seq"]
@@ -174,32 +160,62 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
         model.num_heads // tensor, model.num_kv_heads // tensor, degree
     )
 
+    kv_chunks, group_chunks = split_head_chunks(
+        memory.head_chunks, layout.num_kv_slots // degree, layout.group
+    )
+    # Query slots as [device, row of KV slots, KV slot, cell of its queries, query].
+    slots = (
+        degree,
+        kv_chunks,
+        layout.num_kv_slots // degree // kv_chunks,
+        group_chunks,
+        layout.group // group_chunks,
+    )
+
     def exchange(x: Float[Array, "B t N H"]) -> Float[Array, "P B t n H"]:
         x = seq_to_heads(x)
         x = x.reshape(x.shape[0], degree, -1, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    def keys_values(weights, x, angles):
-        layer = block(weights)
+    def keys_values(leaves, x, angles):
+        layer = block(leaves)
         keys = layer.attention.keys_values(layer.attention_norm(x), angles)
         k, v = map(layout.spread_kv, keys)
         return exchange(k), exchange(v)
 
-    def queries(weights, x, angles):
-        layer = block(weights)
-        q = layer.attention.queries(layer.attention_norm(x), angles)
-        return exchange(layout.spread_q(q))
+    def queries(leaves, x, angles, g):
+        layer = block(leaves)
+        row, cell = divmod(g, group_chunks)
 
-    def back(out):
-        out = jnp.moveaxis(out, 0, 1)
-        out = heads_to_seq(out.reshape(out.shape[0], -1, *out.shape[3:]))
+        def heads(w: Float[Array, "... N H"]) -> Float[Array, "... n H"]:
+            """Of a weight or a bias: those slots of every device that group g has."""
+            spread = layout.spread_q(w.reshape(1, -1, *w.shape[-2:]))
+            cells = spread.reshape(-1, *slots, w.shape[-1])[:, :, row, :, cell]
+            return cells.reshape(*w.shape[:-2], -1, w.shape[-1])
+
+        q = layer.attention.queries(layer.attention_norm(x), angles, heads)
+        return exchange(q)
+
+    def back(outs):
+        def one(out: Float[Array, "P B t n H"]) -> Float[Array, "B t P kv group H"]:
+            out = jnp.moveaxis(out, 0, 1)
+            out = heads_to_seq(out.reshape(out.shape[0], -1, *out.shape[3:]))
+            return out.reshape(*out.shape[:2], degree, slots[2], slots[4], -1)
+
+        rows = [
+            jnp.stack([one(out) for out in outs[start : start + group_chunks]], axis=4)
+            for start in range(0, len(outs), group_chunks)
+        ]
+        out = jnp.stack(rows, axis=3)
+        out = out.reshape(*out.shape[:2], layout.num_slots, -1)
         return layout.gather_q(out)
 
-    def finish(weights, x, out):
-        layer = block(weights)
+    def finish(leaves, x, out):
+        layer = block(leaves)
         return layer.add_feed_forward(x + layer.attention.project_out(out))
 
-    size, window = _chunk_tokens(layer, x), model.window
+    tokens, window = x.shape[1], model.window
+    size = min(memory.sequence_chunk_tokens or tokens, tokens)
 
     def mask(q_block, kv_block, is_own) -> Mask:
         def ids(block):
@@ -246,24 +262,12 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
         gradients=gradients,
         join=join,
         first_block=first_block,
-        keys_on_host="keys" in layer.memory.offload,
-    ), weights
-
-
-def _zero(spec: P) -> tuple[tuple[str, ...], int]:
-    """The axes over which a parameter's D is cut, and the dim; none for a vector."""
-    for dim, axes in enumerate(spec):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        if names and set(names) <= set(ZERO):
-            return tuple(names), dim
-    return (), 0
-
-
-def _gather(w: Array, spec: P, dtype) -> Array | None:
-    """A matrix whole in D, in the compute dtype; None for a vector."""
-    zero, dim = _zero(spec)
-    return all_gather(w.astype(dtype), zero, dim=dim) if zero else None
-
-
-def _sum_gradient(gradient: Array, spec: P) -> Array:
-    return sum_gradient(gradient, *_zero(spec))
+        key_slots=tuple(
+            slice(row * slots[2], (row + 1) * slots[2])
+            for row in range(kv_chunks)
+            for _ in range(group_chunks)
+        ),
+        chunk_tokens=size,
+        tile_tokens=_tile_tokens(memory.mlp_tile_tokens, size, x.shape[0]),
+        keys_on_host="keys" in memory.offload,
+    ), leaves
