@@ -69,7 +69,7 @@ def forward(
     keys = _keys_values(pieces, leaves, x, angles)
 
     def one_chunk(x, i):
-        out, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
+        _, out, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
         back = pieces.back(out)
 
         def one_tile(x, j):
@@ -117,11 +117,11 @@ def backward(
         shapes = _group_shapes(pieces, leaves, part, its_angles)
         transposed = jax.linear_transpose(pieces.back, shapes)
         if attended is None:
-            outs, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
+            qs, outs, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
             back = pieces.back(outs)
         else:
             back = _cut(attended[0], start, pieces.chunk_tokens)
-            (outs,) = transposed(back)
+            qs, (outs,) = None, transposed(back)
 
         def one_tile(carry, j):
             dx, dback, sums = carry
@@ -144,6 +144,7 @@ def backward(
                 leaves,
                 part,
             )
+            q = q if qs is None else qs[g]  # not to exchange it again
             given = (outs[g], logsumexps[g], douts[g])
             dq, dkeys = _pull(pieces, q, keys, *given, dkeys, i, g)
             dleaves, more = pull(dq)
@@ -248,13 +249,13 @@ def _over_earlier_blocks(pieces, keys, q_block, g, step, start):
 
 
 def _attend_chunk(pieces, leaves, x, angles, keys, i):
-    """Attention of chunk i: out and logsumexp of every group of heads, two tuples."""
+    """Attention of chunk i: q, out and logsumexp, each a tuple of groups of heads."""
     start = i * pieces.chunk_tokens
     part, its_angles = _cut((x, angles), start, pieces.chunk_tokens)
-    groups = [
-        _attend(pieces, pieces.queries(leaves, part, its_angles, g), keys, i, g)
-        for g in range(len(pieces.key_slots))
-    ]
+    groups = []
+    for g in range(len(pieces.key_slots)):
+        q = pieces.queries(leaves, part, its_angles, g)
+        groups.append((q, *_attend(pieces, q, keys, i, g)))
     return tuple(zip(*groups, strict=True))
 
 

@@ -132,7 +132,7 @@ def _weight_gradient(equation: str, a: Array, b: Array) -> Array:
 
 
 def _gather(weights: Weights, specs: Any, x: Array) -> tuple[Weights, Weights]:
-    """Inside shard_map: matrices whole in D, in x's dtype, biases as they are; zeros."""
+    """Inside shard_map: matrices whole in D, in x's dtype; zeros for their gradients."""
     leaves, gathered = gather(weights, specs, x.dtype)
     values = {
         name: w.value if isinstance(w, Gathered) else w
