@@ -59,14 +59,12 @@ def tiled_feed_forward(
     def local(x, weights):
         weights = _gather(weights, x)
 
-        def tile(_, x):
+        def tile(_sums, _tokens, x):
             hidden = activate(*_hidden_inputs(x, weights))
             return None, jnp.einsum("TF,FD->TD", hidden, weights["down"])
 
         rows = x.reshape(-1, x.shape[-1])
-        _, y = over_tiles(
-            tile, None, rows, jnp.zeros_like(rows), tile_tokens=tile_tokens
-        )
+        _, y = over_tiles(tile, None, None, rows, tile_tokens=tile_tokens)
         return lax.psum(y, "tensor").reshape(x.shape)
 
     return jax.shard_map(
@@ -87,8 +85,7 @@ def _backward(tile_tokens, residuals, dy):
         gathered = _gather(weights, x)
         zeros = {name: jnp.zeros(w.shape, jnp.float32) for name, w in gathered.items()}
 
-        def tile(sums, tokens):
-            x, dy = tokens
+        def tile(sums, x, dy):
             gate, up = _hidden_inputs(x, gathered)
             hidden, pull = jax.vjp(activate, gate, up)
             gradients = {"down": _weight_gradient("TF,TD->FD", hidden, dy)}
@@ -106,11 +103,7 @@ def _backward(tile_tokens, residuals, dy):
 
         rows = x.reshape(-1, x.shape[-1])
         sums, dx = over_tiles(
-            tile,
-            zeros,
-            (rows, dy.reshape(rows.shape)),
-            jnp.zeros_like(rows),
-            tile_tokens=tile_tokens,
+            tile, zeros, rows, dy.reshape(rows.shape), tile_tokens=tile_tokens
         )
         gradients = {
             name: sum_gradient(total, *_zero(name, x, axes))

@@ -135,9 +135,8 @@ def _local_loss(
     head = all_gather(head.astype(x.dtype), zero, dim=1)
     first = lax.axis_index("tensor") * head.shape[0]
 
-    def tile(sums, tokens):
+    def tile(sums, labels, x):
         objective, plain, dhead = sums
-        x, labels = tokens
         logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
         highest = lax.pmax(logits.max(axis=-1), "tensor")
         sums = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
@@ -155,7 +154,7 @@ def _local_loss(
             nats = nats + z_loss * jnp.square(logsumexp)
         objective = objective + jnp.where(valid, nats, 0).sum()
         if not with_gradients:
-            return (objective, plain, dhead), None
+            return (objective, plain, dhead), x
         # softmax (1 + 2 z logsumexp) - (1 - s) onehot - s / V
         dlogits = jnp.exp(logits - logsumexp[:, None])
         if z_loss:
@@ -170,21 +169,17 @@ def _local_loss(
         dx = jnp.einsum("TV,VD->TD", dlogits, head)
         return (objective, plain, dhead), dx
 
-    rows = x.reshape(labels.size, -1)
-    zero_nats = jnp.float32(0)
+    dhead = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    # Nothing else reads the normed x: its gradient is written over it.
     (objective, plain, dhead), dx = over_tiles(
         tile,
-        (
-            zero_nats,
-            zero_nats,
-            jnp.zeros(head.shape, jnp.float32) if with_gradients else None,
-        ),
-        (rows, labels.reshape(-1)),
-        jnp.zeros_like(rows) if with_gradients else None,
+        (jnp.float32(0), jnp.float32(0), dhead),
+        labels.reshape(-1),
+        x.reshape(labels.size, -1),
         tile_tokens=tile_tokens,
     )
     losses = lax.psum((objective, plain), ("data", "fsdp", "ring", "seq"))
-    if not with_gradients:
+    if dhead is None:
         return losses, None, None
     dx = lax.psum(dx, "tensor").reshape(x.shape)
     return losses, dx, sum_gradient(dhead, zero, dim=1)
