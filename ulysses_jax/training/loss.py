@@ -25,7 +25,8 @@ def cross_entropy(
 
     Arguments, result and cost: as `training_loss` without smoothing and z-loss.
     """
-    return training_loss(x, head, labels, tile_tokens, 0.0, 0.0)[0]
+    losses: tuple[Array, Array] = training_loss(x, head, labels, tile_tokens, 0.0, 0.0)
+    return losses[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -139,8 +140,8 @@ def _local_loss(
         objective, plain, dhead = sums
         logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
         highest = lax.pmax(logits.max(axis=-1), "tensor")
-        sums = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
-        logsumexp = highest + jnp.log(sums)
+        total = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
+        logsumexp = highest + jnp.log(total)
         is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
         label_logit = lax.psum(jnp.where(is_label, logits, 0).sum(axis=-1), "tensor")
         valid = labels != IGNORED
