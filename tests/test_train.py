@@ -289,6 +289,11 @@ def test_a_broken_checkpoint_is_passed_over(whole_run, config_file, tmp_path, ca
 REFUSALS = {
     "unknown key": (["--mesh.seqs=4"], "--mesh.seq INT"),
     "huge seed": (["--run.seed=4294967296"], "run.seed must be below 2^32"),
+    "all smoothed": (
+        ["--training.label-smoothing=1"],
+        "training.label_smoothing must be below 1, not 1.0",
+    ),
+    "negative z-loss": (["--training.z-loss=-1"], "training.z_loss must be not neg"),
     "wrong type": (["--training.num-steps=many"], "num-steps"),
     "mesh and devices": (["--mesh.seq=3"], "takes 6 devices, but there are 8"),
     "ring": (["--mesh.ring=2", "--mesh.seq=2"], "use mesh.ring 1 and mesh.seq 4"),

@@ -75,6 +75,10 @@ class Training:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    """Of the target distribution, this part is spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 a token, as in PaLM, where it is 1e-4."""
     validation_interval_steps: int = 100
     """0: only at the end."""
     validation_batches: int = 8
@@ -249,7 +253,10 @@ _MAY_BE_ZERO = {
     "process_id",
     "beta1",
     "beta2",
+    "label_smoothing",
+    "z_loss",
 }
+_BELOW_ONE = {"validation_fraction", "beta1", "beta2", "label_smoothing"}
 
 
 def _check_ranges(config: Config) -> None:
@@ -269,7 +276,7 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name} must be {bound}, not {value}")
             if each.name == "seed" and value >= 2**32:
                 raise ValueError(f"{name} must be below 2^32, not {value}")
-            if each.name in ("validation_fraction", "beta1", "beta2") and value >= 1:
+            if each.name in _BELOW_ONE and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
 
 

@@ -112,16 +112,17 @@ def test_weight_gradients_are_summed_in_float32():
 def test_over_tiles_reads_and_writes_every_row_once(num_tokens, tile):
     sizes = []
 
-    def body(total, x):
+    def body(total, x, old):
         sizes.append(x.shape[0])
-        return total + x.sum(axis=0), (x * 2, x[:, :1])
+        again, ones = old
+        return total + x.sum(axis=0), (x + again, ones + x[:, :1])
 
     rows = jnp.arange(num_tokens * 3).reshape(num_tokens, 3)
-    outputs = (jnp.zeros_like(rows), jnp.zeros((num_tokens, 1), rows.dtype))
+    outputs = (rows, jnp.ones((num_tokens, 1), rows.dtype))
     total, (twice, first) = over_tiles(
         body, jnp.zeros(3, rows.dtype), rows, outputs, tile_tokens=tile
     )
     np.testing.assert_array_equal(total, rows.sum(axis=0))
     np.testing.assert_array_equal(twice, rows * 2)
-    np.testing.assert_array_equal(first, rows[:, :1])
+    np.testing.assert_array_equal(first, rows[:, :1] + 1)
     assert set(sizes) <= {min(tile, num_tokens), num_tokens % tile}

@@ -153,6 +153,14 @@ ENTRY %main (q: bf16[1,64,4,8], k: bf16[1,64,2,8]) -> bf16[1,4,64,8] {
     unit = 2 * 64 * 64 * 4 * 8
     assert attention_flops(module, entry, forward) == 2 * unit // 2
     assert attention_flops(module, entry, backward) == 5 * unit
+    # Of a window of 16, 16 queries see half and 48 all of it.
+    for length, pairs in (("0", 64 * 32), ("16", 16 * 8 + 48 * 16), ("64", 64 * 32)):
+        causal = '"mask_type": "CAUSAL"'
+        windowed = f'{causal}, "sliding_window_length": {length}, "x": 1'
+        module = parse(text.replace(causal, windowed))
+        narrow = module.computations["main"].by_name["f"]
+        found = attention_flops(module, module.computations["main"], narrow)
+        assert found == 2 * 2 * pairs * 4 * 8
     extras = {e["name"]: e["bytes"] for e in estimated_extras(module, [])}
     assert extras["cuDNN workspace"] == 4 * 64 * 4 * 8
     assert "NCCL buffers" not in extras

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from ulysses_jax import config as configs
-from ulysses_jax.plan.predict import predict, step_flops
+from ulysses_jax.plan import predict as prediction
+from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
 
 # A GPU of round figures: 1 TFLOP/s, 1 GB/s of HBM, 100 MB/s of NVLink, 10 of network.
@@ -42,6 +43,10 @@ def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model)
     )
     config = configs.complete(config, name="run")
     return configs.place(config, dataclasses.asdict(config.mesh))
+
+
+def step_flops(config):
+    return prediction.step_flops(config, config.padded_tokens())
 
 
 def plan(config, *collectives, parameters_bytes=0):
@@ -187,6 +192,29 @@ def test_more_tokens_take_longer_and_use_the_gpu_better():
     )
     assert rows[-1]["matmul_seconds"] == pytest.approx(16 * rows[-2]["matmul_seconds"])
     assert all(0 < row["mfu"] < 0.5 for row in rows)
+
+
+def test_padding_takes_time_and_is_no_work_of_the_model():
+    """1,021 tokens are computed as 1,024 over seq 4, and count as 1,021."""
+    padded, even = run(tokens=1021), run(tokens=1024)
+    found, full = (predict(each, GPU, plan(each)) for each in (padded, even))
+    assert found["step_seconds"] == full["step_seconds"]
+    assert found["hardware_flops"] == full["hardware_flops"]
+    assert found["hfu"] == full["hfu"]
+    part, flops = 1021 / 1024, step_flops(even)
+    model = flops["matmul"] * part + flops["attention"] * part**2
+    assert found["model_flops"] == pytest.approx(model)
+    assert found["mfu"] == pytest.approx(model / full["step_seconds"] / 8e12)
+    assert found["tokens_per_second"] == pytest.approx(full["tokens_per_second"] * part)
+
+
+def test_float32_runs_at_the_peak_of_tf32():
+    config = run(compute_dtype="float32")
+    found, narrow = predict(config, GPU, plan(config)), predict(run(), GPU, plan(run()))
+    for part in ("matmul_seconds", "attention_seconds"):
+        assert found[part] == pytest.approx(2 * narrow[part])
+    ratio = found["mfu"] / narrow["mfu"]
+    assert ratio == pytest.approx(2 * narrow["step_seconds"] / found["step_seconds"])
 
 
 def test_heads_that_do_not_divide_take_longer_and_are_no_model_flops():

@@ -1,4 +1,4 @@
-"""cross_entropy against a float64 oracle: loss and both gradients on each mesh."""
+"""The loss against a float64 oracle: values and both gradients on each mesh."""
 
 import functools
 import math
@@ -12,7 +12,12 @@ from jax.sharding import AxisType, NamedSharding
 
 from ulysses_jax import make_mesh
 from ulysses_jax.sharding import activation, parameter
-from ulysses_jax.training.loss import IGNORED, cross_entropy, num_valid
+from ulysses_jax.training.loss import (
+    IGNORED,
+    cross_entropy,
+    num_valid,
+    training_loss,
+)
 
 B, T, D, V = 8, 24, 16, 20
 TILE = 5  # divides no device's tokens on any of the meshes
@@ -24,6 +29,8 @@ MESHES = {
     "seq x tensor": dict(seq=4, tensor=2),
     "fsdp x ring x seq": dict(fsdp=2, ring=2, seq=2),
 }
+PLAIN = (0.0, 0.0)
+OPTIONS = [(0.3, 0.0), (0.0, 0.05), (0.1, 0.02)]  # label smoothing, z-loss
 
 
 def mesh_of(**degrees):
@@ -58,17 +65,22 @@ def inputs(dtype=jnp.float32, size=1.0):
     return np.asarray(x, np.float64), np.asarray(head, np.float64)
 
 
-def oracle(x, head, labels):
+def oracle(x, head, labels, options=PLAIN):
     """The sum over valid tokens; its gradients times UPSTREAM; float64."""
+    smoothing, z_loss = options
     logits = np.einsum("BTD,VD->BTV", x, head)
-    logits -= logits.max(-1, keepdims=True)
-    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    highest = logits.max(-1, keepdims=True)
+    logsumexp = highest + np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+    log_softmax = logits - logsumexp
     one_hot = (labels[..., None] == np.arange(V)).astype(np.float64)
     valid = one_hot.sum(-1, keepdims=True)
-    dlogits = UPSTREAM * (np.exp(log_softmax) - one_hot) * valid
+    target = valid * ((1 - smoothing) * one_hot + smoothing / V)
+    loss = -(target * log_softmax).sum() + z_loss * (valid * logsumexp**2).sum()
+    softmax = valid * np.exp(log_softmax)
+    dlogits = UPSTREAM * (softmax * (1 + 2 * z_loss * logsumexp) - target)
     dx = np.einsum("BTV,VD->BTD", dlogits, head)
     dhead = np.einsum("BTV,BTD->VD", dlogits, x)
-    return -(one_hot * log_softmax).sum(), dx, dhead
+    return loss, dx, dhead
 
 
 def put(mesh, x, head, labels, dtype=jnp.float32):
@@ -83,26 +95,30 @@ def put(mesh, x, head, labels, dtype=jnp.float32):
 
 
 @functools.cache
-def compiled(tile_tokens):
+def compiled(tile_tokens, options=PLAIN):
+    def loss(x, head, labels):
+        if options == PLAIN:
+            return cross_entropy(x, head, labels, tile_tokens)
+        return training_loss(x, head, labels, tile_tokens, *options)[0]
+
     def scaled(x, head, labels):
-        return UPSTREAM * cross_entropy(x, head, labels, tile_tokens)
+        return UPSTREAM * loss(x, head, labels)
 
-    return (
-        jax.jit(lambda *a: cross_entropy(*a, tile_tokens)),
-        jax.jit(jax.value_and_grad(scaled, argnums=(0, 1))),
-    )
+    return jax.jit(loss), jax.jit(jax.value_and_grad(scaled, argnums=(0, 1)))
 
 
-def check(degrees, labels, *, tile_tokens=TILE, size=1.0, tolerance=2e-6):
+def check(
+    degrees, labels, *, options=PLAIN, tile_tokens=TILE, size=1.0, tolerance=2e-6
+):
     x, head = inputs(size=size)
     mesh = mesh_of(**degrees)
-    evaluate, differentiate = compiled(tile_tokens)
+    evaluate, differentiate = compiled(tile_tokens, options)
     with jax.set_mesh(mesh):
         arguments = put(mesh, x, head, labels)
         alone = evaluate(*arguments)
         scaled, gradients = differentiate(*arguments)
         valid = jax.jit(num_valid)(arguments[2])
-    want, *want_gradients = oracle(x, head, labels)
+    want, *want_gradients = oracle(x, head, labels, options)
     assert valid.dtype == jnp.int32 and int(valid) == (labels != IGNORED).sum()
     np.testing.assert_allclose(float(alone), want, rtol=tolerance, err_msg="loss")
     np.testing.assert_allclose(float(scaled), UPSTREAM * want, rtol=tolerance)
@@ -122,6 +138,39 @@ def test_loss_and_gradients(mesh_name, case):
     check(MESHES[mesh_name], make_labels(case))
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_smoothing_and_z_loss(mesh_name, options, case):
+    check(MESHES[mesh_name], make_labels(case), options=options)
+
+
+@pytest.mark.parametrize("mesh_name", ["one device", "seq x tensor"])
+def test_the_plain_loss_comes_along(mesh_name):
+    """Beside the objective, the cross-entropy that it is not; without a gradient."""
+    x, head = inputs()
+    labels = make_labels("some")
+    options = OPTIONS[-1]
+
+    def both(x, head, labels):
+        objective, plain = training_loss(x, head, labels, TILE, *options)
+        return objective + 3 * plain, (objective, plain)
+
+    with jax.set_mesh(mesh_of(**MESHES[mesh_name])):
+        arguments = put(mesh_of(**MESHES[mesh_name]), x, head, labels)
+        differentiate = jax.jit(jax.value_and_grad(both, argnums=(0, 1), has_aux=True))
+        (_, (objective, plain)), (dx, dhead) = differentiate(*arguments)
+    want_plain, *_ = oracle(x, head, labels)
+    want, want_dx, want_dhead = oracle(x, head, labels, options)
+    assert abs(want / want_plain - 1) > 0.1
+    np.testing.assert_allclose(float(plain), want_plain, rtol=2e-6)
+    np.testing.assert_allclose(float(objective), want, rtol=2e-6)
+    for got, b in ((dx, want_dx), (dhead, want_dhead)):
+        b = b / UPSTREAM
+        atol = 2e-6 * np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(got), b, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("tile_tokens", [1, B * T, 10 * B * T])
 def test_tiles_of_one_token_and_of_all(tile_tokens):
     check(MESHES["one device"], make_labels("some"), tile_tokens=tile_tokens)
@@ -137,11 +186,13 @@ def test_no_label_leaves_exact_zeros():
         np.testing.assert_array_equal(np.asarray(values), 0)
 
 
+@pytest.mark.parametrize("options", [PLAIN, OPTIONS[-1]], ids=str)
 @pytest.mark.parametrize("mesh_name", ["one device", "seq x tensor"])
-def test_logits_of_a_thousand_nats(mesh_name):
+def test_logits_of_a_thousand_nats(mesh_name, options):
     x, head = inputs(size=100.0)
     assert np.abs(np.einsum("BTD,VD->BTV", x, head)).max() > 1000
-    check(MESHES[mesh_name], make_labels("some"), size=100.0, tolerance=2e-5)
+    labels = make_labels("some")
+    check(MESHES[mesh_name], labels, options=options, size=100.0, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("mesh_name", ["one device", "seq x tensor"])
@@ -209,6 +260,20 @@ def test_logits_of_all_tokens_never_exist(mesh_name):
     got = largest_array(tiled, degrees, tokens, width, vocab)
     assert got == max(tile * local_vocab, local_tokens * width)
     assert got * 8 <= local_tokens * local_vocab
+
+
+@pytest.mark.parametrize("mesh_name", ["one device", "seq x tensor"])
+def test_no_copy_of_the_activations_is_padded(mesh_name):
+    """Where the tile divides no device's tokens, nothing is larger than x."""
+    degrees = MESHES[mesh_name]
+    tokens, width, vocab, tile = 2048, 64, 64, 60
+    local_tokens = tokens // degrees.get("seq", 1)
+
+    def tiled(x, head, labels):
+        return cross_entropy(x, head, labels, tile)
+
+    got = largest_array(tiled, degrees, tokens, width, vocab)
+    assert local_tokens % tile and got == local_tokens * width
 
 
 def test_logits_of_all_tokens_would_be_seen():

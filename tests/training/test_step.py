@@ -59,7 +59,16 @@ def mesh_of(**degrees):
     return make_mesh(**degrees, devices=devices, axis_type=AxisType.Explicit)
 
 
-def make_config(family, degrees, *, dtype="float32", accumulation_steps=1, **memory):
+def make_config(
+    family,
+    degrees,
+    *,
+    dtype="float32",
+    accumulation_steps=1,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    **memory,
+):
     values = dict(
         model=dict(
             vocab_size=V,
@@ -77,6 +86,8 @@ def make_config(family, degrees, *, dtype="float32", accumulation_steps=1, **mem
             batch_size=B,
             sequence_tokens=T,
             accumulation_steps=accumulation_steps,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         ),
         memory=dict(loss_tile_tokens=6) | memory,
     )
@@ -223,6 +234,26 @@ def test_same_curve_however_it_is_computed(options):
     assert_same_curves(got, train("llama", SHARDED)[0])
 
 
+OTHER_OBJECTIVE = dict(label_smoothing=0.2, z_loss=0.01)
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"])
+def test_another_objective_reports_the_plain_loss_too(mesh_name):
+    got, _, _ = train(
+        "llama", MESHES[mesh_name], accumulation_steps=2, **OTHER_OBJECTIVE
+    )
+    want, _, _ = train("llama", ONE, **OTHER_OBJECTIVE)
+    assert_same_curves(got, want)
+    np.testing.assert_allclose(got["objective"], want["objective"], TOLERANCE)
+    plain, _, _ = train("llama", ONE)
+    assert "objective" not in plain
+    # The first two steps have the same parameters; what they minimise is another.
+    np.testing.assert_allclose(got["loss"][:2], plain["loss"][:2], 2e-6)
+    assert abs(got["objective"][0] / got["loss"][0] - 1) > 0.01
+    assert abs(got["gradient_norm"][0] / plain["gradient_norm"][0] - 1) > 0.01
+    assert got["objective"][4] < got["objective"][1]
+
+
 def test_bfloat16_follows_float32():
     """Losses within 1 %, the first gradients within 3 %; the state stays float32."""
     got, _, state = train("llama", SHARDED, dtype="bfloat16")
@@ -292,10 +323,11 @@ def test_batch_without_segment_ids():
     assert names == {"tokens", "labels", "positions"}
 
 
+@pytest.mark.parametrize("options", [{}, OTHER_OBJECTIVE], ids=str)
 @pytest.mark.parametrize("degrees", [ONE, SHARDED], ids=str)
-def test_validation_gives_a_sum_and_a_count(degrees):
+def test_validation_gives_a_plain_sum_and_a_count(degrees, options):
     mesh = mesh_of(**degrees)
-    config = make_config("llama", degrees)
+    config = make_config("llama", degrees, **options)
     with jax.set_mesh(mesh):
         parameters = put_state("llama", config, mesh).parameters
         step = jax.jit(make_validation_step(config), compiler_options=QUICK)

@@ -9,30 +9,32 @@ from jaxtyping import Array, Shaped
 
 
 def over_tiles(
-    body: Callable[[Any, Any], tuple[Any, Any]],
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
     sums: Any,
     tokens: Any,
     outputs: Any,
     *,
     tile_tokens: int,
 ) -> tuple[Any, Any]:
-    """Runs `sums, out = body(sums, tile)` on one tile of tokens after another.
+    """Runs `sums, new = body(sums, tile, old)` on one tile of tokens after another.
 
-    Tiles are cut from `tokens` and written into `outputs` in place, so no padded or
-    stacked copy of either exists. Where the tile does not divide the tokens, the last
-    and smaller one runs after the loop.
+    Tiles are cut from `tokens` and `outputs`, and what they become is written over
+    `outputs` in place: no padded or stacked copy of either exists, and outputs that
+    start as the input which they replace take no memory of their own. Where the tile
+    does not divide the tokens, the last and smaller one runs after the loop.
 
     Args:
-      body: on local arrays of at most `tile_tokens` rows.
+      body: on local arrays of at most `tile_tokens` rows; `old` are the tile's rows of
+        `outputs`, `new` as they.
       sums: what tiles add to.
-      tokens: a pytree of local arrays `[num_tokens, ...]`.
-      outputs: a pytree of local arrays `[num_tokens, ...]` to write into.
+      tokens: a pytree of local arrays `[num_tokens, ...]`, only read.
+      outputs: a pytree of local arrays `[num_tokens, ...]` to write over.
       tile_tokens: rows of a tile; more than there are is all of them.
 
     Returns:
       `(sums, outputs)`.
     """
-    num_tokens = jax.tree.leaves(tokens)[0].shape[0]
+    num_tokens = jax.tree.leaves((tokens, outputs))[0].shape[0]
     tile_tokens = min(tile_tokens, num_tokens)
     num_tiles, rest = divmod(num_tokens, tile_tokens)
 
@@ -45,8 +47,9 @@ def over_tiles(
         def write(whole: Shaped[Array, "T ..."], part: Shaped[Array, "t ..."]) -> Array:
             return lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
-        sums, parts = body(sums, jax.tree.map(cut, tokens))
-        return sums, jax.tree.map(write, outputs, parts)
+        old = jax.tree.map(cut, outputs)
+        sums, new = body(sums, jax.tree.map(cut, tokens), old)
+        return sums, jax.tree.map(write, outputs, new)
 
     def one_tile(carry: tuple[Any, Any], i: Array) -> tuple[tuple[Any, Any], None]:
         return run(i * tile_tokens, tile_tokens, carry), None

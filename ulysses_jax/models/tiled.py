@@ -54,14 +54,12 @@ def tiled_feed_forward(
     def local(x, weights):
         weights, _ = _gather(weights, specs, x)
 
-        def tile(_, x):
+        def tile(_sums, _tokens, x):
             hidden = activate(*_hidden_inputs(x, weights))
             return None, jnp.einsum("TF,FD->TD", hidden, weights["down"])
 
         rows = x.reshape(-1, x.shape[-1])
-        _, y = over_tiles(
-            tile, None, rows, jnp.zeros_like(rows), tile_tokens=tile_tokens
-        )
+        _, y = over_tiles(tile, None, None, rows, tile_tokens=tile_tokens)
         return lax.psum(y, "tensor").reshape(x.shape)
 
     return jax.shard_map(
@@ -81,8 +79,7 @@ def _backward(tile_tokens, residuals, dy):
     def local(x, dy, weights):
         gathered, zeros = _gather(weights, specs, x)
 
-        def tile(sums, tokens):
-            x, dy = tokens
+        def tile(sums, x, dy):
             gate, up = _hidden_inputs(x, gathered)
             hidden, pull = jax.vjp(activate, gate, up)
             gradients = {"down": _weight_gradient("TF,TD->FD", hidden, dy)}
@@ -100,11 +97,7 @@ def _backward(tile_tokens, residuals, dy):
 
         rows = x.reshape(-1, x.shape[-1])
         sums, dx = over_tiles(
-            tile,
-            zeros,
-            (rows, dy.reshape(rows.shape)),
-            jnp.zeros_like(rows),
-            tile_tokens=tile_tokens,
+            tile, zeros, rows, dy.reshape(rows.shape), tile_tokens=tile_tokens
         )
         return lax.psum(dx, "tensor").reshape(x.shape), scatter(sums, specs)
 
@@ -132,7 +125,7 @@ def _weight_gradient(equation: str, a: Array, b: Array) -> Array:
 
 
 def _gather(weights: Weights, specs: Any, x: Array) -> tuple[Weights, Weights]:
-    """Inside shard_map: matrices whole in D, in x's dtype; zeros for their gradients."""
+    """Inside shard_map: matrices whole in D, in x's dtype; zeros for gradients."""
     leaves, gathered = gather(weights, specs, x.dtype)
     values = {
         name: w.value if isinstance(w, Gathered) else w

@@ -80,12 +80,19 @@ def compile_step(
         return compile_on(config, mesh, started=started)
 
 
-def compile_on(config: Config, mesh: Mesh, *, started: float | None = None) -> Program:
+def compile_on(
+    config: Config,
+    mesh: Mesh,
+    *,
+    started: float | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Program:
     """Compiles the train step on a mesh, of devices that are there or not.
 
     Args:
       config: placed on the mesh.
       started: `time.monotonic()` from which the seconds count; None: from here.
+      compiler_options: XLA's, as `jax.jit` takes them.
     """
     started = time.monotonic() if started is None else started
     device = mesh.devices.flat[0]
@@ -103,7 +110,7 @@ def compile_on(config: Config, mesh: Mesh, *, started: float | None = None) -> P
         step = jax.jit(make_train_step(config), donate_argnums=0)
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options)
         except jax.errors.JaxRuntimeError as error:
             raise PlanError(
                 f"XLA cannot compile this step for {device.device_kind}: "

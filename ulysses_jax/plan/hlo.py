@@ -216,10 +216,14 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
         q = computation.by_name[each.operands[0]].arrays[0].dims
         k = computation.by_name[each.operands[1]].arrays[0].dims
         batch, q_tokens, heads, size = q
-        full = 2 * batch * q_tokens * k[1] * heads * size
         products = 5 if "backward" in target.lower() else 2
         causal = re.search(r'"mask_type":\s*"[^"]*CAUSAL', each.attributes)
-        return products * full // (2 if causal else 1)
+        pairs = q_tokens * k[1] / (2 if causal else 1)
+        window = _search(r'"sliding_window_length":\s*"?(\d+)', each.attributes)
+        if causal and 0 < int(window or 0) < q_tokens:
+            # The first queries have fewer keys than the window.
+            pairs = q_tokens * int(window) - int(window) ** 2 / 2
+        return int(products * 2 * batch * pairs * heads * size)
     trips = (trip_count(each) or 1) if each.opcode == "while" else 1
     total = 0
     for name in each.called:

@@ -28,9 +28,11 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
       `step_seconds` = matmul + attention + elementwise + optimizer + exposed
       communication, each as `*_seconds`; `communication_seconds`, exposed or not;
       `tokens_per_second` of the cluster; `mfu`, the FLOPs of a forward and backward
-      pass without recomputation over the peak; `hfu`, with it; `model_flops` and
-      `hardware_flops` of the whole step; `tflops_per_gpu`, of the model;
-      `recomputed_flops_fraction`, of the hardware's.
+      pass without recomputation over the compute dtype's peak; `hfu`, with it;
+      `model_flops` and `hardware_flops` of the whole step; `tflops_per_gpu`, of the
+      model; `recomputed_flops_fraction`, of the hardware's. Tokens and FLOPs of the
+      model are those of the sequence, time and FLOPs of the hardware those of the
+      sequence as padded to the mesh.
 
     A collective is exposed by what its time exceeds the compute between its start and
     its done; collectives in flight together share that compute, so exposure is
@@ -38,12 +40,13 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     outside would have hidden it.
     """
     devices = plan["num_devices"]
-    flops = step_flops(config)
+    flops = step_flops(config, config.padded_tokens())
     matmul = (flops["matmul"] + flops["matmul_recompute"]) / devices
     attention = flops["attention"] + flops["attention_recompute"]
     attention *= _head_padding(config) / devices
-    matmul_rate = target.bf16_flops_per_second * target.matmul_efficiency
-    attention_rate = target.bf16_flops_per_second * target.attention_efficiency
+    peak = target.peak_flops_per_second(config.model.compute_dtype)
+    matmul_rate = peak * target.matmul_efficiency
+    attention_rate = peak * target.attention_efficiency
     exposed = total = 0.0
     for each in plan["overlap"]["collectives"]:
         inside = each["bytes"] - each["between_hosts_bytes"]
@@ -71,26 +74,27 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         "exposed_communication_seconds": exposed,
     }
     seconds = sum(parts.values())
-    model_flops = flops["matmul"] + flops["attention"]
-    recomputed = flops["matmul_recompute"] + flops["attention_recompute"]
-    peak = devices * target.bf16_flops_per_second
     training = config.training
+    model = step_flops(config, training.sequence_tokens)
+    model_flops = model["matmul"] + model["attention"]
+    recomputed = flops["matmul_recompute"] + flops["attention_recompute"]
+    hardware_flops = flops["matmul"] + flops["attention"] + recomputed
     return {
         "step_seconds": seconds,
         **parts,
         "communication_seconds": total,
         "tokens_per_second": training.batch_size * training.sequence_tokens / seconds,
-        "mfu": model_flops / seconds / peak,
-        "hfu": (model_flops + recomputed) / seconds / peak,
+        "mfu": model_flops / seconds / devices / peak,
+        "hfu": hardware_flops / seconds / devices / peak,
         "tflops_per_gpu": model_flops / seconds / devices / 1e12,
         "model_flops": model_flops,
-        "hardware_flops": model_flops + recomputed,
-        "recomputed_flops_fraction": recomputed / (model_flops + recomputed),
+        "hardware_flops": hardware_flops,
+        "recomputed_flops_fraction": recomputed / hardware_flops,
     }
 
 
-def step_flops(config: Config) -> dict[str, float]:
-    """FLOPs of a step of the whole cluster, by formula.
+def step_flops(config: Config, span: int) -> dict[str, float]:
+    """FLOPs of a step of the whole cluster, by formula, on sequences of `span` tokens.
 
     `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
     multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
@@ -100,7 +104,7 @@ def step_flops(config: Config) -> dict[str, float]:
     """
     model, training = config.model, config.training
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
-    tokens = training.batch_size * config.padded_tokens()
+    tokens = training.batch_size * span
     query_width = model.num_heads * model.head_size
     gated = 3 if model.feed_forward == "swiglu" else 2
     down = model.width * model.feed_forward_width
@@ -110,7 +114,6 @@ def step_flops(config: Config) -> dict[str, float]:
     )
     layers = model.num_layers * layer
     head = model.width * model.vocab_size
-    span = config.padded_tokens()
     pairs = span * span / 2
     if model.window is not None and model.window < span:
         pairs = span * model.window - model.window * model.window / 2

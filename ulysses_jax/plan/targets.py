@@ -44,6 +44,13 @@ class Target:
     shared_memory_per_block_bytes: int
     nvlinks: int
 
+    def peak_flops_per_second(self, dtype: str) -> float:
+        """Of matrix products in "bfloat16", or "float32": JAX multiplies it as TF32.
+
+        TF32 has half of bfloat16's peak on every one of these, by their datasheets.
+        """
+        return self.bf16_flops_per_second / (1 if dtype == "bfloat16" else 2)
+
     def xla_text(self) -> str:
         """The target as XLA's `GpuTargetConfigProto`, in text form."""
         major, minor = self.compute_capability

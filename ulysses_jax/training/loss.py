@@ -1,20 +1,20 @@
 """Cross-entropy over tiles of tokens: the logits of all tokens never exist at once."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.data.tokenizer import IGNORED
+from ulysses_jax.memory.tiles import over_tiles
 from ulysses_jax.models.linear import all_gather, sum_gradient
 from ulysses_jax.sharding import activation, parameter, zero_axes
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(
     x: Float[Array, "B T D"],
     head: Float[Array, "V D"],
@@ -23,7 +23,26 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The sum over valid tokens of -log softmax(x head^T)[label], in nats.
 
-    A sum, not a mean: divide by the global number of valid tokens (`num_valid`).
+    Arguments, result and cost: as `training_loss` without smoothing and z-loss.
+    """
+    losses: tuple[Array, Array] = training_loss(x, head, labels, tile_tokens, 0.0, 0.0)
+    return losses[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def training_loss(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    tile_tokens: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What a run minimises, and the plain cross-entropy, in nats over valid tokens.
+
+    With s = label_smoothing, a token adds the cross-entropy of its softmax with the
+    target distribution (1 - s) onehot(label) + s / V, and z_loss logsumexp^2. Both are
+    sums, not means: divide by the global number of valid tokens (`num_valid`).
 
     Args:
       x: global activations in the compute dtype, B over (data, fsdp), T over
@@ -33,8 +52,9 @@ def cross_entropy(
       tile_tokens: how many tokens of a device have logits at a time.
 
     Returns:
-      A float32 scalar, the same on every device. Logits, softmax and the gradient of
-      `head` are float32; products are in x's dtype.
+      The objective and the plain sum, float32 scalars, the same on every device. The
+      plain one is a figure to report: it has no gradient, as under stop_gradient.
+      Logits, softmax and the gradient of `head` are float32; products are in x's dtype.
 
     Cost: tile_tokens V / tensor float32 a device. When differentiated, the same pass
     computes the gradients (three products a tile instead of four) and keeps them: x's
@@ -43,10 +63,13 @@ def cross_entropy(
     x's gradient.
 
     Source: tiling over the sequence as in Mini-Sequence Transformer, arXiv 2407.15892;
-    gradients in the forward pass as in Liger Kernel, arXiv 2410.10989.
+    gradients in the forward pass as in Liger Kernel, arXiv 2410.10989; label smoothing
+    as in arXiv 1512.00567, section 7; z-loss as in PaLM, arXiv 2204.02311, section 5.
     """
-    loss, _, _ = _tiled(x, head, labels, tile_tokens, with_gradients=False)
-    return loss
+    losses, _, _ = _tiled(
+        x, head, labels, tile_tokens, label_smoothing, z_loss, with_gradients=False
+    )
+    return losses
 
 
 def num_valid(labels: Int[Array, "..."]) -> Int[Array, ""]:
@@ -54,35 +77,42 @@ def num_valid(labels: Int[Array, "..."]) -> Int[Array, ""]:
     return jnp.sum(labels != IGNORED, dtype=jnp.int32)
 
 
-def _forward(x, head, labels, tile_tokens):
-    loss, dx, dhead = _tiled(x, head, labels, tile_tokens, with_gradients=True)
-    return loss, (dx, dhead)
+def _forward(x, head, labels, tile_tokens, label_smoothing, z_loss):
+    losses, dx, dhead = _tiled(
+        x, head, labels, tile_tokens, label_smoothing, z_loss, with_gradients=True
+    )
+    return losses, (dx, dhead)
 
 
-def _backward(tile_tokens, residuals, upstream):
+def _backward(tile_tokens, label_smoothing, z_loss, residuals, upstream):
     dx, dhead = residuals
+    upstream, _ = upstream
     scaled = (dx.astype(jnp.float32) * upstream).astype(dx.dtype)
     return scaled, dhead * upstream, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+training_loss.defvjp(_forward, _backward)
 
 
-def _tiled(x, head, labels, tile_tokens, *, with_gradients):
+def _tiled(
+    x, head, labels, tile_tokens, label_smoothing, z_loss, *, with_gradients: bool
+):
     axes = get_abstract_mesh().shape
-    zero = zero_axes(head.shape[1], axes)
     x_spec = activation("BTD", axes)
     head_spec = parameter("VD", head.shape, axes)
     return jax.shard_map(
         partial(
             _local_loss,
             tile_tokens=tile_tokens,
-            zero=zero,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            vocab_size=head.shape[0],
+            zero=zero_axes(head.shape[1], axes),
             with_gradients=with_gradients,
         ),
         in_specs=(x_spec, head_spec, activation("BT", axes)),
         out_specs=(
-            jax.sharding.PartitionSpec(),
+            (P(), P()),
             x_spec if with_gradients else None,
             head_spec if with_gradients else None,
         ),
@@ -90,47 +120,67 @@ def _tiled(x, head, labels, tile_tokens, *, with_gradients):
     )(x, head, labels)
 
 
-def _local_loss(x, head, labels, *, tile_tokens, zero, with_gradients):
+def _local_loss(
+    x,
+    head,
+    labels,
+    *,
+    tile_tokens,
+    label_smoothing,
+    z_loss,
+    vocab_size,
+    zero,
+    with_gradients,
+):
     """One device's tokens, against its part of the vocabulary."""
-    shape = x.shape
     head = all_gather(head.astype(x.dtype), zero, dim=1)
     first = lax.axis_index("tensor") * head.shape[0]
 
-    num_tokens = labels.size
-    tile_tokens = min(tile_tokens, num_tokens)
-    num_tiles = math.ceil(num_tokens / tile_tokens)
-    padding = num_tiles * tile_tokens - num_tokens
-    x = jnp.pad(x.reshape(num_tokens, -1), ((0, padding), (0, 0)))
-    labels = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORED)
-    tiles = (
-        x.reshape(num_tiles, tile_tokens, -1),
-        labels.reshape(num_tiles, tile_tokens),
-    )
-
-    def tile(carry, inputs):
-        loss, dhead = carry
-        x, labels = inputs
+    def tile(sums, labels, x):
+        objective, plain, dhead = sums
         logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
         highest = lax.pmax(logits.max(axis=-1), "tensor")
-        sums = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
-        logsumexp = highest + jnp.log(sums)
+        total = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
+        logsumexp = highest + jnp.log(total)
         is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
         label_logit = lax.psum(jnp.where(is_label, logits, 0).sum(axis=-1), "tensor")
         valid = labels != IGNORED
-        loss = loss + jnp.where(valid, logsumexp - label_logit, 0).sum()
+        nats = logsumexp - label_logit
+        plain = plain + jnp.where(valid, nats, 0).sum()
+        if label_smoothing:
+            # Of differences: the sum of large logits would lose the small ones.
+            below = lax.psum((logsumexp[:, None] - logits).sum(axis=-1), "tensor")
+            nats = (1 - label_smoothing) * nats + label_smoothing / vocab_size * below
+        if z_loss:
+            nats = nats + z_loss * jnp.square(logsumexp)
+        objective = objective + jnp.where(valid, nats, 0).sum()
         if not with_gradients:
-            return (loss, dhead), None
-        dlogits = jnp.exp(logits - logsumexp[:, None]) - is_label
+            return (objective, plain, dhead), x
+        # softmax (1 + 2 z logsumexp) - (1 - s) onehot - s / V
+        dlogits = jnp.exp(logits - logsumexp[:, None])
+        if z_loss:
+            dlogits = dlogits * (1 + 2 * z_loss * logsumexp[:, None])
+        if label_smoothing:
+            dlogits = dlogits - label_smoothing / vocab_size
+        dlogits = dlogits - (1 - label_smoothing) * is_label
         dlogits = jnp.where(valid[:, None], dlogits, 0).astype(x.dtype)
         dhead = dhead + jnp.einsum(
             "TV,TD->VD", dlogits, x, preferred_element_type=jnp.float32
         )
-        return (loss, dhead), jnp.einsum("TV,VD->TD", dlogits, head)
+        dx = jnp.einsum("TV,VD->TD", dlogits, head)
+        return (objective, plain, dhead), dx
 
     dhead = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
-    (loss, dhead), dx = lax.scan(tile, (jnp.float32(0), dhead), tiles)
-    loss = lax.psum(loss, ("data", "fsdp", "ring", "seq"))
-    if dhead is None or dx is None:
-        return loss, None, None
-    dx = lax.psum(dx.reshape(-1, shape[-1])[:num_tokens], "tensor")
-    return loss, dx.reshape(shape), sum_gradient(dhead, zero, dim=1)
+    # Nothing else reads the normed x: its gradient is written over it.
+    (objective, plain, dhead), dx = over_tiles(
+        tile,
+        (jnp.float32(0), jnp.float32(0), dhead),
+        labels.reshape(-1),
+        x.reshape(labels.size, -1),
+        tile_tokens=tile_tokens,
+    )
+    losses = lax.psum((objective, plain), ("data", "fsdp", "ring", "seq"))
+    if dhead is None:
+        return losses, None, None
+    dx = lax.psum(dx, "tensor").reshape(x.shape)
+    return losses, dx, sum_gradient(dhead, zero, dim=1)

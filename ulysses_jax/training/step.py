@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
 from ulysses_jax.sharding import activation
-from ulysses_jax.training.loss import cross_entropy, num_valid
+from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ulysses_jax.training.state import TrainState, bind
 
@@ -58,28 +58,40 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
-      (nats a token), `gradient_norm` (before clipping) and `learning_rate`.
+      (the plain cross-entropy, nats a token: comparable between runs whatever they
+      minimise), `objective` (what is minimised, where training.label_smoothing or
+      training.z_loss make it another), `gradient_norm` (of the objective, before
+      clipping) and `learning_rate`.
     """
     optimizer = make_optimizer(config.training)
     schedule = learning_rate_schedule(config.training)
-    loss_and_gradients = jax.value_and_grad(
-        lambda parameters, batch: _loss_sum(config, parameters, batch)
-    )
+    training = config.training
+    changed = bool(training.label_smoothing or training.z_loss)
+
+    def objective(parameters: dict[str, Any], batch: dict[str, Array]):
+        return training_loss(
+            *_loss_arguments(config, parameters, batch),
+            training.label_smoothing,
+            training.z_loss,
+        )
+
+    losses_and_gradients = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if batch["labels"].shape[0] == 1:
-            sums = loss_and_gradients(state.parameters, _part(batch, 0))
+            sums = losses_and_gradients(state.parameters, _part(batch, 0))
         else:
-            zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.parameters))
+            nothing = jnp.float32(0), jnp.float32(0)
+            zeros = jax.tree.map(jnp.zeros_like, (nothing, state.parameters))
 
             def accumulate(sums, part):
-                new = loss_and_gradients(state.parameters, part)
+                new = losses_and_gradients(state.parameters, part)
                 return jax.tree.map(jnp.add, sums, new), None
 
             sums, _ = jax.lax.scan(accumulate, zeros, batch)
         # A step in which no token has a label leaves a loss of 0 and no gradient.
         tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
-        loss, gradients = jax.tree.map(lambda x: x / tokens, sums)
+        (minimised, loss), gradients = jax.tree.map(lambda x: x / tokens, sums)
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer, state.parameters
         )
@@ -88,6 +100,8 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
+        if changed:
+            metrics["objective"] = minimised
         parameters = cast(
             dict[str, Any], optax.apply_updates(state.parameters, updates)
         )
@@ -101,22 +115,24 @@ def make_validation_step(
 ) -> Callable[[dict[str, Any], Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """Makes `step(parameters, batch) -> (sum of the loss, number of valid tokens)`.
 
-    Sum both over batches, then divide: a mean of means would weigh tokens unequally.
+    The loss is the plain cross-entropy in nats, whatever the run minimises. Sum both
+    over batches, then divide: a mean of means would weigh tokens unequally.
     """
 
     def step(parameters: dict[str, Any], batch: Batch):
         part = _part(batch, 0)
-        return _loss_sum(config, parameters, part), num_valid(part["labels"])
+        loss = cross_entropy(*_loss_arguments(config, parameters, part))
+        return loss, num_valid(part["labels"])
 
     return step
 
 
-def _loss_sum(
+def _loss_arguments(
     config: Config, parameters: dict[str, Any], batch: dict[str, Array]
-) -> Float[Array, ""]:
+) -> tuple[Array, Array, Array, int]:
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
-    return cross_entropy(x, model.head, batch["labels"], config.memory.loss_tile_tokens)
+    return x, model.head, batch["labels"], config.memory.loss_tile_tokens
 
 
 def _part(batch: Batch, index: int) -> dict[str, Array]:

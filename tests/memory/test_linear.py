@@ -1,0 +1,56 @@
+"""Memory grows with the tokens, not with their square: benchmarks/memory.py, short."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+LENGTHS = [32 * 1024, 64 * 1024, 128 * 1024]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_memory", PATH)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(benchmark, rung):
+    return {tokens: benchmark.temp_bytes(rung, tokens) for tokens in LENGTHS}
+
+
+def test_the_full_stack_is_linear(benchmark):
+    points = measured(benchmark, benchmark.FULL_STACK)
+    assert 0.95 < benchmark.exponent(points) <= 1.05
+    # [T/P, D] in float32 is 32 bytes a token; the rows of the table are of this order.
+    assert benchmark.bytes_a_token(points) < 1000
+
+
+def test_a_quadratic_path_is_seen(benchmark):
+    assert benchmark.exponent(measured(benchmark, benchmark.CONTROL)) > 1.9
+
+
+def test_exponents_of_known_curves(benchmark):
+    """Whatever the constant part; a small square is seen where it starts to matter."""
+    lengths = [1024 * 2**i for i in range(5)]
+    for constant in (0, 10**9):
+        for power in (0.5, 1, 1.5, 2):
+            points = {t: constant + 7 * t**power for t in lengths}
+            assert benchmark.exponent(points) == pytest.approx(power, abs=1e-3)
+    assert benchmark.exponent({t: 1000 * t + t * t / 50 for t in lengths}) > 1.05
+    with pytest.raises(ValueError, match="no more memory"):
+        benchmark.exponent(dict.fromkeys(lengths, 5))
+    with pytest.raises(ValueError, match="three or more doublings"):
+        benchmark.exponent({1: 1, 2: 2, 8: 8})
+
+
+def test_rungs_add_up(benchmark):
+    rungs = list(benchmark.RUNGS)
+    assert benchmark.options_of(rungs[0]) == benchmark.RUNGS[rungs[0]]
+    assert set(benchmark.RUNGS[rungs[0]]) < set(benchmark.options_of(rungs[-1]))
+    dense = benchmark.make_config(benchmark.CONTROL, 8192)
+    stack = benchmark.make_config(benchmark.FULL_STACK, 8192)
+    assert dense.memory == stack.memory and dense.model != stack.model
