@@ -64,7 +64,8 @@ def make_config(rung: str, tokens: int) -> Config:
             "vocab_size": 512,
             "width": 64,
             "num_layers": 2,
-            "num_heads": 8,
+            "num_heads": 16,
+            "num_kv_heads": 8,
             "feed_forward_width": 256,
             "attention": "reference" if rung == CONTROL else "blockwise",
             "compute_dtype": "float32",  # a CPU has no other: XLA would widen it

@@ -110,6 +110,9 @@ class Memory:
     """What waits in the host's memory until it is used: inputs, those that remat keeps;
     attention, the outputs that remat attention keeps; keys, and values, of the layer
     that is computed, where sequence_chunk_tokens cuts it."""
+    offload_fraction: float = 1.0
+    """Of each layer's input that offload inputs moves; the rest stays on the device,
+    where the host's memory is what runs out first."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
     mlp_tile_tokens: int | None = None
@@ -276,6 +279,8 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name} must be {bound}, not {value}")
             if each.name == "seed" and value >= 2**32:
                 raise ValueError(f"{name} must be below 2^32, not {value}")
+            if each.name == "offload_fraction" and value > 1:
+                raise ValueError(f"{name} must be at most 1, not {value}")
             if each.name in _BELOW_ONE and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
 

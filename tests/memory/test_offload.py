@@ -27,6 +27,16 @@ def test_same_loss_and_gradients(mesh_name, remat):
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))
 
 
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_a_fraction_of_the_inputs(remat):
+    """12 of 16 features are moved; the trace shows both stacks."""
+    degrees = MESHES["data 2, seq 4"]
+    options = dict(offload=("inputs",), offload_fraction=0.75, remat=remat)
+    config = make_config("llama", degrees, **options)
+    assert_same(loss_and_gradients(config), plain("llama", "data 2, seq 4"))
+    assert "f32<host>[2,4@(data,fsdp),56@(ring,seq),12]" in traced(config)
+
+
 def traced(config):
     with jax.set_mesh(mesh_of(**dataclasses.asdict(config.mesh))):
         step = jax.jit(make_train_step(config))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -11,7 +12,7 @@ from ulysses_jax.config import Memory
 
 # As every flash attention of this library names what its backward pass needs.
 ATTENTION = ("attention_out", "attention_logsumexp")
-LAYER_INPUT = "layer_input"
+LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
 
 
 def run_layers(
@@ -40,7 +41,7 @@ def run_layers(
     num_layers = memory.remat_layers
 
     def block(x, parameters):
-        x = checkpoint_name(x, LAYER_INPUT)
+        x = _name_input(x, memory)
         if num_layers == 1:
             return layer(x, parameters), None
         for i in range(num_layers):
@@ -59,11 +60,22 @@ def run_layers(
     return x
 
 
+def _name_input(x: Array, memory: Memory) -> Array:
+    """As the policy knows it: the features that are kept, and those that are moved."""
+    width = round(x.shape[-1] * (1 - memory.offload_fraction))
+    if not width or "inputs" not in memory.offload:
+        return checkpoint_name(x, LAYER_INPUT)
+    kept = checkpoint_name(x[..., :width], KEPT_INPUT)
+    moved = checkpoint_name(x[..., width:], LAYER_INPUT)
+    return jnp.concatenate((kept, moved), axis=-1)
+
+
 def _policy(memory: Memory) -> Callable[..., Any]:
     kept = ATTENTION if memory.remat == "attention" else ()
     offloaded = (LAYER_INPUT,) if "inputs" in memory.offload else ()
     if "attention" in memory.offload:
         kept, offloaded = (), offloaded + kept
+    kept = (*kept, KEPT_INPUT)
     if not offloaded:
         return jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
