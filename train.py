@@ -36,6 +36,7 @@ from ulysses_jax.mesh import (
     start_distributed,
 )
 from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.preflight import (
     agreed,
@@ -58,12 +59,15 @@ from ulysses_jax.training.step import (
 def main(argv: list[str]) -> None:
     # ---- What to run, and on what. All that can be refused is refused here, before
     # anything is compiled or written.
+    tried: list[str] = []
     with refused(ValueError, OSError):
         config = load_from_command_line(argv, program="train.py")
         simulate_cpu_devices(config.run.simulated_cpu_devices)
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
         config = place(config, dict(mesh.shape))
+        if config.memory.auto:
+            config, tried = choose_memory(config, mesh)
         training = config.training
         data = open_data(config)
         with jax.set_mesh(mesh):
@@ -90,7 +94,7 @@ def main(argv: list[str]) -> None:
 
     is_main = jax.process_index() == 0
     say = partial(print, flush=True) if is_main else lambda *_: None
-    for line in (*describe(config, shapes), *data.notes):
+    for line in (*describe(config, shapes), *data.notes, *tried):
         say(line)
 
     with jax.set_mesh(mesh):

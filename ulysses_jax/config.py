@@ -100,6 +100,9 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Memory:
+    auto: bool = False
+    """The cheapest of the options below that fit, in place of what they say; as a whole
+    section, `memory: auto`."""
     remat: Literal["none", "full", "attention"] = "full"
     """What the backward pass recomputes: nothing; each layer from its input; or all of
     it but attention, whose output and logsumexp are kept (the memory of a second input,

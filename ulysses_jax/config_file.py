@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
-from ulysses_jax.config import Config, complete
+from ulysses_jax.config import Config, Memory, complete
 
 T = TypeVar("T")
 
@@ -97,7 +97,9 @@ def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
         name = ".".join((*path, str(key)))
         if key not in hints:
             raise ValueError(f"{where}unknown field {name!r}{_nearest(str(key), path)}")
-        if dataclasses.is_dataclass(hints[key]):
+        if hints[key] is Memory and value == "auto":
+            built[key] = Memory(auto=True)
+        elif dataclasses.is_dataclass(hints[key]):
             built[key] = _build(hints[key], value, where, (*path, key))
         else:
             built[key] = _value(hints[key], value, f"{where}{name}")

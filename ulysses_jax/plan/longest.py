@@ -1,11 +1,13 @@
 """The longest sequence that fits a cluster, found by compiling."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
-from ulysses_jax.config import Config
-from ulysses_jax.plan.plan import Cluster, make_plan, with_tokens
+from ulysses_jax.config import Config, place
+from ulysses_jax.memory.auto import CHUNK_TOKENS, rungs
+from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
 
 MAX_TOKENS = 2**31 - 1
 """Positions are int32."""
@@ -35,6 +37,18 @@ def longest(
       PlanError, ValueError: as `make_plan`; ValueError where not even one block of 128
         tokens a device fits.
     """
+    if config.memory.auto:
+        # The last rung reaches farthest; at the end, the cheapest that still fits.
+        config = place(config, degrees_on(config, cluster))
+        _, memory = rungs(with_tokens(config, CHUNK_TOKENS * 2**20))[-1]
+        found = longest(
+            dataclasses.replace(config, memory=memory),
+            cluster,
+            tolerance=tolerance,
+            on_trial=on_trial,
+        )
+        tokens = found["longest_tokens"]
+        return found | make_plan(with_tokens(config, tokens), cluster)
     # Lengths that every shard divides into whole chunks, or blocks of 128 tokens.
     unit = config.memory.sequence_chunk_tokens or 128
     if config.mesh.seq == -1 or config.mesh.ring == -1:

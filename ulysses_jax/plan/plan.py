@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config, Memory, place
+from ulysses_jax.memory.auto import Fit, choose, rungs
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import Target
@@ -44,12 +45,17 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
       `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the compiled
       program (`compile.analyse`); `predicted`: by formula and schedule (`predict`);
       `compile_seconds`; `advice`: what to change first where it does not fit.
-      `overlap.exchange_fraction` is None where nothing is exchanged (seq=1).
+      `overlap.exchange_fraction` is None where nothing is exchanged (seq=1). With
+      `memory.auto`, `auto`: what was tried (`memory.auto.choose`), and `memory_options`
+      of the first that fits, whose plan this is.
 
     Raises:
+      ValueError: with `memory.auto`, nothing fits.
       PlanError, ValueError: as `worker.plan_step`, and `degrees_on`.
     """
     config = place(config, degrees_on(config, cluster))  # or refuse, before compiling
+    if config.memory.auto:
+        return _choose_memory(config, cluster)
     found = plan_step(
         config,
         cluster.target,
@@ -71,6 +77,29 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "advice": advice(found["memory"], config, cluster),
     }
     return found | plan
+
+
+def _choose_memory(config: Config, cluster: Cluster) -> dict[str, Any]:
+    plans: dict[Memory, dict[str, Any]] = {}
+
+    def compiled(candidate: Config) -> Fit:
+        plan = plans[candidate.memory] = make_plan(candidate, cluster)
+        memory = plan["memory"]
+        return Fit(
+            memory["device_bytes"] + memory["estimated_bytes"],
+            memory["limit_bytes"],
+            memory["host_bytes_per_device"],
+            memory["host_limit_bytes_per_node"] // cluster.gpus_per_host,
+        )
+
+    host = cluster.host_memory_bytes or cluster.target.host_memory_bytes
+    limits = Fit(0, cluster.target.memory_bytes, 0, host // cluster.gpus_per_host)
+    chosen, trials = choose(config, compiled, limits)
+    for trial, (_, memory) in zip(trials, rungs(config), strict=False):
+        if memory in plans:
+            trial["step_seconds"] = plans[memory]["predicted"]["step_seconds"]
+    options = dataclasses.asdict(chosen.memory)
+    return plans[chosen.memory] | {"auto": trials, "memory_options": options}
 
 
 def degrees_on(config: Config, cluster: Cluster) -> dict[str, int]:

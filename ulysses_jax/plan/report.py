@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ulysses_jax.config import Memory
+
 GIB, GB = 2**30, 10**9
 
 PARTS = {
@@ -29,6 +31,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['accumulation_steps']} parts; compiled in "
         f"{plan['compile_seconds']:.0f} s"
     )
+    if "auto" in plan:
+        _print_auto(plan, console)
     _print_memory(plan["memory"], console)
     console.print(verdict(plan), style="bold green" if plan["fits"] else "bold red")
     _print_traffic(plan, console)
@@ -56,6 +60,33 @@ def verdict(plan: dict[str, Any]) -> str:
     if host > 0:
         missing.append(f"{host / GIB:.1f} GiB of memory a host")
     return f"It does not fit: {' and '.join(missing)} missing. {plan['advice']}."
+
+
+def _print_auto(plan: dict[str, Any], console: Console) -> None:
+    table = _table(
+        "memory: auto takes the first that fits, from the cheapest on",
+        "",
+        "GiB a GPU",
+        "GiB of the host",
+        "predicted seconds",
+    )
+    for trial in plan["auto"]:
+        least = "" if trial["is_compiled"] else "> "
+        seconds = trial.get("step_seconds")
+        table.add_row(
+            trial["rung"],
+            f"{least}{trial['device_bytes'] / GIB:,.1f}",
+            f"{least}{trial['host_bytes'] / GIB:,.1f}",
+            "" if seconds is None else f"{seconds:,.1f}",
+            "taken" if trial["fits"] else "does not fit",
+        )
+    console.print(table)
+    options = {
+        name: value
+        for name, value in plan["memory_options"].items()
+        if value != getattr(Memory(), name)
+    }
+    console.print("That is " + ", ".join(f"memory.{k} {v}" for k, v in options.items()))
 
 
 def _print_memory(memory: dict[str, Any], console: Console) -> None:

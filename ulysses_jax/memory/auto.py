@@ -1,0 +1,153 @@
+"""`memory: auto`: the cheapest options with which a step fits its device and host."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ulysses_jax.config import Config, Memory
+
+GIB = 2**30
+TILE_TOKENS, CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 8192, 16384, 1024
+
+# From the cheapest on: what each changes in the one before, and what that costs.
+RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("keep everything", {"remat": "none"}),
+    ("recompute all but attention", {"remat": "attention"}),
+    ("tile the feed-forward", {"mlp_tile_tokens": TILE_TOKENS}),
+    (
+        "inputs and attention wait on the host",
+        {"offload": ("inputs", "attention")},
+    ),
+    (
+        "layers in chunks of tokens",
+        {
+            "sequence_chunk_tokens": CHUNK_TOKENS,
+            "offload": ("inputs", "attention", "keys"),
+        },
+    ),
+    (
+        "recompute attention too",
+        {"remat": "full", "offload": ("inputs", "keys")},
+    ),
+    (
+        "an eighth of the inputs stays on the device",
+        {"offload": ("inputs",), "offload_fraction": 0.875},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a step needs of a device and of its share of the host, and what there is."""
+
+    device_bytes: int
+    device_limit_bytes: int
+    host_bytes: int
+    host_limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return (
+            self.device_bytes <= self.device_limit_bytes
+            and self.host_bytes <= self.host_limit_bytes
+        )
+
+
+def choose(
+    config: Config, compiled: Callable[[Config], Fit], limits: Fit
+) -> tuple[Config, list[dict[str, Any]]]:
+    """The first rung that fits, from the cheapest on.
+
+    Args:
+      config: placed on its mesh, with `memory.auto`.
+      compiled: compiles a step and says what it needs.
+      limits: of the device and its share of the host; what is needed is ignored. Rungs
+        whose kept values alone exceed them are not compiled.
+
+    Returns:
+      The config with that rung's options in place of `auto`; and what was tried:
+      `rung`, `fits`, `is_compiled`, and the fields of `Fit`.
+
+    Raises:
+      ValueError: no rung fits; the message has the numbers of the last.
+    """
+    trials = []
+    for name, memory in rungs(config):
+        candidate = dataclasses.replace(config, memory=memory)
+        device, host = kept_bytes(candidate)
+        fit = dataclasses.replace(limits, device_bytes=device, host_bytes=host)
+        is_compiled = fit.fits
+        if is_compiled:
+            fit = compiled(candidate)
+        trials.append(
+            {"rung": name, "fits": fit.fits, "is_compiled": is_compiled}
+            | dataclasses.asdict(fit)
+        )
+        if fit.fits:
+            return candidate, trials
+    raise ValueError(
+        "memory auto: nothing fits. "
+        + "; ".join(map(describe, trials[-2:]))
+        + f". Shorten the sequence ({config.training.sequence_tokens:,} tokens), or "
+        "spread it over more devices"
+    )
+
+
+def rungs(config: Config) -> list[tuple[str, Memory]]:
+    """The options of every rung, for the tokens that a device of this run has."""
+    memory = dataclasses.replace(config.memory, auto=False)
+    local_tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
+    chunk = next(n for n in range(CHUNK_TOKENS, 0, -1) if local_tokens % n == 0)
+    found = []
+    for name, changes in RUNGS:
+        changes = dict(changes)
+        if "sequence_chunk_tokens" in changes:
+            changes["sequence_chunk_tokens"] = chunk
+        memory = dataclasses.replace(memory, **changes)
+        # A length with no fair divisor has no chunks, nor what builds on them.
+        if memory.sequence_chunk_tokens and chunk < min(
+            LEAST_CHUNK_TOKENS, local_tokens
+        ):
+            break
+        found.append((name, memory))
+    return found
+
+
+def kept_bytes(config: Config) -> tuple[int, int]:
+    """What all layers keep for the backward pass, at least: of a device, of the host.
+
+    The input of every layer; attention's output and the feed-forward's hidden
+    activations where they are kept.
+    """
+    model, memory, mesh, training = (
+        config.model,
+        config.memory,
+        config.mesh,
+        config.training,
+    )
+    assert model.head_size and model.feed_forward_width
+    assert training.accumulation_steps
+    rows = training.batch_size // training.accumulation_steps // mesh.data // mesh.fsdp
+    tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
+    layer = tokens * model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
+    inputs = layer * model.width // memory.remat_layers
+    heads = layer * model.num_heads * model.head_size // mesh.tensor
+    attention = 0 if memory.remat == "full" else heads
+    hidden = layer * model.feed_forward_width // mesh.tensor
+    hidden = hidden if memory.remat == "none" else 0
+    moved = round(inputs * memory.offload_fraction) * ("inputs" in memory.offload)
+    moved_attention = attention * ("attention" in memory.offload)
+    host = moved + moved_attention
+    return inputs + attention + hidden - host, host
+
+
+def describe(trial: dict[str, Any]) -> str:
+    """A line on what was tried."""
+    least = "" if trial["is_compiled"] else "at least "
+    device, host = (
+        f"{least}{trial[f'{where}_bytes'] / GIB:,.1f} of "
+        f"{trial[f'{where}_limit_bytes'] / GIB:,.1f} GiB {of}"
+        for where, of in (("device", "of a device"), ("host", "of its host"))
+    )
+    return f"{trial['rung']}: {device}, {host}"

@@ -1,0 +1,62 @@
+"""`memory: auto` of a run: compiled and measured on the devices that are here."""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ulysses_jax.config import Config
+from ulysses_jax.memory.auto import Fit, choose, describe
+from ulysses_jax.training.state import abstract_state
+from ulysses_jax.training.step import abstract_batch, make_train_step
+
+
+def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
+    """The cheapest rung of `memory.auto` whose compiled step fits, and what was tried.
+
+    A GPU has what its driver lets JAX take; simulated CPU devices, which share their
+    host's memory with it, an equal part each. On a pod all processes find the same.
+
+    Args:
+      config: placed on the mesh.
+
+    Raises:
+      ValueError: nothing fits, with the numbers.
+
+    Cost: compiles the step once for every rung that it tries.
+    """
+
+    def compiled(candidate: Config) -> Fit:
+        with jax.set_mesh(mesh):
+            step = jax.jit(make_train_step(candidate), donate_argnums=0)
+            step = step.trace(abstract_state(candidate), abstract_batch(candidate))
+            stats = step.lower().compile().memory_analysis()
+        assert stats is not None
+
+        def needed(prefix: str) -> int:
+            sizes = (
+                getattr(stats, f"{prefix}{kind}_size_in_bytes")
+                for kind in ("argument", "temp", "output")
+            )
+            return sum(sizes) - getattr(stats, f"{prefix}alias_size_in_bytes")
+
+        device, host = needed(""), needed("host_")
+        return Fit(device, limits.device_limit_bytes, host, limits.host_limit_bytes)
+
+    limits = _limits(mesh)
+    config, trials = choose(config, compiled, limits)
+    return config, [f"memory auto: {describe(trial)}" for trial in trials]
+
+
+def _limits(mesh: Mesh) -> Fit:
+    """The least of all processes."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host //= max(jax.local_device_count(), 1)
+    stats = mesh.local_devices[0].memory_stats() or {}
+    here = np.asarray([stats.get("bytes_limit", host), host])
+    if jax.process_count() > 1:
+        here = multihost_utils.process_allgather(here).min(axis=0)
+    device, host = map(int, here)
+    return Fit(0, device, 0, host)
