@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.api import ulysses_attention
-from ulysses_jax.attention.select import ATTENTIONS
+from ulysses_jax.attend import attend
+from ulysses_jax.attention.mask import Mask
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.models.linear import constant, project, weight
 from ulysses_jax.models.rope import apply_rope
@@ -93,14 +93,22 @@ class Attention(nnx.Module):
         v = _add_bias(project("BTD,DKH->BTKH", x, self.v[...]), self.v_bias)
         if angles is not None:
             q, k = apply_rope(q, angles), apply_rope(k, angles)
-        out = ulysses_attention(
+        mask = Mask(
+            causal=True,
+            window=self.model.window,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+        )
+        strategy = self.model.strategy
+        out = attend(
             q,
             k,
             v,
-            attention=ATTENTIONS.get(self.model.attention),
-            causal=True,
-            window=self.model.window,
-            segment_ids=segment_ids,
+            mesh=get_abstract_mesh(),
+            mask=mask,
+            strategy=None if strategy == "auto" else strategy,
+            attention=self.model.attention,
+            zigzag=bool(self.model.zigzag),
             head_chunks=self.memory.head_chunks,
         )
         return _add_bias(project("BTNH,NHD->BTD", out, self.out[...]), self.out_bias)
