@@ -122,8 +122,14 @@ def main(argv: list[str]) -> None:
 
         # ---- The loop.
         shape, sharding = batch_shape(config), NamedSharding(mesh, batch_spec(mesh))
+        members = config.zigzag_members()
         stream = batches(
-            data.train, shape, sharding, seed=config.run.seed, start_step=first_step
+            data.train,
+            shape,
+            sharding,
+            seed=config.run.seed,
+            start_step=first_step,
+            zigzag_members=members,
         )
 
         def validation_loss() -> float:
@@ -134,6 +140,7 @@ def main(argv: list[str]) -> None:
                 shape,
                 sharding,
                 num_batches=training.validation_batches,
+                zigzag_members=members,
             ):
                 part, tokens = validate(state.parameters, batch)
                 total, count = total + float(part), count + int(tokens)

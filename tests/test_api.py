@@ -242,7 +242,7 @@ def test_the_attention_for_the_platform_is_called(monkeypatch):
         asked.append((platform, q.shape, k.shape, mask.causal))
         return reference_attention
 
-    monkeypatch.setattr("ulysses_jax.api.local_attention", spy)
+    monkeypatch.setattr("ulysses_jax.attend.local_attention", spy)
     q, k, v = inputs(8, 4)
     ulysses_attention(q, k[:, :8], v[:, :8], mesh=make_mesh(seq=8), causal=False)
     assert asked == [("cpu", (B, T, 8, H), (B, 8, 4, H), False)]

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ulysses_jax"
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"config", "mesh", "sharding"}
+BASE = {"spreading", "config", "mesh", "sharding"}
 LAYERS = {"parallel", "attention", "memory"}
 ALLOWED = {
-    "config": set(),
+    "spreading": set(),
+    "config": {"spreading"},
     "config_file": {"config"},
     "mesh": {"config"},
     "sharding": {"config", "mesh"},
@@ -22,10 +23,11 @@ ALLOWED = {
     "attention": BASE,
     "memory": BASE,
     "data": BASE,
-    "api": BASE | {"parallel", "attention"},
+    "attend": BASE | {"parallel", "attention"},
+    "api": BASE | {"parallel", "attention", "attend"},
     "__init__": BASE | LAYERS | {"api"},
 }
-ALLOWED["models"] = BASE | LAYERS | {"api"}
+ALLOWED["models"] = BASE | LAYERS | {"attend", "api"}
 ALLOWED["interop"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["models"] | {"models", "data"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training", "config_file"}

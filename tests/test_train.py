@@ -296,7 +296,18 @@ REFUSALS = {
     "negative z-loss": (["--training.z-loss=-1"], "training.z_loss must be not neg"),
     "wrong type": (["--training.num-steps=many"], "num-steps"),
     "mesh and devices": (["--mesh.seq=3"], "takes 6 devices, but there are 8"),
-    "ring": (["--mesh.ring=2", "--mesh.seq=2"], "use mesh.ring 1 and mesh.seq 4"),
+    "strategy and mesh": (
+        ["--model.strategy=ring"],
+        "strategy ring spreads tokens over ring alone, above 1, but the mesh has ring",
+    ),
+    "groups of heads in a ring": (
+        ["--mesh.data=1", "--mesh.ring=2", "--mesh.seq=4", "--memory.head-chunks=2"],
+        "head_chunks 2 does not divide the 1 key/value heads of a device at seq 4",
+    ),
+    "reference in a ring": (
+        ["--mesh.ring=2", "--mesh.seq=2", "--model.attention=reference"],
+        "model.attention reference attends to whole rows, but strategy hybrid",
+    ),
     "heads over tensor": (
         ["--mesh.data=1", "--mesh.tensor=8", "--mesh.seq=1"],
         "model.num_heads 4 does not divide over mesh.tensor 8: use mesh.tensor 1 or 2 "

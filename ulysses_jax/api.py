@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float, Int
 
+from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.select import local_attention
-from ulysses_jax.mesh import platform_of
-from ulysses_jax.parallel.ulysses import LocalAttention, ulysses
+from ulysses_jax.attention.parts import Parts
+from ulysses_jax.parallel.ulysses import LocalAttention
 
 PerToken = Int[Array, "B T"]
 
@@ -23,7 +23,7 @@ def ulysses_attention(
     v: Float[Array, "B S K H"],
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    attention: LocalAttention | None = None,
+    attention: LocalAttention | Parts | None = None,
     causal: bool = True,
     window: int | None = None,
     segment_ids: PerToken | tuple[PerToken, Int[Array, "B S"]] | None = None,
@@ -31,22 +31,25 @@ def ulysses_attention(
     scale: float | None = None,
     head_chunks: int = 1,
 ) -> Float[Array, "B T N H"]:
-    """Attends over a sequence that is spread over the mesh axis `seq`.
+    """Attends over a sequence that is spread over the mesh axes `ring` and `seq`.
 
     `[B, T/P, N, H] -> all-to-all -> [B, T, N/P, H] -> attention -> all-to-all back`.
-    Works under jit, grad, checkpoint and scan, on meshes with Explicit or Auto axes.
+    Over a ring of degree R, P devices hold T/R tokens each, and blocks of keys go round
+    (ring attention). Works under jit, grad, checkpoint and scan, on meshes with
+    Explicit or Auto axes.
 
     Args:
       q: global `[B, T, N, H]`, float32, bfloat16 or float16.
       k, v: global `[B, S, K, H]`, q's dtype; query head n reads KV head n // (N/K).
-      mesh: with an axis named `seq` of degree P, and any of `data`, `fsdp` (they split
-        B) and `tensor` (it splits N and K, before seq does). Over axes with other names
-        the arrays are whole: name a batch axis `data`. None: the mesh set with
-        `jax.set_mesh`.
+      mesh: with an axis named `seq` of degree P, and any of `ring` (it splits T, before
+        seq does), `data`, `fsdp` (they split B) and `tensor` (it splits N and K, before
+        seq does). Over axes with other names the arrays are whole: name a batch axis
+        `data`. None: the mesh set with `jax.set_mesh`.
       attention: what a device computes, `f(q, k, v, mask=..., scale=...)` on
         `[B, T, N/P, H]`; `mask` is a `ulysses_jax.attention.mask.Mask`. None: the best
         for the mesh's devices that honours the mask
-        (`ulysses_jax.attention.select.local_attention` says which).
+        (`ulysses_jax.attention.select.local_attention` says which). Over a ring, a
+        `ulysses_jax.attention.parts.Parts`: an attention to some keys at a time.
       causal: a query sees keys at its own position and before. Where T != S, both count
         from 0.
       window: a query sees keys fewer than this many positions away.
@@ -59,8 +62,8 @@ def ulysses_attention(
         exchange free to run under another's attention.
 
     Returns:
-      `[B, T, N, H]`, q's dtype, B over (data, fsdp), T over seq, N over tensor. A query
-      that sees no key gives 0.
+      `[B, T, N, H]`, q's dtype, B over (data, fsdp), T over (ring, seq), N over
+      tensor. A query that sees no key gives 0.
 
     Raises:
       ValueError: dims that do not fit each other or the mesh, with the numbers and what
@@ -72,10 +75,12 @@ def ulysses_attention(
     repeated P/K times, so k and v cost as if K were P. Where the heads do not divide
     over P, query heads are padded to the next number of slots that does
     (`parallel.exchange.head_layout`): exchange and attention then cost slots / N times
-    as much, e.g. 8/6 for 6 heads over 4 devices.
+    as much, e.g. 8/6 for 6 heads over 4 devices. `spreading.received_bytes` has the
+    formulas, those of a ring too. Under a causal mask the members of a ring work
+    unequally: the last one has all the work there is, 2 - 1/R times the mean.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; repeated KV heads as in ALST,
-    arXiv 2506.13996.
+    arXiv 2506.13996; ring attention, arXiv 2310.01889.
     """
     mesh = _mesh(mesh, q)
     q_segments, kv_segments = _pair(segment_ids, "segment_ids", q, k)
@@ -88,15 +93,13 @@ def ulysses_attention(
         q_positions=q_positions,
         kv_positions=kv_positions,
     )
-    if attention is None:
-        attention = local_attention(platform_of(mesh), q, k, mask)
-    return ulysses(
+    return attend(
         q,
         k,
         v,
         mesh=mesh,
-        attention=attention,
         mask=mask,
+        attention="auto" if attention is None else attention,
         scale=scale,
         head_chunks=head_chunks,
     )
@@ -105,7 +108,7 @@ def ulysses_attention(
 def attention_fn(
     mesh: Mesh | AbstractMesh | None = None,
     *,
-    attention: LocalAttention | None = None,
+    attention: LocalAttention | Parts | None = None,
     causal: bool = False,
     window: int | None = None,
     segment_ids: PerToken | None = None,

@@ -8,6 +8,16 @@ from typing import Literal
 
 import yaml
 
+from ulysses_jax.spreading import (
+    Strategy,
+    check_head_chunks,
+    check_strategy,
+    num_members,
+    received_bytes,
+    strategy_of,
+    total_bytes,
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,6 +56,13 @@ class Model:
     """Attend only to keys fewer than this many positions away."""
     attention: Literal["auto", "blockwise", "cudnn", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
+    strategy: Literal["auto"] | Strategy = "auto"
+    """How attention reaches all tokens. ulysses: an exchange over seq; ring: blocks of
+    keys go round ring; hybrid: both; all_gather: keys are gathered over seq. auto: what
+    the mesh carries, and of two that which receives fewer bytes."""
+    zigzag: bool | None = None
+    """Tokens lie in zigzag order over the members that attend block by block, so that
+    all work equally under a causal mask; default: where there are such members."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -160,9 +177,20 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def padded_tokens(self) -> int:
-        """The sequence length on the mesh: rounded up to a multiple of ring x seq."""
+        """The sequence length on the mesh: rounded up to a multiple of ring x seq, and
+        in zigzag order to whole half-blocks."""
         shards = self.mesh.ring * self.mesh.seq
+        if self.zigzag_members() > 1:
+            shards = math.lcm(shards, 2 * self.zigzag_members())
         return math.ceil(self.training.sequence_tokens / shards) * shards
+
+    def zigzag_members(self) -> int:
+        """Of a placed config: over how many members a row's tokens lie in zigzag order
+        (`spreading.zigzag_ranges`); 1: they lie in the sequence's own."""
+        model, mesh = self.model, self.mesh
+        if not model.zigzag or model.strategy == "auto":
+            return 1
+        return num_members(model.strategy, mesh.ring, mesh.seq)
 
 
 def complete(config: Config, *, name: str) -> Config:
@@ -199,11 +227,6 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
       ValueError: with the numbers and what would fit, before anything is compiled.
     """
     model, training = config.model, config.training
-    if degrees["ring"] > 1:
-        raise ValueError(
-            f"mesh.ring {degrees['ring']}: tokens are spread over seq alone; use "
-            f"mesh.ring 1 and mesh.seq {degrees['ring'] * degrees['seq']}"
-        )
     tensor = degrees["tensor"]
     split = ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size")
     for name in (*split, "max_positions"):
@@ -242,9 +265,60 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
         )
     return dataclasses.replace(
         config,
+        model=_with_strategy(model, config.memory, degrees),
         mesh=Mesh(**degrees),
         training=dataclasses.replace(training, accumulation_steps=steps),
     )
+
+
+def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Model:
+    """Chooses where the config leaves it to the mesh, and checks what it says."""
+    ring, seq, tensor = (degrees[axis] for axis in ("ring", "seq", "tensor"))
+    assert model.num_kv_heads and model.head_size
+    kv_heads = model.num_kv_heads // tensor
+    strategy = model.strategy
+    if strategy == "auto":
+        strategy = strategy_of(ring, seq)
+        # What all_gather lacks: groups of heads, layers in pieces, parts of the
+        # reference, a window where an attention knows no positions.
+        can_gather = (
+            memory.head_chunks == 1
+            and not memory.in_pieces
+            and model.attention != "reference"
+            and model.window is None
+        )
+        if strategy == "ulysses" and seq > 1 and can_gather:
+            sizes = dict(
+                tokens=1,
+                num_heads=model.num_heads // tensor,
+                num_kv_heads=kv_heads,
+                head_size=model.head_size,
+                itemsize=2 if model.compute_dtype == "bfloat16" else 4,
+            )
+            candidates: tuple[Strategy, ...] = ("ulysses", "all_gather")
+            strategy = min(
+                candidates,
+                key=lambda each: total_bytes(
+                    received_bytes(each, **sizes, ring=ring, seq=seq)
+                ),
+            )
+    check_strategy(strategy, ring, seq)
+    if memory.in_pieces and strategy != "ulysses":
+        raise ValueError(
+            f"memory.sequence_chunk_tokens and memory.head_chunks cut up the strategy "
+            f"ulysses, not {strategy}: use mesh.ring 1, mesh.seq {ring * seq} and "
+            "model.strategy ulysses, or neither of the two"
+        )
+    check_head_chunks(strategy, memory.head_chunks, kv_heads, seq)
+    by_blocks = num_members(strategy, ring, seq) > 1
+    if by_blocks and model.attention == "reference":
+        raise ValueError(
+            f"model.attention reference attends to whole rows, but strategy {strategy} "
+            "attends block by block: use model.attention auto or blockwise, or "
+            f"mesh.ring 1, mesh.seq {ring * seq} and model.strategy ulysses"
+        )
+    zigzag = by_blocks if model.zigzag is None else model.zigzag
+    return dataclasses.replace(model, strategy=strategy, zigzag=zigzag)
 
 
 _MAY_BE_ZERO = {

@@ -23,6 +23,7 @@ from ulysses_jax.data.loader import (
 )
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.mesh import make_mesh
+from ulysses_jax.spreading import zigzag_order, zigzag_ranges
 
 SPEC = PartitionSpec(None, ("data", "fsdp"), ("ring", "seq"))
 MESHES = [
@@ -314,3 +315,51 @@ def test_the_interpreter_ends_cleanly(tmp_path, how):
         timeout=120,
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "degrees, members", [(dict(ring=4, seq=2), 4), (dict(data=2, seq=4), 4)], ids=str
+)
+def test_zigzag_order_is_the_same_tokens_elsewhere(tmp_path, degrees, members):
+    """Every array of the batch alike: a token keeps its label, position and segment."""
+    rows = make_rows(tmp_path)
+    natural = take(rows, 3, degrees=degrees)
+    zigzag = take(rows, 3, degrees=degrees, zigzag_members=members)
+    order = zigzag_order(16, members)
+    assert order.tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+    permuted = [{n: v[..., order] for n, v in batch.items()} for batch in natural]
+    assert_equal(zigzag, permuted)
+
+
+def test_zigzag_reads_only_the_ranges_of_a_box(tmp_path, monkeypatch):
+    rows, asked = make_rows(tmp_path), []
+    read = Rows.read
+
+    def spy(self, row, start, stop):
+        asked.append((start, stop))
+        return read(self, row, start, stop)
+
+    monkeypatch.setattr(Rows, "read", spy)
+    # The second of two devices of the first of two ring members: half-block 3.
+    ranges = zigzag_ranges(4, 8, 16, 2)
+    box = ((0, 1), (0, 1), (4, 8))
+    found = read_box(rows, np.array([[1]]), box, ranges)
+    assert asked == ranges == [(12, 16)]
+    whole = read(rows, 1, 0, 16)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values[0, 0], whole[name][12:16])
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 4])
+def test_zigzag_ranges_join(members):
+    """However a row is cut, the pieces are those of the whole order."""
+    tokens = 24
+    order = zigzag_order(tokens, members)
+    assert sorted(order) == list(range(tokens))
+    for start in range(0, tokens, 3):
+        for stop in range(start + 1, tokens + 1, 4):
+            pieces = zigzag_ranges(start, stop, tokens, members)
+            found = [i for piece in pieces for i in range(*piece)]
+            assert found == order[start:stop].tolist()
+    with pytest.raises(ValueError, match="22 tokens are not 4 half-blocks .* to 24"):
+        zigzag_ranges(0, 22, 22, 2)

@@ -294,7 +294,12 @@ def test_the_tolerance_catches_faults():
         (((2, 16, 8, 4), (2, 16, 3, 4)), dict(seq=2), "num_kv_heads 3 does not divide"),
         (((2, 16, 8, 4), (1, 16, 8, 4)), dict(seq=2), "differ in batch or head size"),
         (((2, 16, 8), (2, 16, 8)), dict(seq=2), r"q is \[B, T, N, H\]"),
-        (((2, 16, 8, 4), (2, 16, 8, 4)), dict(ring=2, seq=2), "use ring=1, seq=4"),
+        (
+            ((2, 12, 8, 4), (2, 12, 8, 4)),
+            dict(ring=2, seq=4),
+            "12, .* ring 2 x seq 4.* pad it to 16, or use ring=2, seq=2, or ring=1, "
+            "seq=4",
+        ),
     ],
 )
 def test_bad_shapes_are_refused_with_numbers(shapes, degrees, message):

@@ -1,14 +1,17 @@
 """The strategies side by side: same model, length and batch, each on its own mesh."""
 
+import dataclasses
 import math
 
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax.mesh import AXES
 from ulysses_jax.plan import compare as compare_module
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.plan import Cluster
 from ulysses_jax.plan.targets import TARGETS
+from ulysses_jax.plan.traffic import attention_bytes, formula_bytes
 
 H100 = TARGETS["h100"]
 
@@ -44,15 +47,22 @@ def compiled(monkeypatch):
             "fits": seq > 1,
             "memory": {"device_bytes": 100 * seq, "estimated_bytes": seq},
             "traffic": [
-                {"collective": "all-to-all", "axis": "seq", "bytes": 5 * seq},
-                {"collective": "all-to-all", "axis": "fsdp", "bytes": 7},
-                {"collective": "all-gather", "axis": "seq", "bytes": 11},
+                {**row, "formula_bytes": formula_bytes(config, *list(row.values())[:2])}
+                for row in (
+                    {"collective": "all-to-all", "axis": "seq", "bytes": 5 * seq},
+                    {"collective": "all-to-all", "axis": "fsdp", "bytes": 7},
+                    {"collective": "all-gather", "axis": "seq", "bytes": 11},
+                )
             ],
             "predicted": {"step_seconds": 1 / seq, "mfu": seq / 100},
         }
 
     monkeypatch.setattr(compare_module, "make_plan", fake)
     return runs
+
+
+def sorted_axes(degrees):
+    return {axis: degrees[axis] for axis in AXES if axis in degrees}
 
 
 def meshes(runs):
@@ -77,14 +87,31 @@ def meshes(runs):
     ],
     ids=str,
 )
-def test_both_strategies_on_the_same_batch(compiled, config, gpus, unsharded, ulysses):
+def test_strategies_on_the_same_batch(compiled, config, gpus, unsharded, ulysses):
     rows = compare(config, Cluster(H100, *gpus))
-    assert [row["strategy"] for row in rows] == ["unsharded", "ulysses"]
-    assert meshes(compiled) == [unsharded, ulysses]
-    one, other = (each.training for each in compiled)
-    assert one == other and one.sequence_tokens == 1024
-    for each in compiled:
-        assert each.model == config.model
+    names = ["unsharded", "ulysses", "ring", "hybrid", "all_gather"]
+    assert [row["strategy"] for row in rows] == names
+    shards = ulysses["seq"]
+    others = {axis: n for axis, n in ulysses.items() if axis != "seq"}
+    hosts = max(shards * others.get("tensor", 1) // gpus[1], 2)
+    assert meshes(compiled) == [
+        unsharded,
+        ulysses,
+        sorted_axes(others | dict(ring=shards)),
+        sorted_axes(others | dict(ring=hosts, seq=shards // hosts)),
+        ulysses,
+    ]
+    first, *rest = (
+        dataclasses.replace(each.training, accumulation_steps=None) for each in compiled
+    )
+    assert first.sequence_tokens == 1024
+    assert all(each == first for each in rest)
+    for name, each in zip(names, compiled, strict=True):
+        chosen = "ulysses" if name == "unsharded" else name
+        zigzag = name in ("ring", "hybrid", "all_gather")
+        assert each.model == dataclasses.replace(
+            config.model, strategy=chosen, zigzag=zigzag
+        )
         # One sequence of each (data, fsdp) at a time, whole parts of the batch.
         degrees = vars(each.mesh)
         placed = configs.place(each, degrees).training
@@ -99,13 +126,31 @@ def test_the_batch_grows_no_more_than_it_must(compiled):
 
 
 def test_rows(compiled):
-    _, row = compare(run(fsdp=2, seq=4), Cluster(H100, 1, 8))
+    _, row, _, _, gathered = compare(run(fsdp=2, seq=4), Cluster(H100, 1, 8))
     assert row["mesh"] == {"fsdp": 2, "seq": 4}
     assert row["fits"] and row["total_bytes"] == 404
     assert row["sent_bytes"] == 20 + 7 + 11
     assert row["exchange_bytes"] == 20  # over seq, and only all-to-alls
+    assert gathered["exchange_bytes"] == 11  # parameters go over fsdp+seq
     assert row["step_seconds"] == 0.25 and row["mfu"] == 0.04
     assert row["plan"]["memory"]["device_bytes"] == 400
+
+
+def test_what_a_strategy_lacks_leaves_it_out(compiled):
+    config = run(fsdp=2, seq=4)
+    config = dataclasses.replace(config, memory=configs.Memory(head_chunks=2))
+    names = [row["strategy"] for row in compare(config, Cluster(H100, 1, 8))]
+    assert names == ["unsharded", "ulysses", "ring", "hybrid"]
+
+
+def test_a_gather_is_told_from_that_of_parameters(compiled):
+    """Both over seq: by the formulas' shares."""
+    row = compare(run(seq=8), Cluster(H100, 1, 8))[-1]
+    config = compiled[-1]
+    share = attention_bytes(config)["all-gather", "seq"]
+    share /= formula_bytes(config, "all-gather", "seq")
+    assert 0 < share < 1
+    assert row["exchange_bytes"] == pytest.approx(11 * share)
 
 
 def test_a_cluster_that_does_not_match(compiled):
@@ -116,15 +161,16 @@ def test_a_cluster_that_does_not_match(compiled):
 
 @pytest.mark.plan
 def test_on_gpus():
-    unsharded, ulysses = compare(run(seq=8), Cluster(H100, 1, 8))
+    rows = compare(run(seq=8), Cluster(H100, 1, 8))
+    unsharded, ulysses, *_ = rows
     assert unsharded["mesh"]["fsdp"] == ulysses["mesh"]["seq"] == 8
     assert unsharded["exchange_bytes"] == 0 < ulysses["exchange_bytes"]
-    plans = [row["plan"] for row in (unsharded, ulysses)]
+    plans = [row["plan"] for row in rows]
     assert plans[0]["batch_size"] == plans[1]["batch_size"] == 8
     # The same FLOPs; a sequence is spread, so its activations are smaller.
     assert plans[0]["matmul_flops"] == plans[1]["matmul_flops"]
     assert plans[0]["attention_flops"] == plans[1]["attention_flops"]
     assert ulysses["total_bytes"] < unsharded["total_bytes"]
-    for row, plan in zip((unsharded, ulysses), plans, strict=True):
+    for row, plan in zip(rows, plans, strict=True):
         assert row["fits"] and plan["warnings"] == []
         assert row["sent_bytes"] >= row["exchange_bytes"]

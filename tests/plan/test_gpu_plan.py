@@ -28,7 +28,15 @@ pytestmark = pytest.mark.plan
 H100 = TARGETS["h100"]
 
 
-def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, memory=None, **degrees):
+def tiny(
+    *,
+    num_kv_heads=4,
+    tokens=1024,
+    batch_size=4,
+    memory=None,
+    strategy="auto",
+    **degrees,
+):
     config = configs.Config(
         model=configs.Model(
             vocab_size=512,
@@ -38,6 +46,7 @@ def tiny(*, num_kv_heads=4, tokens=1024, batch_size=4, memory=None, **degrees):
             num_kv_heads=num_kv_heads,
             head_size=64,
             feed_forward_width=512,
+            strategy=strategy,
         ),
         data=configs.Data(mask_documents=False),
         training=configs.Training(batch_size=batch_size, sequence_tokens=tokens),
@@ -71,7 +80,7 @@ def exchange(result):
     ids=str,
 )
 def test_a_step_sends_what_the_formulas_say(degrees):
-    result = plan(tiny(**degrees))
+    result = plan(tiny(strategy="ulysses", **degrees))
     assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
     for row in result["traffic"]:
         if row["ratio"] is not None:
@@ -83,6 +92,39 @@ def test_a_step_sends_what_the_formulas_say(degrees):
     assert "cuDNN workspace" in {each["name"] for each in memory["estimated"]}
     assert 0 < memory["device_bytes"] < memory["limit_bytes"] and memory["fits"]
     assert memory["host_bytes_per_device"] == 0
+
+
+@pytest.mark.parametrize(
+    "remat, degrees, attention",
+    [
+        (
+            "full",
+            dict(ring=2, seq=4),
+            {"all-to-all": "seq", "collective-permute": "ring"},
+        ),
+        ("attention", dict(ring=4, fsdp=2), {"collective-permute": "ring"}),
+        ("none", dict(ring=8), {"collective-permute": "ring"}),
+        (
+            "full",
+            dict(fsdp=4, seq=2, strategy="all_gather"),
+            {"all-gather": "seq", "reduce-scatter": "seq"},
+        ),
+    ],
+    ids=str,
+)
+def test_every_strategy_sends_its_formula_and_attends_half(remat, degrees, attention):
+    """cuDNN in every block, and what a causal mask hides is not computed."""
+    result = plan(tiny(memory=dict(remat=remat), **degrees))
+    keys = {(row["collective"], row["axis"]) for row in result["traffic"]}
+    assert keys >= set(attention.items())
+    for row in result["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+    assert result["warnings"] == []
+    products = 2 + 5 + 2 * (remat == "full")
+    rows, layers, width = 4, 2, 8 * 64
+    half = products * rows * layers * 1024**2 * width / 8
+    assert result["attention_flops"] == half
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -230,7 +272,7 @@ FLOPS = {
     "rematerialised, more GPUs than KV heads": (dict(seq=8, num_kv_heads=2), {}),
     "a window": (dict(data=2, seq=4), dict(window=256)),
     "a GPT over tensor, nothing recomputed, in parts": (
-        dict(data=2, seq=2, tensor=2),
+        dict(data=2, seq=2, tensor=2, strategy="ulysses"),
         dict(
             steps=2,
             remat="none",

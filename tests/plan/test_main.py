@@ -67,7 +67,10 @@ def plan(config_file, capsys, *args):
         ("--gpus h100:1x8 --mesh.fsdp 0", "positive.*; this works: --mesh.fsdp 2$"),
         ("--gpus h100:1x8 --host-memory 3XB", "--host-memory '3XB': write it as"),
         ("--gpus h100:1x8 --training.batch-size 3", "batch_size 3 .* use .* 4"),
-        ("--gpus h100:1x8 --mesh.fsdp 1 --mesh.ring 2", "mesh.ring 2"),
+        (
+            "--gpus h100:1x8 --model.strategy ring",
+            "strategy ring .* ring=1, seq=4: use ring=4, seq=1 or ring=8, seq=1",
+        ),
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
         ("--gpus h100:1x8 --config nowhere.yaml", "cannot read the config nowhere"),
         ("--gpus h100:1x8 --plot nowhere/x.png", "nowhere/x.png: there is no folder"),
@@ -168,8 +171,8 @@ def test_the_mesh_that_a_refusal_names_works(refused, planted, config_file):
         ("--mesh.tensor 2 --mesh.fsdp 1", 4, "--mesh.seq 2"),
         ("--mesh.tensor 2 --mesh.fsdp 1", 3, None),
         ("--mesh.seq 3 --mesh.fsdp -1", 8, "--mesh.fsdp 2 --mesh.seq 4"),
-        # More devices than heads and rows: more rows.
-        ("", 64, "--mesh.fsdp 8 --mesh.seq 8 --training.batch-size 8"),
+        # More devices than heads and rows: a ring.
+        ("", 64, "--mesh.fsdp 4 --mesh.ring 2 --mesh.seq 8"),
         ("--memory.head-chunks 8", 64, None),
         ("--training.accumulation-steps 3", 64, None),
         ("--training.accumulation-steps None", 1024, None),
@@ -227,7 +230,7 @@ def test_parse_bytes(text, num_bytes):
 
 def test_what_it_prints(planted, analysis, config_file, capsys):
     out = plan(config_file, capsys, "--gpus", "h100:1x8")
-    assert "h100:1x8  fsdp=2 x seq=4  4 x 1,024 tokens a step" in out
+    assert "h100:1x8  fsdp=2 x seq=4  ulysses  4 x 1,024 tokens a step" in out
     # 1. Memory, by what it holds; what XLA does not see is labelled so.
     for part in ("parameters", "gradients", "optimizer", "activations and temporaries"):
         assert re.search(rf"^{part} +\d", out, re.M), part
@@ -361,7 +364,7 @@ def test_compare(planted, config_file, capsys, tmp_path):
     assert re.search(r"^unsharded +fsdp=", out, re.M)
     assert re.search(r"^ulysses +fsdp=", out, re.M)
     names = [row["strategy"] for row in json.loads(file.read_text())["strategies"]]
-    assert names == ["unsharded", "ulysses"]
+    assert names == ["unsharded", "ulysses", "ring", "hybrid", "all_gather"]
 
 
 def test_help(capsys):

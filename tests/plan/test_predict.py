@@ -219,8 +219,9 @@ def test_float32_runs_at_the_peak_of_tf32():
 
 def test_heads_that_do_not_divide_take_longer_and_are_no_model_flops():
     even = run(num_heads=16, num_kv_heads=16)
-    uneven = run(num_heads=16, num_kv_heads=16, mesh=dict(seq=3), batch_size=1)
-    two = run(num_heads=16, num_kv_heads=16, mesh=dict(seq=2), batch_size=1)
+    heads = dict(num_heads=16, num_kv_heads=16, strategy="ulysses")
+    uneven = run(**heads, mesh=dict(seq=3), batch_size=1)
+    two = run(**heads, mesh=dict(seq=2), batch_size=1)
     assert step_flops(uneven)["attention"] == pytest.approx(
         step_flops(two)["attention"], rel=0.01
     )

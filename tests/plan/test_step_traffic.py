@@ -15,7 +15,7 @@ from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.training.step import make_train_step
 
 
-def tiny(*, accumulation_steps=1, memory=None, **degrees):
+def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
     config = configs.Config(
         model=configs.Model(
             vocab_size=96,
@@ -25,6 +25,7 @@ def tiny(*, accumulation_steps=1, memory=None, **degrees):
             num_kv_heads=4,
             head_size=8,
             feed_forward_width=96,
+            strategy=strategy,
             # CPU devices send bfloat16 as float32.
             compute_dtype="float32",
         ),
@@ -61,7 +62,7 @@ def row(result, collective, axis):
     ids=str,
 )
 def test_exchange_bytes(changes):
-    result = analysed(tiny(**changes))
+    result = analysed(tiny(strategy="ulysses", **changes))
     exchange = row(result, "all-to-all", "seq")
     assert exchange["ratio"] == pytest.approx(1, abs=0.01)
     assert exchange["link"] == "within a host"
@@ -75,6 +76,42 @@ def test_exchange_bytes(changes):
     matmul = 3 * 2 * 64 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 96)  # one layer pass a token: x4
     tokens = 4 * 64 / 8
     assert result["matmul_flops"] > 3 * matmul * tokens
+
+
+@pytest.mark.parametrize(
+    "changes, remat, forwards",
+    [
+        (dict(ring=2, seq=4), "full", {"all-to-all": 2, "collective-permute": 2}),
+        (dict(ring=4, fsdp=2), "attention", {"collective-permute": 1 + 1 / 3}),
+        (dict(ring=4, data=2), "none", {"collective-permute": 1}),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_ring(changes, remat, forwards):
+    """By hand: blocks of K and V hop, and their gradients; what is kept, not again."""
+    result = analysed(tiny(memory=dict(remat=remat), **changes))
+    ring, seq = changes["ring"], changes.get("seq", 1)
+    rows = 4 // (changes.get("data", 1) * changes.get("fsdp", 1))
+    block = rows * 2 * 64 // ring * max(4, seq) // seq * 8 * 4
+    hops = forwards["collective-permute"] * (ring - 1) + (ring - 2) + (ring - 1)
+    permute = row(result, "collective-permute", "ring")
+    assert permute["bytes"] == pytest.approx(3 * hops * block)
+    for kind in forwards:
+        axis = "seq" if kind == "all-to-all" else "ring"
+        assert row(result, kind, axis)["ratio"] == pytest.approx(1)
+    assert result["warnings"] == []
+
+
+def test_bytes_of_a_gather():
+    """Apart from parameters (fsdp x seq), and with them where the axis is the same."""
+    result = analysed(tiny(strategy="all_gather", fsdp=4, seq=2))
+    gathered = 2 * 64 * 4 * 8 / 2 * 4  # K and V of the other half, of one row
+    assert row(result, "all-gather", "seq")["bytes"] == pytest.approx(3 * 2 * gathered)
+    assert row(result, "reduce-scatter", "seq")["bytes"] == pytest.approx(3 * gathered)
+    memory = dict(remat="none")
+    alone = analysed(tiny(strategy="all_gather", seq=8, memory=memory))
+    assert row(alone, "all-gather", "seq")["ratio"] == pytest.approx(1)
+    assert result["warnings"] == alone["warnings"] == []
 
 
 def test_weights_are_gathered_once_a_pass_and_not_once_a_tile():

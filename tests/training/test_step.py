@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.spreading import zigzag_order
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
@@ -42,6 +43,10 @@ MESHES = {
     "data 2, seq 4": dict(data=2, seq=4),
     "fsdp 2, seq 4": dict(fsdp=2, seq=4),
     "data 2, seq 2, tensor 2": dict(data=2, seq=2, tensor=2),
+    "ring 8": dict(ring=8),
+    "ring 4, seq 2": dict(ring=4, seq=2),
+    "fsdp 2, ring 2, seq 2": dict(fsdp=2, ring=2, seq=2),
+    "data 2, ring 2, tensor 2": dict(data=2, ring=2, tensor=2),
 }
 SHARDED = MESHES["fsdp 2, seq 4"]
 TOLERANCE = 1e-5
@@ -67,6 +72,7 @@ def make_config(
     accumulation_steps=1,
     label_smoothing=0.0,
     z_loss=0.0,
+    model=(),
     **memory,
 ):
     values = dict(
@@ -78,6 +84,7 @@ def make_config(
             head_size=4,
             compute_dtype=dtype,
             **FAMILIES[family],
+            **dict(model),
         ),
         training=dict(
             num_steps=NUM_STEPS,
@@ -122,10 +129,13 @@ BATCH = make_batch()
 NUM_VALID = int((BATCH["labels"] != IGNORED).sum())
 
 
-def put_batch(mesh, accumulation_steps=1):
+def put_batch(mesh, config):
+    """As the loader would: tokens in the order that the strategy wants."""
     sharding = NamedSharding(mesh, batch_spec(mesh))
+    order = zigzag_order(T, config.zigzag_members())
+    steps = config.training.accumulation_steps
     return {
-        name: jax.device_put(values.reshape(accumulation_steps, -1, T), sharding)
+        name: jax.device_put(values.reshape(steps, -1, T)[..., order], sharding)
         for name, values in BATCH.items()
     }
 
@@ -174,7 +184,7 @@ def _train(family, degrees, options):
     mesh = mesh_of(**dict(degrees))
     with jax.set_mesh(mesh):
         state = put_state(family, config, mesh)
-        batch = put_batch(mesh, config.training.accumulation_steps)
+        batch = put_batch(mesh, config)
         rows, moments = [], []
         for _ in range(NUM_STEPS):
             state, metrics = step(state, batch)
@@ -254,6 +264,32 @@ def test_another_objective_reports_the_plain_loss_too(mesh_name):
     assert got["objective"][4] < got["objective"][1]
 
 
+@pytest.mark.parametrize(
+    "degrees, model",
+    [
+        (dict(fsdp=2, seq=4), (("strategy", "all_gather"),)),
+        (dict(data=2, seq=4), (("strategy", "all_gather"), ("zigzag", False))),
+        (dict(fsdp=2, ring=4), (("zigzag", False),)),
+        (dict(fsdp=2, ring=2, seq=2), (("window", 12),)),
+    ],
+    ids=str,
+)
+def test_same_curve_by_every_strategy(degrees, model):
+    got, _, _ = train("llama", degrees, model=model)
+    window = tuple(each for each in model if each[0] == "window")
+    assert_same_curves(got, train("llama", ONE, model=window)[0])
+
+
+def test_tokens_in_the_wrong_order_are_seen(monkeypatch):
+    config = configs.Config
+    want, _, _ = train("llama", ONE)
+    _train.cache_clear()
+    monkeypatch.setattr(config, "zigzag_members", lambda self: 1)
+    got, _, _ = train("llama", MESHES["ring 4, seq 2"])
+    _train.cache_clear()
+    assert abs(got["loss"][0] / want["loss"][0] - 1) > 20 * TOLERANCE
+
+
 def test_bfloat16_follows_float32():
     """Losses within 1 %, the first gradients within 3 %; the state stays float32."""
     got, _, state = train("llama", SHARDED, dtype="bfloat16")
@@ -279,7 +315,7 @@ def test_a_batch_without_labels_changes_nothing_but_the_step():
     config, step = compiled("llama", tuple(SHARDED.items()), ())
     mesh = mesh_of(**SHARDED)
     with jax.set_mesh(mesh):
-        batch = put_batch(mesh)
+        batch = put_batch(mesh, config)
         batch["labels"] = jnp.full_like(batch["labels"], IGNORED)
         state, metrics = step(put_state("llama", config, mesh), batch)
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
@@ -296,7 +332,7 @@ def test_compiled_from_shapes_for_real_state_and_batch(mesh_name):
     mesh = mesh_of(**degrees)
     with jax.set_mesh(mesh):
         init = jax.jit(functools.partial(init_state, config), compiler_options=QUICK)
-        state, batch = init(), put_batch(mesh)
+        state, batch = init(), put_batch(mesh, config)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_batch_on(config, mesh))
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
 
@@ -331,7 +367,7 @@ def test_validation_gives_a_plain_sum_and_a_count(degrees, options):
     with jax.set_mesh(mesh):
         parameters = put_state("llama", config, mesh).parameters
         step = jax.jit(make_validation_step(config), compiler_options=QUICK)
-        total, count = step(parameters, put_batch(mesh))
+        total, count = step(parameters, put_batch(mesh, config))
     assert count.dtype == jnp.int32 and int(count) == NUM_VALID
     mean = train("llama", ONE)[0]["loss"][0]
     np.testing.assert_allclose(float(total), mean * NUM_VALID, rtol=2e-6)

@@ -73,6 +73,34 @@ class Mask:
             )
         return seen
 
+    def between(
+        self,
+        q_start: Array | int,
+        num_q: int,
+        kv_start: Array | int,
+        num_kv: int,
+        *,
+        causal: bool,
+    ) -> "Mask":
+        """The mask of some queries and some keys, which are arrays of their own.
+
+        Args:
+          causal: of that mask; indices count from 0 in it, positions stay what they
+            are.
+        """
+
+        def cut(ids, start, size):
+            return None if ids is None else _cut(ids, start, size)
+
+        return Mask(
+            causal=causal,
+            window=self.window,
+            q_segment_ids=cut(self.q_segment_ids, q_start, num_q),
+            kv_segment_ids=cut(self.kv_segment_ids, kv_start, num_kv),
+            q_positions=cut(self.q_positions, q_start, num_q),
+            kv_positions=cut(self.kv_positions, kv_start, num_kv),
+        )
+
     def block_bounds(self, q_block: int, kv_block: int) -> "BlockBounds":
         """Bounds of every block of queries and of keys, to tell empty tiles apart."""
         return BlockBounds(

@@ -18,6 +18,24 @@ from ulysses_jax.attention.cudnn import (
 from ulysses_jax.attention.mask import Mask
 
 
+def join(
+    a: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
+    b: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """(out, logsumexp) over the keys of both, from those over each; float32.
+
+    Source: the online softmax, arXiv 1805.02867.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    logsumexp = jnp.logaddexp(lse_a, lse_b)
+
+    def weigh(out, lse):
+        weight = jnp.exp(lse - logsumexp).transpose(0, 2, 1)[..., None]
+        return out.astype(jnp.float32) * weight
+
+    return weigh(out_a, lse_a) + weigh(out_b, lse_b), logsumexp
+
+
 class Parts(NamedTuple):
     """A flash attention taken apart.
 
@@ -26,10 +44,13 @@ class Parts(NamedTuple):
     gradients: `f(q, k, v, out, logsumexp, dout, mask=, scale=) -> (dq, dk, dv)`. Given
       the out and logsumexp of a query over *all* its keys, it returns these keys' part
       of dq, and their dk and dv.
+    join: `f((out, logsumexp), (out, logsumexp)) -> (out, logsumexp)` of two sets of
+      keys, in float32.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     gradients: Callable[..., tuple[Array, Array, Array]]
+    join: Callable[..., tuple[Array, Array]] = join
 
 
 PARTS = {
@@ -53,21 +74,3 @@ def attention_parts(name: str, platform: str, q: Array, k: Array, mask: Mask) ->
             + " or ".join(PARTS)
         )
     return PARTS[name]
-
-
-def join(
-    a: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
-    b: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """(out, logsumexp) over the keys of both, from those over each; float32.
-
-    Source: the online softmax, arXiv 1805.02867.
-    """
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    logsumexp = jnp.logaddexp(lse_a, lse_b)
-
-    def weigh(out, lse):
-        weight = jnp.exp(lse - logsumexp).transpose(0, 2, 1)[..., None]
-        return out.astype(jnp.float32) * weight
-
-    return weigh(out_a, lse_a) + weigh(out_b, lse_b), logsumexp

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.spreading import zigzag_ranges
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dim of a batch: accumulation steps, B, T."""
@@ -26,6 +27,7 @@ def batches(
     *,
     seed: int,
     start_step: int = 0,
+    zigzag_members: int = 1,
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """Training batches without end, from any step on.
 
@@ -40,6 +42,8 @@ def batches(
         places on this process's devices, this process reads the bytes once.
       seed: of the shuffle; any integer.
       start_step: the first batch's number, reached at no cost.
+      zigzag_members: over how many members the tokens of a row lie in zigzag order
+        (`spreading.zigzag_ranges`); 1: in the sequence's own.
 
     Returns:
       An iterator of int32 global arrays `[A, B, T]` by `rows.names`. `close()` it, or
@@ -49,7 +53,7 @@ def batches(
     """
     order = grain.MapDataset.range(len(rows)).shuffle(_seed(seed)).repeat()
     steps = range(start_step, len(order) // math.prod(shape[:2]))
-    return _read_ahead(order, steps, rows, shape, sharding)
+    return _read_ahead(order, steps, rows, shape, sharding, zigzag_members)
 
 
 def validation_batches(
@@ -58,11 +62,12 @@ def validation_batches(
     sharding: jax.sharding.Sharding,
     *,
     num_batches: int,
+    zigzag_members: int = 1,
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """The first `num_batches` x A x B rows, in order: the same ones every time.
 
     Args:
-      rows, shape, sharding: as for `batches`.
+      rows, shape, sharding, zigzag_members: as for `batches`.
       num_batches: of training's size; fewer where the rows end, and padded there.
 
     Returns:
@@ -72,7 +77,8 @@ def validation_batches(
     accumulation_steps, batch, tokens = shape
     num = min(num_batches * accumulation_steps, math.ceil(len(rows) / batch))
     order = range(num * batch)
-    return _read_ahead(order, range(num), rows, (1, batch, tokens), sharding)
+    shape = (1, batch, tokens)
+    return _read_ahead(order, range(num), rows, shape, sharding, zigzag_members)
 
 
 def local_boxes(
@@ -84,17 +90,29 @@ def local_boxes(
 
 
 def read_box(
-    rows: Rows, numbers: Int[np.ndarray, "A B"], box: Box
+    rows: Rows,
+    numbers: Int[np.ndarray, "A B"],
+    box: Box,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, Int32[np.ndarray, "a b t"]]:
-    """One box of the batch that has these row numbers, by `rows.names`."""
+    """One box of the batch that has these row numbers, by `rows.names`.
+
+    Args:
+      ranges: of a row, where the box's tokens stand one after the other; None: at the
+        box's own.
+    """
     accumulation_steps, batch, (start, stop) = box
     numbers = numbers[slice(*accumulation_steps), slice(*batch)]
     arrays = {
         name: np.empty((*numbers.shape, stop - start), np.int32) for name in rows.names
     }
     for place, row in np.ndenumerate(numbers):
-        for name, values in rows.read(int(row), start, stop).items():
-            arrays[name][place] = values
+        at = 0
+        for first, last in ranges or [(start, stop)]:
+            here = slice(at, at + last - first)
+            for name, values in rows.read(int(row), first, last).items():
+                arrays[name][place][here] = values
+            at = here.stop
     return arrays
 
 
@@ -104,15 +122,21 @@ def _read_ahead(
     rows: Rows,
     shape: tuple[int, int, int],
     sharding: jax.sharding.Sharding,
+    zigzag_members: int,
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """Batches `steps`, where batch n is the rows order[n A B], ... of `order`."""
-    boxes = local_boxes(sharding, shape)
+    boxes = {
+        box: zigzag_ranges(*box[2], shape[2], zigzag_members)
+        for box in local_boxes(sharding, shape)
+    }
     size = math.prod(shape[:2])
 
     def read(step: int) -> dict[str, jax.Array]:
         numbers = [order[i] for i in range(step * size, (step + 1) * size)]
         numbers = np.array(numbers, np.int64).reshape(shape[:2])
-        pieces = {box: read_box(rows, numbers, box) for box in boxes}
+        pieces = {
+            box: read_box(rows, numbers, box, ranges) for box, ranges in boxes.items()
+        }
 
         def place(name: str) -> jax.Array:
             return jax.make_array_from_callback(

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.api import ulysses_attention
-from ulysses_jax.attention.select import ATTENTIONS
+from ulysses_jax.attend import attend
+from ulysses_jax.attention.mask import Mask
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.models.linear import Gathered, constant, project, weight
 from ulysses_jax.models.rope import apply_rope
@@ -94,14 +94,22 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         k, v = self.keys_values(x, angles)
-        out = ulysses_attention(
+        mask = Mask(
+            causal=True,
+            window=self.model.window,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+        )
+        strategy = self.model.strategy
+        out = attend(
             self.queries(x, angles),
             k,
             v,
-            attention=ATTENTIONS.get(self.model.attention),
-            causal=True,
-            window=self.model.window,
-            segment_ids=segment_ids,
+            mesh=get_abstract_mesh(),
+            mask=mask,
+            strategy=None if strategy == "auto" else strategy,
+            attention=self.model.attention,
+            zigzag=bool(self.model.zigzag),
             head_chunks=self.memory.head_chunks,
         )
         return self.project_out(out)

@@ -6,7 +6,7 @@ of what they make, the computations they call, and the trips of loops.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -201,12 +201,7 @@ def matmul_flops(module: Module, computation: Computation, each: Instruction) ->
         left = computation.by_name.get(each.operands[0])
         dims = _search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', each.attributes)
         return _dot_flops(each, left, dims.replace('"', ""))
-    trips = (trip_count(each) or 1) if each.opcode == "while" else 1
-    total = 0
-    for name in each.called:
-        if called := module.computations.get(name):
-            total += sum(matmul_flops(module, called, i) for i in called.instructions)
-    return trips * total
+    return _flops_inside(module, each, matmul_flops)
 
 
 def attention_flops(module: Module, computation: Computation, each: Instruction) -> int:
@@ -224,14 +219,20 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
             # The first queries have fewer keys than the window.
             pairs = q_tokens * int(window) - int(window) ** 2 / 2
         return int(products * 2 * batch * pairs * heads * size)
+    return _flops_inside(module, each, attention_flops)
+
+
+def _flops_inside(module: Module, each: Instruction, flops: Callable[..., int]) -> int:
+    """Of what an instruction calls; of a conditional's branches the greatest runs."""
+    found = [
+        sum(flops(module, called, inner) for inner in called.instructions)
+        for name in each.called
+        if (called := module.computations.get(name))
+    ]
+    if each.opcode == "conditional":
+        return max(found, default=0)
     trips = (trip_count(each) or 1) if each.opcode == "while" else 1
-    total = 0
-    for name in each.called:
-        if called := module.computations.get(name):
-            total += sum(
-                attention_flops(module, called, i) for i in called.instructions
-            )
-    return trips * total
+    return trips * sum(found)
 
 
 def _dot_flops(each: Instruction, left: Instruction | None, dims: str) -> int:

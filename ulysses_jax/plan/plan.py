@@ -41,10 +41,11 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
     """Compiles a run's step for a cluster and says what it will need.
 
     Returns:
-      `gpus`, `fits`, `num_devices`, `tokens` (of a sequence), `batch_size`, `mesh`;
-      `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the compiled
-      program (`compile.analyse`); `predicted`: by formula and schedule (`predict`);
-      `compile_seconds`; `advice`: what to change first where it does not fit.
+      `gpus`, `fits`, `num_devices`, `tokens` (of a sequence), `batch_size`, `mesh`,
+      `strategy`; `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the
+      compiled program (`compile.analyse`); `predicted`: by formula and schedule
+      (`predict`); `compile_seconds`; `advice`: what to change first where it does not
+      fit.
       `overlap.exchange_fraction` is None where nothing is exchanged (seq=1). With
       `memory.auto`, `auto`: what was tried (`memory.auto.choose`), and `memory_options`
       of the first that fits, whose plan this is.
@@ -73,6 +74,7 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "batch_size": found["batch_size"],
         "accumulation_steps": config.training.accumulation_steps,
         "mesh": found["mesh"],
+        "strategy": config.model.strategy,
         "predicted": predict(config, cluster.target, found),
         "advice": advice(found["memory"], config, cluster),
     }
@@ -120,8 +122,8 @@ def degrees_on(config: Config, cluster: Cluster) -> dict[str, int]:
 def matching_mesh(config: Config, num_devices: int) -> str:
     """Arguments of a mesh that takes the devices; "" where none does.
 
-    The nearest to the config's: first its batch, then its tensor, then its seq degree
-    is kept if it can be; fsdp and data take what is left.
+    The nearest to the config's: first its batch, then its tensor, its ring and its seq
+    degree are kept if they can be; fsdp and data take what is left.
     """
     mesh, training = config.mesh, config.training
     steps = training.accumulation_steps or 1
@@ -132,13 +134,15 @@ def matching_mesh(config: Config, num_devices: int) -> str:
 
     found = []
     for tensor in _divisors(num_devices):
-        for seq in _divisors(num_devices // tensor):
+        for ring, seq in _pairs(num_devices // tensor):
             heads = config.model.num_heads / (tensor * seq)
             if heads % config.memory.head_chunks:  # nor is one cut in two
                 continue
-            rows = num_devices // (tensor * seq)
+            rows = num_devices // (tensor * ring * seq)
             data = rows if mesh.data == -1 else math.gcd(rows, max(mesh.data, 1))
-            degrees = dict(data=data, fsdp=rows // data, ring=1, seq=seq, tensor=tensor)
+            degrees = dict(
+                data=data, fsdp=rows // data, ring=ring, seq=seq, tensor=tensor
+            )
             batch_size = math.lcm(training.batch_size, rows * steps)
             run = dataclasses.replace(
                 config, training=dataclasses.replace(training, batch_size=batch_size)
@@ -148,7 +152,12 @@ def matching_mesh(config: Config, num_devices: int) -> str:
             except ValueError:
                 continue
             grows = batch_size / training.batch_size
-            order = (grows, distance(tensor, mesh.tensor), distance(seq, mesh.seq))
+            order = (
+                grows,
+                distance(tensor, mesh.tensor),
+                distance(ring, mesh.ring),
+                distance(seq, mesh.seq),
+            )
             found.append((order, degrees, batch_size))
     if not found:
         return ""
@@ -158,6 +167,11 @@ def matching_mesh(config: Config, num_devices: int) -> str:
     before = {f"mesh.{axis}": n for axis, n in dataclasses.asdict(mesh).items()}
     before["training.batch-size"] = training.batch_size
     return " ".join(f"--{k} {v}" for k, v in values.items() if v != before[k])
+
+
+def _pairs(n: int) -> list[tuple[int, int]]:
+    """(ring, seq) whose product divides n."""
+    return [(ring, seq) for ring in _divisors(n) for seq in _divisors(n // ring)]
 
 
 def _divisors(n: int) -> list[int]:

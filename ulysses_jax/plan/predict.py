@@ -151,6 +151,8 @@ def _head_padding(config: Config) -> float:
     """Query slots a head: above 1 where heads do not divide over seq."""
     model, mesh = config.model, config.mesh
     assert model.num_kv_heads
+    if model.strategy == "all_gather":
+        return 1.0
     heads, kv_heads = (n // mesh.tensor for n in (model.num_heads, model.num_kv_heads))
     return head_layout(heads, kv_heads, mesh.seq).num_slots / heads
 

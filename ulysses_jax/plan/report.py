@@ -26,7 +26,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Prints a plan; each table's title says where its figures come from."""
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
     console.print(
-        f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  "
+        f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  {plan['strategy']}  "
         f"{plan['batch_size']} x {plan['tokens']:,} tokens a step in "
         f"{plan['accumulation_steps']} parts; compiled in "
         f"{plan['compile_seconds']:.0f} s"

@@ -7,6 +7,7 @@ from typing import Any
 from ulysses_jax.config import Config
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
+from ulysses_jax.spreading import received_bytes
 
 BF16_BYTES, F32_BYTES = 2, 4
 
@@ -48,7 +49,8 @@ def unexpected(rows: Iterable[dict[str, Any]]) -> list[str]:
         source = f"; largest: {largest['makes']}, from {largest['from'] or 'no name'}"
         if row["ratio"] is not None:
             # Fewer gathers than the formula's are XLA's gain; fewer exchanges, a fault.
-            low = 0.99 if row["collective"] == "all-to-all" else 0
+            is_exchange = row["collective"] in ("all-to-all", "collective-permute")
+            low = 0.99 if is_exchange else 0
             if not low <= row["ratio"] <= 1.01:
                 times = f"{row['ratio']:.2f} times"
                 lines.append(f"{what} sends {times} what the formula says{source}")
@@ -61,28 +63,55 @@ def unexpected(rows: Iterable[dict[str, Any]]) -> list[str]:
 def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     """Bytes that a GPU should send a step in these collectives; None: no formula.
 
-    The exchange: `(2 + 2/G)(T N H / P) (P-1)/P e` a layer and pass, in the compute
-    dtype, and `(2 T N H / P + 2 T H) (P-1)/P e` where P exceeds the KV heads of a
-    device's tensor part, each then repeated P/K times. Parameters: gathered in the
+    Attention: what `spreading.received_bytes` says of the run's strategy, a layer and
+    row; the forward pass's again where it is recomputed. Parameters: gathered in the
     compute dtype for each pass over the layers (a recomputation needs no down
     projection: nothing reads what it makes; and nothing of a feed-forward in tiles,
     whose backward pass makes its hidden activations itself), once for the embedding
     and once for the head; their gradients scattered in float32 once an accumulation
     step, then summed over `data`.
     """
+    found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
+    known = [each for each in found if each is not None]
+    return sum(known) if known else None
+
+
+def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
+    """Bytes that a GPU sends a step so that attention reaches all tokens; by kind and
+    axis."""
     model, training, mesh = config.model, config.training, config.mesh
-    assert model.num_kv_heads and model.head_size and training.accumulation_steps
+    assert model.num_kv_heads and model.head_size and model.strategy != "auto"
+    received = received_bytes(
+        model.strategy,
+        tokens=config.padded_tokens(),
+        num_heads=model.num_heads // mesh.tensor,
+        num_kv_heads=model.num_kv_heads // mesh.tensor,
+        head_size=model.head_size,
+        itemsize=BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES,
+        ring=mesh.ring,
+        seq=mesh.seq,
+    )
+    rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
+    found = {}
+    for key, (forward, backward) in received.items():
+        forwards = float(num_passes(config) - 1)
+        if config.memory.remat == "attention" and key[0] == "collective-permute":
+            # A kept out and logsumexp spare the ring its second round, but for the one
+            # block that the backward pass starts with. All that is exchanged or
+            # gathered the backward pass reads.
+            forwards = 1 + 1 / (mesh.ring - 1)
+        sent = rows * model.num_layers * (forwards * forward + backward)
+        if sent:
+            found[key] = sent
+    return found
+
+
+def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
+    """Of parameters and their gradients."""
+    model, training, mesh = config.model, config.training, config.mesh
+    assert training.accumulation_steps
     passes = num_passes(config)
     element = BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES
-    if (kind, axes) == ("all-to-all", "seq"):
-        rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
-        heads = model.num_heads // mesh.tensor
-        # Repeated, never beyond the query heads that read them.
-        kv_heads = min(max(model.num_kv_heads // mesh.tensor, mesh.seq), heads)
-        local_tokens = rows * config.padded_tokens() / mesh.seq
-        elements = local_tokens * (2 * heads + 2 * kv_heads) * model.head_size
-        share = (mesh.seq - 1) / mesh.seq
-        return model.num_layers * passes * elements * share * element
     degrees = {"fsdp": mesh.fsdp, "ring": mesh.ring, "seq": mesh.seq}
     zero = [axis for axis in zero_axes(model.width, degrees) if degrees[axis] > 1]
     degree = math.prod(degrees[axis] for axis in zero)

@@ -86,7 +86,12 @@ def check_space(folder: Path, state_bytes: int, keep: int) -> None:
 def architecture(model: Model) -> dict[str, Any]:
     """The fields that a model's parameters depend on, for a checkpoint's meta."""
     fields = dataclasses.asdict(model)
-    for name in ("attention", "compute_dtype"):  # how it is computed
+    for name in (
+        "attention",
+        "strategy",
+        "zigzag",
+        "compute_dtype",
+    ):  # how it is computed
         del fields[name]
     return fields
 

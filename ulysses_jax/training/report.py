@@ -21,15 +21,20 @@ def describe(config: Config, state: TrainState) -> list[str]:
         f"{training.batch_size} x {training.sequence_tokens:,} tokens a step; mesh "
         + " x ".join(f"{axis}={n}" for axis, n in degrees.items())
     ]
+    if mesh.ring * mesh.seq > 1:
+        order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
+        lines[0] += f"; strategy {model.strategy}{order}"
     padding = config.padded_tokens() - training.sequence_tokens
     if padding:
+        halves = "half-blocks of " if config.zigzag_members() > 1 else ""
         lines.append(
-            f"{training.sequence_tokens:,} tokens do not divide over ring {mesh.ring} "
-            f"x seq {mesh.seq}: each sequence is padded with {padding} masked tokens"
+            f"{training.sequence_tokens:,} tokens do not divide over {halves}ring "
+            f"{mesh.ring} x seq {mesh.seq}: each sequence is padded with {padding} "
+            "masked tokens"
         )
     heads = model.num_heads // mesh.tensor
     layout = head_layout(heads, model.num_kv_heads // mesh.tensor, mesh.seq)
-    if layout.num_slots > heads:
+    if layout.num_slots > heads and model.strategy != "all_gather":
         lines.append(
             f"{heads} heads do not divide over seq {mesh.seq}: padded to "
             f"{layout.num_slots}, attention costs {layout.num_slots / heads:.2f} times"

@@ -1,0 +1,123 @@
+"""Attention under a strategy: the best local attention, and the mask that it needs."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float
+
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import Parts, attention_parts
+from ulysses_jax.attention.select import ATTENTIONS, local_attention
+from ulysses_jax.mesh import platform_of
+from ulysses_jax.parallel.strategy import BY_BLOCKS
+from ulysses_jax.parallel.ulysses import ulysses
+from ulysses_jax.spreading import (
+    Strategy,
+    check_head_chunks,
+    check_strategy,
+    num_members,
+    strategy_of,
+    zigzag_order,
+)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    mask: Mask,
+    strategy: Strategy | None = None,
+    attention: Callable[..., Array] | Parts | str = "auto",
+    zigzag: bool = False,
+    scale: float | None = None,
+    head_chunks: int = 1,
+) -> Float[Array, "B T N H"]:
+    """Attends over a sequence that is spread over the mesh, by any strategy.
+
+    Args:
+      q, k, v: global; B over (data, fsdp), T over (ring, seq), N over tensor.
+      mask: its arrays are global, in the order in which the tokens lie.
+      strategy: None: hybrid or ring where the mesh has a ring, else ulysses.
+      attention: a name of `model.attention`, or what a device computes:
+        `f(q, k, v, mask=..., scale=...)`; block by block, a `Parts`.
+      zigzag: tokens lie in `spreading.zigzag_order` over the members that attend block
+        by block.
+      scale: None: H**-0.5.
+      head_chunks: groups of heads that are exchanged and attended by themselves.
+
+    Returns:
+      `[B, T, N, H]`, sharded as q.
+
+    Raises:
+      ValueError: a strategy that the mesh does not carry; zigzag without a causal mask;
+        an attention that has no parts; dims that do not fit.
+    """
+    ring, seq = (dict(mesh.shape).get(axis, 1) for axis in ("ring", "seq"))
+    if strategy is None:
+        strategy = strategy_of(ring, seq)
+    check_strategy(strategy, ring, seq)
+    platform = platform_of(mesh)
+    members = num_members(strategy, ring, seq)
+    if members == 1:
+        if isinstance(attention, str):
+            attention = ATTENTIONS.get(attention, local_attention(platform, q, k, mask))
+        elif isinstance(attention, Parts):
+            raise ValueError(
+                f"attention is Parts, but over ring={ring} a device attends to whole "
+                "rows: give f(q, k, v, mask=..., scale=...)"
+            )
+        return ulysses(
+            q,
+            k,
+            v,
+            mesh=mesh,
+            attention=attention,
+            mask=mask,
+            scale=scale,
+            head_chunks=head_chunks,
+        )
+    if zigzag and not mask.causal:
+        raise ValueError(
+            f"zigzag order shares out a causal mask over {members} members, but this "
+            "mask is not causal: use the sequence's own order, or causal=True"
+        )
+    mask = _with_positions(mask, q, k, members if zigzag else 1)
+    if isinstance(attention, str):
+        attention = attention_parts(attention, platform, q, k, mask)
+    elif not isinstance(attention, Parts):
+        raise ValueError(
+            f"over {members} members a device attends to a block of keys at a time, "
+            f"and joins blocks: give attention as ulysses_jax.attention.parts.Parts, "
+            f"not as a function, or use ring=1, seq={ring * seq}"
+        )
+    check_head_chunks(
+        strategy, head_chunks, k.shape[2] // dict(mesh.shape).get("tensor", 1), seq
+    )
+    options = {} if strategy == "all_gather" else {"head_chunks": head_chunks}
+    return BY_BLOCKS[strategy](
+        q,
+        k,
+        v,
+        mesh=mesh,
+        mask=mask,
+        scale=scale,
+        parts=attention,
+        zigzag=zigzag,
+        **options,
+    )
+
+
+def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:
+    """With the tokens' order as positions where whole blocks do not decide a pair."""
+    by_blocks = not mask.causal or q.shape[1] == k.shape[1]
+    if mask.q_positions is not None or (mask.window is None and by_blocks):
+        return mask
+
+    def order(like: Array) -> Array:
+        return jnp.broadcast_to(zigzag_order(like.shape[1], members), like.shape[:2])
+
+    return dataclasses.replace(mask, q_positions=order(q), kv_positions=order(k))

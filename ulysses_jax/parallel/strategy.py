@@ -1,0 +1,53 @@
+"""The strategies by the name that a config gives them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float
+
+from ulysses_jax.parallel.all_gather import all_gather
+from ulysses_jax.parallel.ring import ring_attention
+from ulysses_jax.parallel.ulysses import ulysses
+from ulysses_jax.spreading import Strategy
+
+
+def ring(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    mask: Any,
+    scale: float | None = None,
+    parts: Any,
+    zigzag: bool = False,
+    head_chunks: int = 1,
+) -> Float[Array, "B T N H"]:
+    """Ulysses over `seq` inside a member of the ring, ring attention over `ring`.
+
+    Where seq is 1 nothing is exchanged: ring alone. Any number of heads works, as
+    Ulysses pads and repeats them.
+
+    Args: as `parallel.ulysses.ulysses` and `parallel.ring.ring_attention`.
+    """
+    attention = partial(ring_attention, parts=parts, zigzag=zigzag)
+    return ulysses(
+        q,
+        k,
+        v,
+        mesh=mesh,
+        attention=attention,
+        mask=mask,
+        scale=scale,
+        head_chunks=head_chunks,
+    )
+
+
+# Those that attend block by block, with an attention taken apart: all but Ulysses.
+BY_BLOCKS: dict[Strategy, Callable[..., Array]] = {
+    "ring": ring,
+    "hybrid": ring,
+    "all_gather": all_gather,
+}

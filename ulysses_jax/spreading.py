@@ -1,0 +1,174 @@
+"""How a sequence may lie over a mesh: the strategies, what each receives, its order."""
+
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int32
+
+Strategy = Literal["ulysses", "ring", "hybrid", "all_gather"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def received_bytes(
+    strategy: Strategy,
+    *,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    itemsize: int,
+    ring: int,
+    seq: int,
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Bytes that a device receives a layer and row of the batch: the formulas.
+
+    Args:
+      tokens: T, global.
+      num_heads, num_kv_heads: of one device's part of `tensor`.
+      itemsize: e, of the compute dtype.
+      ring, seq: the degrees.
+
+    Returns:
+      By (collective, axis): (forward, backward). With P = ring x seq, S = seq, R =
+      ring, K' = K or, where S > K, each KV head repeated to S in all, never beyond N:
+      the exchange, `2 (N + K') H (T/P) (S-1)/S e` both ways; the ring's blocks,
+      `2 (K'/S) H (T/R) (R-1) e` forward, and `2 (K'/S) H (T/R) ((R-2) e + (R-1) 4)`
+      backward, with float32 gradients; the gather `2 K H T (S-1)/S e` forward, and its
+      float32 gradients backward.
+    """
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    if strategy == "all_gather":
+        elements = 2 * num_kv_heads * head_size * tokens * (seq - 1) / seq
+        found["all-gather", "seq"] = (elements * itemsize, 0.0)
+        found["reduce-scatter", "seq"] = (0.0, elements * 4)
+        return found
+    kv_slots = min(max(num_kv_heads, seq), num_heads)
+    if strategy in ("ulysses", "hybrid"):
+        slots = 2 * (num_heads + kv_slots) * head_size
+        exchange = slots * tokens / (ring * seq) * (seq - 1) / seq * itemsize
+        found["all-to-all", "seq"] = (exchange, exchange)
+    if strategy in ("ring", "hybrid"):
+        block = 2 * kv_slots / seq * head_size * tokens / ring
+        backward = block * ((ring - 2) * itemsize + (ring - 1) * 4)
+        found["collective-permute", "ring"] = (block * (ring - 1) * itemsize, backward)
+    return found
+
+
+def total_bytes(received: dict[tuple[str, str], tuple[float, float]]) -> float:
+    """Forward and backward together, over all collectives."""
+    return sum(forward + backward for forward, backward in received.values())
+
+
+def strategy_of(ring: int, seq: int) -> Strategy:
+    """What a mesh of these degrees does where nothing else is asked for."""
+    if ring > 1:
+        return "hybrid" if seq > 1 else "ring"
+    return "ulysses"
+
+
+def check_strategy(strategy: Strategy, ring: int, seq: int) -> None:
+    """Refuses a strategy that a mesh does not carry.
+
+    Raises:
+      ValueError: with the degrees and two meshes that do.
+    """
+    if _carries(strategy, ring, seq):
+        return
+    fits = [
+        f"ring={r}, seq={num // r}"
+        for num in (ring * seq, 2 * ring * seq, 4 * ring * seq)
+        for r in range(1, num + 1)
+        if num % r == 0 and _carries(strategy, r, num // r)
+    ]
+    raise ValueError(
+        f"strategy {strategy} spreads tokens over {_OVER[strategy]}, but the mesh has "
+        f"ring={ring}, seq={seq}: use {fits[0]} or {fits[1]}, or strategy "
+        f"{strategy_of(ring, seq)}"
+    )
+
+
+_OVER = {
+    "ulysses": "seq alone",
+    "ring": "ring alone, above 1",
+    "hybrid": "ring and seq, both above 1",
+    "all_gather": "seq alone, above 1",
+}
+
+
+def _carries(strategy: Strategy, ring: int, seq: int) -> bool:
+    return {
+        "ulysses": ring == 1,
+        "ring": ring > 1 and seq == 1,
+        "hybrid": ring > 1 and seq > 1,
+        "all_gather": ring == 1 and seq > 1,
+    }[strategy]
+
+
+def check_head_chunks(
+    strategy: Strategy, head_chunks: int, num_kv_heads: int, seq: int
+) -> None:
+    """Refuses groups of heads that would send keys more than once, or not at all.
+
+    Raises:
+      ValueError: a strategy by blocks and head_chunks that do not divide the key/value
+        heads (`num_kv_heads`, of a part of `tensor`) of a device.
+    """
+    if strategy == "all_gather" and head_chunks > 1:
+        raise ValueError(
+            f"head_chunks {head_chunks} are groups of an exchange, and strategy "
+            "all_gather exchanges no heads: use head_chunks 1, or strategy ulysses"
+        )
+    local = max(-(-num_kv_heads // seq), 1)
+    if strategy == "hybrid" and local % head_chunks:
+        fits = [n for n in range(1, local + 1) if local % n == 0]
+        raise ValueError(
+            f"head_chunks {head_chunks} does not divide the {local} key/value heads of "
+            f"a device at seq {seq}: over ring each key goes round once; use one of "
+            f"{fits}"
+        )
+
+
+def num_members(strategy: Strategy, ring: int, seq: int) -> int:
+    """Members of the axis over which attention goes block by block; 1: no such axis."""
+    if strategy in ("ring", "hybrid"):
+        return ring
+    return seq if strategy == "all_gather" else 1
+
+
+def zigzag_ranges(
+    start: int, stop: int, num_tokens: int, members: int
+) -> list[tuple[int, int]]:
+    """Where tokens [start, stop) of a row in zigzag order stand in the sequence.
+
+    Member r of R holds half-blocks r and 2R - 1 - r of the sequence's 2R: under a
+    causal mask all members then have equally many pairs to attend to.
+
+    Args:
+      num_tokens: T, a multiple of 2R; of one member, the order is the sequence's own.
+
+    Returns:
+      Ranges of the sequence, whose tokens one after the other are those.
+    """
+    if members == 1:
+        return [(start, stop)]
+    if num_tokens % (2 * members):
+        more = -(-num_tokens // (2 * members)) * 2 * members
+        raise ValueError(
+            f"{num_tokens} tokens are not {2 * members} half-blocks for zigzag order "
+            f"over {members} members: pad them to {more}"
+        )
+    half = num_tokens // (2 * members)
+    ranges = []
+    while start < stop:
+        place, offset = divmod(start, half)
+        block = 2 * members - 1 - place // 2 if place % 2 else place // 2
+        count = min(half - offset, stop - start)
+        ranges.append((block * half + offset, block * half + offset + count))
+        start += count
+    return ranges
+
+
+def zigzag_order(num_tokens: int, members: int) -> Int32[np.ndarray, "T"]:
+    """The sequence's index of every token of a row in zigzag order."""
+    ranges = zigzag_ranges(0, num_tokens, num_tokens, members)
+    return np.concatenate([np.arange(*each, dtype=np.int32) for each in ranges])
