@@ -102,8 +102,9 @@ class Memory:
     and no second attention)."""
     remat_layers: int = 1
     """Layers that are recomputed together, from the input of the first."""
-    offload: tuple[Literal["inputs"], ...] = ()
-    """What waits in the host's memory until it is used: the inputs that remat keeps."""
+    offload: tuple[Literal["inputs", "optimizer", "parameters"], ...] = ()
+    """What waits in the host's memory until it is used: the inputs that remat keeps;
+    the optimizer's moments; the parameters and their gradients."""
     loss_tile_tokens: int = 1024
     """Tokens of a device whose logits exist at once."""
     mlp_tile_tokens: int | None = None
@@ -278,6 +279,12 @@ def _check_memory(memory: Memory, model: Model) -> None:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
             "everything: use memory.remat full or attention, or do not offload inputs"
+        )
+    if memory.remat == "none" and "parameters" in memory.offload:
+        raise ValueError(
+            "memory.offload parameters fetches a layer's parameters once more for its "
+            "backward pass, but memory.remat none keeps what the first fetch brought: "
+            "use memory.remat full or attention, or do not offload parameters"
         )
     if memory.remat == "none" and memory.remat_layers > 1:
         raise ValueError(
