@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -28,7 +28,7 @@ from ulysses_jax.config import place
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
-from ulysses_jax.memory.offload import check_offload
+from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import (
     make_mesh,
     platform_of,
@@ -46,7 +46,7 @@ from ulysses_jax.training.preflight import (
     refuse_other_model,
 )
 from ulysses_jax.training.report import describe
-from ulysses_jax.training.state import abstract_state, init_state
+from ulysses_jax.training.state import abstract_state, host_bytes, init_state
 from ulysses_jax.training.step import (
     abstract_batch,
     batch_shape,
@@ -113,10 +113,10 @@ def main(argv: list[str]) -> None:
         # ---- The step, compiled once.
         started = time.monotonic()
         step = step.lower().compile()
-        analysis: Any = step.memory_analysis()
-        host_bytes = analysis.host_temp_size_in_bytes
         with refused(ValueError):
-            check_offload(config.memory, host_bytes, platform_of(mesh))
+            check_offload(
+                host_bytes(config, shapes), memory_stats(step), platform_of(mesh)
+            )
         validate = jax.jit(make_validation_step(config))
         say(f"compiled the step in {time.monotonic() - started:.0f} s")
 

@@ -147,11 +147,21 @@ def test_a_signal_saves_where_it_stops(
     np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-6)
 
 
+OFFLOADED = ("--memory.offload", "inputs", "optimizer", "parameters")
+
+
 @pytest.mark.parametrize(
-    "mesh", [dict(data=8, seq=1), dict(data=1, fsdp=2, seq=2, tensor=2)], ids=str
+    "first, second",
+    [
+        ((), ("--mesh.data=8", "--mesh.seq=1")),
+        ((), ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.seq=2", "--mesh.tensor=2")),
+        (OFFLOADED, OFFLOADED),
+        (OFFLOADED, ()),
+    ],
+    ids=str,
 )
-def test_interrupted_and_resumed_on_another_mesh(
-    whole_run, config_file, tmp_path, monkeypatch, capfd, mesh
+def test_interrupted_and_resumed_on_another_mesh_or_from_other_memory(
+    whole_run, config_file, tmp_path, monkeypatch, capfd, first, second
 ):
     folder = tmp_path / "run"
     log_step = RunLog.log_step
@@ -164,13 +174,12 @@ def test_interrupted_and_resumed_on_another_mesh(
     with monkeypatch.context() as patched:
         patched.setattr(RunLog, "log_step", interrupt)
         with pytest.raises(SystemExit) as stopped:
-            start(config_file, folder)
+            start(config_file, folder, *first)
     assert stopped.value.code == 130
     assert "interrupted at step 4" in capfd.readouterr().out
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]
 
-    degrees = [f"--mesh.{axis}={degree}" for axis, degree in mesh.items()]
-    start(config_file, folder, *degrees)
+    start(config_file, folder, *second)
     assert "resuming after step 2 of 6" in capfd.readouterr().out
     np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-5)
     np.testing.assert_allclose(

@@ -126,10 +126,13 @@ class Memory:
     and no second attention)."""
     remat_layers: int = 1
     """Layers that are recomputed together, from the input of the first."""
-    offload: tuple[Literal["inputs", "attention", "keys"], ...] = ()
+    offload: tuple[
+        Literal["inputs", "attention", "keys", "optimizer", "parameters"], ...
+    ] = ()
     """What waits in the host's memory until it is used: inputs, those that remat keeps;
     attention, the outputs that remat attention keeps; keys, and values, of the layer
-    that is computed, where sequence_chunk_tokens cuts it."""
+    that is computed, where sequence_chunk_tokens cuts it; optimizer, its moments;
+    parameters, and their gradients."""
     offload_fraction: float = 1.0
     """Of each layer's input that offload inputs moves; the rest stays on the device,
     where the host's memory is what runs out first."""
@@ -143,6 +146,10 @@ class Memory:
     sequence_chunk_tokens: int | None = None
     """Tokens of a device that go through a layer at a time, attention and feed-forward:
     of all others there are only the layer's input, keys and values; default: all."""
+
+    def kept_features(self, width: int) -> int:
+        """Features of a layer's input that stay on the device beside those that move."""
+        return round(width * (1 - self.offload_fraction)) * ("inputs" in self.offload)
 
     @property
     def in_pieces(self) -> bool:
@@ -394,6 +401,12 @@ def _check_memory(memory: Memory, model: Model) -> None:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
             "everything: use memory.remat full or attention, or do not offload inputs"
+        )
+    if memory.remat == "none" and "parameters" in memory.offload:
+        raise ValueError(
+            "memory.offload parameters fetches a layer's parameters once more for its "
+            "backward pass, but memory.remat none keeps what the first fetch brought: "
+            "use memory.remat full or attention, or do not offload parameters"
         )
     if memory.remat != "attention" and "attention" in memory.offload:
         raise ValueError(

@@ -109,12 +109,14 @@ def loss_and_gradients(config, *, packed=True):
         tile = config.memory.loss_tile_tokens
         return cross_entropy(x, model.head, batch["labels"], tile)
 
-    def put(values, spec):
-        return jax.device_put(values, NamedSharding(mesh, spec))
+    def put(values, spec, kind=None):
+        return jax.device_put(values, NamedSharding(mesh, spec, memory_kind=kind))
 
     with jax.set_mesh(mesh):
         parameters = jax.tree.map(
-            lambda value, leaf: put(value, leaf.sharding.spec),
+            lambda value, leaf: put(
+                value, leaf.sharding.spec, leaf.sharding.memory_kind
+            ),
             first_parameters(dataclasses.replace(config, mesh=configs.Mesh())),
             abstract_state(config).parameters,
         )

@@ -49,7 +49,7 @@ def step_flops(config):
     return prediction.step_flops(config, config.padded_tokens())
 
 
-def plan(config, *collectives, parameters_bytes=0):
+def plan(config, *collectives, parameters_bytes=0, host_parameters_bytes=0, moves=()):
     blank = dict(
         count=1,
         bytes=0.0,
@@ -59,7 +59,11 @@ def plan(config, *collectives, parameters_bytes=0):
     )
     return {
         "num_devices": 8,
-        "memory": {"parameters_bytes": parameters_bytes},
+        "memory": {
+            "parameters_bytes": parameters_bytes,
+            "host_parameters_bytes": host_parameters_bytes,
+        },
+        "host_moves": {"places": list(moves)},
         "overlap": {"collectives": [blank | each for each in collectives]},
     }
 
@@ -165,6 +169,32 @@ def test_communication_by_hand(collective, exposed, total):
     assert found["communication_seconds"] == pytest.approx(total)
     grown = found["step_seconds"] - quiet["step_seconds"]
     assert grown == pytest.approx(exposed)
+
+
+def test_moves_to_and_from_the_host_by_hand():
+    """8 and 24 MB over PCIe of 80 MB/s: 0.4 s, of which a layer's compute hides 0.3."""
+    config = run()
+    gpu = dataclasses.replace(GPU, pcie_bytes_per_second=1e8, pcie_efficiency=0.8)
+    layer = dict(
+        name="layers",
+        count=3,
+        to_device_bytes=8e6,
+        to_host_bytes=24e6,
+        matmul_flops=0.1 * 0.5e12,
+        attention_flops=0.2 * 0.25e12,
+    )
+    update = layer | dict(name="update", count=2, matmul_flops=0, attention_flops=0)
+    hidden = layer | dict(name="hidden", matmul_flops=1e12)
+    still = predict(config, gpu, plan(config))
+    found = predict(config, gpu, plan(config, moves=(layer, update, hidden)))
+    assert found["host_seconds"] == pytest.approx((3 + 2 + 3) * 0.4)
+    assert found["exposed_host_seconds"] == pytest.approx(3 * 0.1 + 2 * 0.4)
+    longer = found["step_seconds"] - still["step_seconds"]
+    assert longer == pytest.approx(found["exposed_host_seconds"])
+    # The optimizer reads and writes the same in either memory.
+    device = predict(config, gpu, plan(config, parameters_bytes=4000))
+    host = predict(config, gpu, plan(config, host_parameters_bytes=4000))
+    assert host["optimizer_seconds"] == device["optimizer_seconds"] > 0
 
 
 def test_compute_hides_only_what_it_stands_under():

@@ -30,6 +30,11 @@ RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "recompute attention too",
         {"remat": "full", "offload": ("inputs", "keys")},
     ),
+    ("the optimizer waits on the host", {"offload": ("inputs", "keys", "optimizer")}),
+    (
+        "parameters and gradients too",
+        {"offload": ("inputs", "keys", "optimizer", "parameters")},
+    ),
     (
         "an eighth of the inputs stays on the device",
         {"offload": ("inputs",), "offload_fraction": 0.875},
@@ -136,7 +141,8 @@ def kept_bytes(config: Config) -> tuple[int, int]:
     attention = 0 if memory.remat == "full" else heads
     hidden = layer * model.feed_forward_width // mesh.tensor
     hidden = hidden if memory.remat == "none" else 0
-    moved = round(inputs * memory.offload_fraction) * ("inputs" in memory.offload)
+    kept = memory.kept_features(model.width) / model.width
+    moved = round(inputs * (1 - kept)) * ("inputs" in memory.offload)
     moved_attention = attention * ("attention" in memory.offload)
     host = moved + moved_attention
     return inputs + attention + hidden - host, host

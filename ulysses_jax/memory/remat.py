@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Memory
+from ulysses_jax.memory.offload import to_device
 
 # As every flash attention of this library names what its backward pass needs.
 ATTENTION = ("attention_out", "attention_logsumexp")
@@ -25,7 +26,8 @@ def run_layers(
 
     Args:
       layer: `f(x, parameters)`.
-      stacked: a pytree of parameters, each with a leading dim L.
+      stacked: a pytree of parameters, each with a leading dim L. Of those in host
+        memory one block at a time is on the device, and their gradients go back.
       memory: `remat` none keeps all that the backward pass reads. full keeps the input
         of every block of `remat_layers` layers and computes the rest again, once.
         attention also keeps each attention's output and logsumexp: its kernel runs
@@ -42,6 +44,7 @@ def run_layers(
 
     def block(x, parameters):
         x = _name_input(x, memory)
+        parameters = to_device(parameters)
         if num_layers == 1:
             return layer(x, parameters), None
         for i in range(num_layers):
@@ -62,8 +65,8 @@ def run_layers(
 
 def _name_input(x: Array, memory: Memory) -> Array:
     """As the policy knows it: the features that are kept, and those that are moved."""
-    width = round(x.shape[-1] * (1 - memory.offload_fraction))
-    if not width or "inputs" not in memory.offload:
+    width = memory.kept_features(x.shape[-1])
+    if not width:
         return checkpoint_name(x, LAYER_INPUT)
     kept = checkpoint_name(x[..., :width], KEPT_INPUT)
     moved = checkpoint_name(x[..., width:], LAYER_INPUT)

@@ -16,18 +16,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax.config import Config, place
-from ulysses_jax.memory.offload import check_offload
+from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import make_mesh, resolve_degrees
 from ulysses_jax.plan.collectives import (
     find_collectives,
     sending_loops_of_unknown_trips,
 )
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
+from ulysses_jax.plan.host import host_moves
 from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import traffic, unexpected
-from ulysses_jax.training.state import TrainState, abstract_state
+from ulysses_jax.training.state import TrainState, abstract_state, host_bytes
 from ulysses_jax.training.step import abstract_batch, make_train_step
 
 
@@ -99,10 +100,11 @@ def compile_on(
     platform = "cuda" if device.platform == "gpu" else device.platform
 
     def on_mesh(x):
-        # The abstract state knows specs; the compiler wants the devices too.
-        spec = P() if x.sharding is None else x.sharding.spec
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        # Devices that are not there have no memory kinds: only on the abstract mesh
+        # can a sharding say that an array lies in host memory.
+        if x.sharding is not None:
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 
     with jax.set_mesh(mesh):
         state = jax.tree.map(on_mesh, abstract_state(config))
@@ -116,18 +118,11 @@ def compile_on(
                 f"XLA cannot compile this step for {device.device_kind}: "
                 f"{_first_line(error)}"
             ) from None
-    analysis: Any = compiled.memory_analysis()
     text = compiled.as_text()
-    if analysis is None or text is None:
-        raise PlanError(f"XLA gives no analysis of a program for {device.device_kind}")
-    suffix = "_in_bytes"
-    stats = {
-        name.removesuffix(suffix): int(getattr(analysis, name))
-        for name in dir(analysis)
-        if name.endswith(suffix)
-    }
-    host = sum(stats[f"host_{kind}_size"] for kind in ("argument", "temp", "output"))
-    check_offload(config.memory, host, platform)
+    if text is None:
+        raise PlanError(f"XLA gives no text of a program for {device.device_kind}")
+    stats = memory_stats(compiled)
+    check_offload(host_bytes(config, state), stats, platform)
     seconds = time.monotonic() - started
     return Program(text, stats, config, dict(mesh.shape), state, seconds)
 
@@ -142,7 +137,8 @@ def analyse(
 
     Returns:
       `mesh`, `num_devices`, `sequence_tokens`, `batch_size`, `compile_seconds`;
-      `memory`, `traffic`, `overlap`, `copies` (see the functions of those names);
+      `memory`, `traffic`, `overlap`, `copies`, `host_moves` (see the functions of those
+      names);
       `attention_flops`, `matmul_flops` (as compiled, recomputation included); and
       `warnings`: what the program sends beside the formulas, what could not be read.
     """
@@ -172,6 +168,7 @@ def analyse(
         "traffic": rows,
         "overlap": overlap(module, collectives),
         "copies": copies(module, collectives, layer_runs),
+        "host_moves": host_moves(module),
         "attention_flops": sum(
             attention_flops(module, entry, each) for each in entry.instructions
         ),

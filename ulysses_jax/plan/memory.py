@@ -1,15 +1,15 @@
 """What a step keeps on a GPU and its host: XLA's figures, and estimates of the rest."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 
+from ulysses_jax.memory.offload import HOST
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.plan.hlo import Module
 from ulysses_jax.plan.targets import Target
-from ulysses_jax.training.state import TrainState
+from ulysses_jax.training.state import TrainState, shard_bytes
 
 MIB = 2**20
 
@@ -46,18 +46,22 @@ def memory(
       `device_bytes`, XLA's buffer assignment (arguments + temporaries + output - what
       the output shares with the arguments), and its parts: `parameters_bytes`,
       `optimizer_bytes`, `batch_bytes`, `gradients_bytes` (float32 shards of all
-      parameters: clipping by the global norm needs them all at once),
+      parameters that lie there: clipping by the global norm needs them all at once),
       `activations_bytes` (activations and all other temporaries), `output_bytes` (what
       shares nothing). `estimated` lists what XLA does not see and why,
       `estimated_bytes` is their sum, `limit_bytes` what CUDA offers, `free_bytes` what
-      is left (negative: missing); `host_bytes_per_device`, `host_bytes_per_node`,
-      `host_limit_bytes_per_node`, `fits`, and `large_buffers`: arrays of more than 2^31
-      elements, which a kernel that counts in 32 bits gets wrong.
+      is left (negative: missing); `host_bytes_per_device`, all that lies in the host's
+      memory and in none of the parts above, and its parts `host_parameters_bytes`,
+      `host_optimizer_bytes` and `host_temporaries_bytes` (gradients, layer inputs);
+      `host_bytes_per_node`, `host_limit_bytes_per_node`, `fits`, and `large_buffers`:
+      arrays of more than 2^31 elements, which a kernel that counts in 32 bits gets
+      wrong.
     """
-    parameters = shard_bytes(state.parameters)
-    optimizer = shard_bytes(state.optimizer) + shard_bytes(state.step)
+    parameters, host_parameters = _device_and_host(state.parameters)
+    optimizer, host_optimizer = _device_and_host((state.optimizer, state.step))
     output = stats["output_size"] - stats["alias_size"]
     device = stats["argument_size"] + stats["temp_size"] + output
+    # They lie where the parameters do.
     gradients = min(parameters, stats["temp_size"])
     host = stats["host_argument_size"] + stats["host_temp_size"]
     host += stats["host_output_size"] - stats["host_alias_size"]
@@ -78,6 +82,9 @@ def memory(
         "limit_bytes": target.memory_bytes,
         "free_bytes": free,
         "host_bytes_per_device": host,
+        "host_parameters_bytes": host_parameters,
+        "host_optimizer_bytes": host_optimizer,
+        "host_temporaries_bytes": host - host_parameters - host_optimizer,
         "host_bytes_per_node": host * gpus_per_host,
         "host_limit_bytes_per_node": host_limit,
         "fits": free >= 0 and host * gpus_per_host <= host_limit,
@@ -86,12 +93,11 @@ def memory(
     }
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of abstract arrays with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+def _device_and_host(tree: Any) -> tuple[int, int]:
+    """Bytes of a GPU's shards of abstract arrays, by the memory where they lie."""
+    leaves = jax.tree.leaves(tree)
+    host = shard_bytes([x for x in leaves if x.sharding.memory_kind == HOST])
+    return shard_bytes(leaves) - host, host
 
 
 def estimated_extras(

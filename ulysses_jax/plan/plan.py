@@ -189,9 +189,13 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
         memory[f"{name}_bytes"] for name in ("parameters", "optimizer", "gradients")
     )
     budget = memory["limit_bytes"] - memory["estimated_bytes"]
+    offload = config.memory.offload
     if state > budget / 2:
+        words = [word for word in ("optimizer", "parameters") if word not in offload]
+        host = f"--memory.offload {' '.join([*offload, *words[:1]])}"
         return (
             f"parameters, optimizer and gradients alone take {state / GIB:.1f} GiB: "
+            f"{f'keep more of it in host memory ({host}), ' if words else ''}"
             f"divide them over more GPUs (--gpus {cluster.target.name}:"
             f"{2 * cluster.hosts}x{cluster.gpus_per_host} "
             f"{matching_mesh(config, 2 * cluster.num_devices)}), or take a GPU with "

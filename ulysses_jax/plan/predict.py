@@ -26,7 +26,8 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
 
     Returns:
       `step_seconds` = matmul + attention + elementwise + optimizer + exposed
-      communication, each as `*_seconds`; `communication_seconds`, exposed or not;
+      communication + exposed host, each as `*_seconds`; `communication_seconds` and
+      `host_seconds`, exposed or not;
       `tokens_per_second` of the cluster; `mfu`, the FLOPs of a forward and backward
       pass without recomputation over the compute dtype's peak; `hfu`, with it;
       `model_flops` and `hardware_flops` of the whole step; `tflops_per_gpu`, of the
@@ -38,6 +39,11 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     its done; collectives in flight together share that compute, so exposure is
     understated where many overlap each other, and overstated where compute that stands
     outside would have hidden it.
+
+    Moves between host and device take their bytes, both ways, over PCIe's bandwidth in
+    one direction: as if the two never overlapped. They are exposed by what exceeds the
+    compute of the same place, such as one run of a loop's body: so the moves of the
+    optimizer, beside which nothing is computed, all are.
     """
     devices = plan["num_devices"]
     flops = step_flops(config, config.padded_tokens())
@@ -61,17 +67,31 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         )
         total += each["count"] * seconds
         exposed += each["count"] * max(seconds - hidden, 0)
+    host_exposed = host_total = 0.0
+    pcie = target.pcie_bytes_per_second * target.pcie_efficiency
+    for each in plan["host_moves"]["places"]:
+        seconds = (each["to_device_bytes"] + each["to_host_bytes"]) / pcie
+        hidden = (
+            each["matmul_flops"] / matmul_rate
+            + each["attention_flops"] / attention_rate
+        )
+        host_total += each["count"] * seconds
+        host_exposed += each["count"] * max(seconds - hidden, 0)
     parts = {
         "matmul_seconds": matmul / matmul_rate,
         "attention_seconds": attention / attention_rate,
         "elementwise_seconds": _elementwise_bytes(config)
         / devices
         / target.memory_bytes_per_second,
-        "optimizer_seconds": plan["memory"]["parameters_bytes"]
+        "optimizer_seconds": sum(
+            plan["memory"][name]
+            for name in ("parameters_bytes", "host_parameters_bytes")
+        )
         / 4
         * OPTIMIZER_BYTES_A_PARAMETER
         / target.memory_bytes_per_second,
         "exposed_communication_seconds": exposed,
+        "exposed_host_seconds": host_exposed,
     }
     seconds = sum(parts.values())
     training = config.training
@@ -83,6 +103,7 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         "step_seconds": seconds,
         **parts,
         "communication_seconds": total,
+        "host_seconds": host_total,
         "tokens_per_second": training.batch_size * training.sequence_tokens / seconds,
         "mfu": model_flops / seconds / devices / peak,
         "hfu": hardware_flops / seconds / devices / peak,

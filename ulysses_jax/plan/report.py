@@ -21,6 +21,15 @@ PARTS = {
     "estimated (CUDA, NCCL, cuDNN)": "estimated_bytes",
 }
 
+TIMES = (
+    "matmul",
+    "attention",
+    "elementwise",
+    "optimizer",
+    "exposed_communication",
+    "exposed_host",
+)
+
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Prints a plan; each table's title says where its figures come from."""
@@ -121,6 +130,9 @@ def _print_memory(memory: dict[str, Any], console: Console) -> None:
             f"{host / GIB:.2f}",
             f"{node / GIB:.1f} of {limit / GIB:.0f} GiB a host",
         )
+        for label in ("parameters", "optimizer", "temporaries"):
+            if part := memory[f"host_{label}_bytes"]:
+                table.add_row(f"  {label}", f"{part / GIB:.2f}", "", style="dim")
     console.print(table)
 
 
@@ -166,17 +178,12 @@ def _print_time(predicted: dict[str, Any], console: Console) -> None:
     seconds = predicted["step_seconds"]
     unit, scale = ("seconds", 1) if seconds >= 1 else ("milliseconds", 1000)
     table = _table("Time of a step: predicted, not measured", "", unit, "")
-    for label in (
-        "matmul",
-        "attention",
-        "elementwise",
-        "optimizer",
-        "exposed_communication",
-    ):
+    for label in TIMES:
         value = predicted[f"{label}_seconds"]
         note = f"{value / seconds:.0%}"
-        if label == "exposed_communication":
-            note += f", of {predicted['communication_seconds'] * scale:.3f} in all"
+        if label.startswith("exposed_"):
+            whole = predicted[f"{label.removeprefix('exposed_')}_seconds"]
+            note += f", of {whole * scale:.3f} in all"
         table.add_row(label.replace("_", " "), f"{value * scale:.3f}", note)
     table.add_section()
     table.add_row(
@@ -249,8 +256,7 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
     left.set_ylim(0, 1.12 * max(limit, left.get_ylim()[1]))
     left.text(0.98, limit, f"limit {limit:.1f}", ha="right", va="bottom", fontsize=8)
     left.set_title("memory a GPU (GiB)", loc="left", fontsize=10)
-    names = ("matmul", "attention", "elementwise", "optimizer", "exposed_communication")
-    times = {n.replace("_", " "): predicted[f"{n}_seconds"] for n in names}
+    times = {n.replace("_", " "): predicted[f"{n}_seconds"] for n in TIMES}
     _stack(right, times, colors, "s")
     right.set_title("a step (seconds, predicted)", loc="left", fontsize=10)
     verb = "fits" if plan["fits"] else "does not fit"

@@ -34,6 +34,7 @@ class Target:
     """Flash attention, forward and backward together, causal, head size 128."""
     nvlink_efficiency: float
     network_efficiency: float
+    pcie_efficiency: float
     # What XLA's cost model and code generation read.
     compute_capability: tuple[int, int]
     num_cores: int
@@ -97,12 +98,14 @@ device_description_str: "{self.description}"
 # has 73 % of an A100's peak forward and 63 % backward; FlashAttention-3's (arXiv
 # 2407.08608) 570 to 650 TFLOP/s forward and 500 to 560 backward, causal, for cuDNN 9
 # and itself on an H100. Matrix products: what cuBLAS is commonly seen to reach at these
-# shapes. Links: NCCL's bus bandwidths commonly seen, 350 of 450 GB/s and 45 of 50.
+# shapes. Links: NCCL's bus bandwidths commonly seen, 350 of 450 GB/s and 45 of 50; of
+# pinned memory over PCIe, 55 of 64.
 A100 = dict(
     matmul_efficiency=0.80,
     attention_efficiency=0.62,
     nvlink_efficiency=0.78,
     network_efficiency=0.90,
+    pcie_efficiency=0.86,
 )
 HOPPER = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.55)
 BLACKWELL = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.50)

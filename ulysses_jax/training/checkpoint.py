@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ulysses_jax.memory.offload import HOST
 from ulysses_jax.training.preflight import gb
 from ulysses_jax.training.proof import read_commit, why_broken, write_commit
 
@@ -29,8 +30,9 @@ class Checkpointer:
 
     Every process of the run makes one and calls the same methods in the same order; the
     folder is one they all see. Costs: `save` returns when the state is copied to host
-    memory; process 0 reads every file once after it is written, in the background, and
-    once before it is restored, for the checksums.
+    memory, also what lies there already, until it is written; process 0 reads every
+    file once after it is written, in the background, and once before it is restored,
+    for the checksums.
 
     Args:
       folder: of the checkpoints alone; made when missing.
@@ -96,7 +98,7 @@ class Checkpointer:
         self._make_room(step)
         self._saving = step, body
         try:
-            self._orbax.save(self.folder / str(step), state)
+            self._orbax.save(self.folder / str(step), jax.tree.map(_aside, state))
         except Exception as error:
             self._fail(error)
 
@@ -267,6 +269,16 @@ class Checkpointer:
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{why}; {before}"
         ) from error
+
+
+def _aside(x: jax.Array) -> jax.Array:
+    """A copy of what lies in host memory: Orbax writes from there, not from a copy, and
+    while it does, the next step changes the array in place."""
+    if x.sharding.memory_kind != HOST:
+        return x
+    # By way of the device, one array at a time, as a step moves them too.
+    on_device = jax.device_put(x, x.sharding.with_memory_kind("device"))
+    return jax.block_until_ready(jax.device_put(on_device, x.sharding))
 
 
 def _arrays(state: Any) -> dict[str, list[Any]]:

@@ -1,7 +1,11 @@
 """AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from ulysses_jax.config import Training
 
@@ -17,10 +21,14 @@ def learning_rate_schedule(training: Training) -> optax.Schedule:
     )
 
 
-def make_optimizer(training: Training) -> optax.GradientTransformation:
-    """Clips by the global norm, then AdamW; only matrices decay (arXiv 1711.05101)."""
+def make_optimizer(training: Training) -> optax.GradientTransformationExtraArgs:
+    """Clips by the global norm, then AdamW; only matrices decay (arXiv 1711.05101).
+
+    `update(gradients, state, parameters, norm=...)` takes the norm of all gradients, so
+    that it may be given a part of them; without one they are all there are.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
+        _clip(training.clip_norm),
         optax.adamw(
             learning_rate_schedule(training),
             b1=training.beta1,
@@ -29,6 +37,24 @@ def make_optimizer(training: Training) -> optax.GradientTransformation:
             mask=_is_matrix,
         ),
     )
+
+
+def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, with a norm from outside."""
+
+    def init(params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, norm: Any = None
+    ) -> tuple[Any, Any]:
+        length: Float[Array, ""] = optax.tree.norm(updates) if norm is None else norm
+        clipped = jax.tree.map(
+            lambda x: jnp.where(length < clip_norm, x, x / length * clip_norm), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _is_matrix(parameters):

@@ -1,5 +1,8 @@
 """What a run carries from step to step, described abstractly, then made sharded."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ulysses_jax.config import Config
+from ulysses_jax.memory.offload import HOST, to_device, to_host
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.training.optimizer import make_optimizer
+from ulysses_jax.training.update import LAYERS
 
 
 @jax.tree_util.register_dataclass
@@ -29,26 +34,101 @@ def init_state(config: Config) -> TrainState:
     """Draws the parameters from `run.seed`; call it inside `jax.jit` or `eval_shape`.
 
     The mesh is the one set with `jax.set_mesh`: under jit every array is made as its
-    shards, so no device ever holds the whole.
+    shards, so no device ever holds the whole; what `memory.offload` names leaves the
+    device as it is made.
     """
     parameters = nnx.to_pure_dict(nnx.state(_model(config)))
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         optimizer=make_optimizer(config.training).init(parameters),
     )
+    return _offloaded(config, state, to_host)
 
 
 def abstract_state(config: Config) -> TrainState:
     """The state as shapes, dtypes and shardings on the mesh that is set.
 
     Numbers (the step, the optimizer's counts) have no sharding: whole on every device.
+    Of what `memory.offload` names, the shardings say that it lies in host memory.
     """
-    return jax.eval_shape(partial(init_state, config))
+
+    def in_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if x.sharding is None:
+            return x
+        sharding = x.sharding.with_memory_kind(HOST)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.eval_shape(partial(init_state, config))
+    return _offloaded(config, state, partial(jax.tree.map, in_host))
+
+
+def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
+    """At least what a device should keep in host memory, by word of `memory.offload`.
+
+    Args:
+      config: placed.
+      state: abstract, with shardings.
+
+    Gradients and layer inputs are counted but for what XLA may put in place of
+    parameters that are no layer's, once they are read.
+    """
+    offload, sizes = config.memory.offload, {}
+    if "optimizer" in offload:
+        sizes["optimizer"] = shard_bytes(_arrays(state.optimizer))
+    if "parameters" in offload:
+        layers = shard_bytes(state.parameters[LAYERS])
+        sizes["parameters"] = shard_bytes(state.parameters)
+        sizes["gradients"] = max(layers - (sizes["parameters"] - layers), 0)
+    model, mesh, training = config.model, config.mesh, config.training
+    assert training.accumulation_steps and model.num_kv_heads and model.head_size
+    rows = training.batch_size // training.accumulation_steps
+    rows //= mesh.data * mesh.fsdp
+    size = jnp.dtype(model.compute_dtype).itemsize
+    # Of one feature of all tokens that a device has.
+    feature = rows * config.padded_tokens() // (mesh.ring * mesh.seq) * size
+    if "inputs" in offload:
+        blocks = model.num_layers // config.memory.remat_layers
+        kept = config.memory.kept_features(model.width)
+        sizes["inputs"] = blocks * feature * (model.width - kept)
+    if "attention" in offload:
+        heads = model.num_heads // mesh.tensor * model.head_size
+        sizes["attention"] = model.num_layers * feature * heads
+    if "keys" in offload:
+        heads = model.num_kv_heads // mesh.tensor * model.head_size
+        sizes["keys"] = 2 * feature * heads
+    return sizes
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device has of abstract arrays with shardings, in any memory."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if x.ndim]
+
+
+def _offloaded(
+    config: Config, state: TrainState, move: Callable[[Any], Any]
+) -> TrainState:
+    """The state, with what `memory.offload` names moved."""
+    moved = {
+        name: move(getattr(state, name))
+        for name in ("parameters", "optimizer")
+        if name in config.memory.offload
+    }
+    return dataclasses.replace(state, **moved)
 
 
 def bind(config: Config, parameters: dict[str, Any]) -> Transformer:
-    """The model with these parameters."""
+    """The model with these parameters; from host memory the layers fetch their own,
+    one after another, and the others are fetched here."""
+    others = {name: x for name, x in parameters.items() if name != LAYERS}
+    parameters = parameters | to_device(others)
     graph, state = nnx.split(nnx.eval_shape(partial(_model, config)))
     nnx.replace_by_pure_dict(state, parameters)
     return nnx.merge(graph, state)

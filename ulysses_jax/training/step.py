@@ -1,11 +1,10 @@
 """The train step: one function from a state and a batch to the next state."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -14,6 +13,7 @@ from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ulysses_jax.training.state import TrainState, bind
+from ulysses_jax.training.update import add, update, zeros_like
 
 Batch = dict[str, Int[Array, "A B T"]]
 Metrics = dict[str, Array]
@@ -54,7 +54,8 @@ def make_train_step(
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
     `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`.
     Loss and gradients are sums over all valid tokens of all accumulation steps, in
-    float32, divided once by their global number.
+    float32, divided once by their global number. What `memory.offload` names is taken
+    from host memory, and left there.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
@@ -82,29 +83,27 @@ def make_train_step(
             sums = losses_and_gradients(state.parameters, _part(batch, 0))
         else:
             nothing = jnp.float32(0), jnp.float32(0)
-            zeros = jax.tree.map(jnp.zeros_like, (nothing, state.parameters))
+            zeros = nothing, zeros_like(state.parameters)
 
             def accumulate(sums, part):
-                new = losses_and_gradients(state.parameters, part)
-                return jax.tree.map(jnp.add, sums, new), None
+                losses, gradients = losses_and_gradients(state.parameters, part)
+                losses = jax.tree.map(jnp.add, sums[0], losses)
+                return (losses, add(sums[1], gradients)), None
 
             sums, _ = jax.lax.scan(accumulate, zeros, batch)
+        (minimised, loss), gradients = sums
         # A step in which no token has a label leaves a loss of 0 and no gradient.
         tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
-        (minimised, loss), gradients = jax.tree.map(lambda x: x / tokens, sums)
-        updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer, state.parameters
+        parameters, optimizer_state, norm = update(
+            optimizer, gradients, tokens, state.parameters, state.optimizer
         )
         metrics = {
-            "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients),
+            "loss": loss / tokens,
+            "gradient_norm": norm,
             "learning_rate": schedule(state.step),
         }
         if changed:
-            metrics["objective"] = minimised
-        parameters = cast(
-            dict[str, Any], optax.apply_updates(state.parameters, updates)
-        )
+            metrics["objective"] = minimised / tokens
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
