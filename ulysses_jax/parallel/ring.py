@@ -103,7 +103,8 @@ def _backward(blocks: Blocks, residuals, dout):
         carry = dq, None, first
         if degree > 2:
             carry = _repeat(one_step, one_step(carry, 1), range(2, degree - 1))
-        dq, dkv = add(*carry, degree - 1)
+        dq, dkv, last = carry
+        dq, dkv = add(dq, dkv, last, degree - 1)
         own += _hop(blocks, dkv)
     dk, dv = own.astype(kv.dtype)
     return dq.astype(q.dtype), dk, dv, None
