@@ -148,7 +148,7 @@ class Memory:
     of all others there are only the layer's input, keys and values; default: all."""
 
     def kept_features(self, width: int) -> int:
-        """Features of a layer's input that stay on the device beside those that move."""
+        """Features of a layer's input that stay on the device while the rest moves."""
         return round(width * (1 - self.offload_fraction)) * ("inputs" in self.offload)
 
     @property

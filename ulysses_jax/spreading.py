@@ -76,7 +76,7 @@ def check_strategy(strategy: Strategy, ring: int, seq: int) -> None:
         return
     fits = [
         f"ring={r}, seq={num // r}"
-        for num in (ring * seq, 2 * ring * seq, 4 * ring * seq)
+        for num in (ring * seq * times for times in (1, 2, 4, 8))
         for r in range(1, num + 1)
         if num % r == 0 and _carries(strategy, r, num // r)
     ]

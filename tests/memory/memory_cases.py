@@ -58,6 +58,7 @@ def make_config(family="llama", degrees=None, *, tokens=56, model=None, **memory
             head_size=4,
             feed_forward_width=20,
             compute_dtype="float32",
+            zigzag=False,  # batches here lie in the sequence's own order
         )
         | FAMILIES[family]
         | (model or {}),

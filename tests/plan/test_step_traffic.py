@@ -83,7 +83,7 @@ def test_exchange_bytes(changes):
     [
         (dict(ring=2, seq=4), "full", {"all-to-all": 2, "collective-permute": 2}),
         (dict(ring=4, fsdp=2), "attention", {"collective-permute": 1 + 1 / 3}),
-        (dict(ring=4, data=2), "none", {"collective-permute": 1}),
+        (dict(ring=4, fsdp=2), "none", {"collective-permute": 1}),
     ],
     ids=str,
 )

@@ -50,7 +50,8 @@ class Transformer(nnx.Module):
         """Runs the layers; `memory` says what the backward pass finds and recomputes.
 
         Args:
-          tokens: global ids, B over (data, fsdp), T over (ring, seq).
+          tokens: global ids, B over (data, fsdp), T over (ring, seq); where the model's
+            `zigzag` says so, in zigzag order (`spreading.zigzag_order`).
           positions: global positions, sharded alike.
           segment_ids: sharded alike; None: one document a row.
 

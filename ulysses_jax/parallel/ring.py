@@ -94,16 +94,17 @@ def _backward(blocks: Blocks, residuals, dout):
         part, dkv_part = blocks.gradients(q, kv, mask, step, whole)
         return dq + part, dkv_part if arriving is None else arriving + dkv_part
 
-    def one_step(carry: Any, step: Any) -> Any:
+    def one_step(carry, step):
         dq, dkv, kv = carry
         coming = _hop(blocks, kv)
         return *add(dq, dkv, kv, step), coming
 
     if degree > 1:
-        carry: Any = (dq, None, first)
+        carry = dq, None, first
         if degree > 2:
             carry = _repeat(one_step, one_step(carry, 1), range(2, degree - 1))
-        dq, dkv = add(carry[0], carry[1], carry[2], degree - 1)
+        dq, dkv, last = carry
+        dq, dkv = add(dq, dkv, last, degree - 1)
         own += _hop(blocks, dkv)
     dk, dv = own.astype(kv.dtype)
     return dq.astype(q.dtype), dk, dv, None

@@ -1,0 +1,146 @@
+"""Formulas, the choice by them, and meshes that a strategy does not fit."""
+
+import dataclasses
+
+import pytest
+
+from ulysses_jax import config as configs
+from ulysses_jax.spreading import (
+    STRATEGIES,
+    check_strategy,
+    num_members,
+    received_bytes,
+    strategy_of,
+    total_bytes,
+)
+from ulysses_jax.training.preflight import architecture
+
+
+def bytes_of(strategy, *, heads=32, kv_heads=8, ring=1, seq=1):
+    sizes = dict(num_heads=heads, num_kv_heads=kv_heads, head_size=128, itemsize=2)
+    return received_bytes(strategy, tokens=2**20, **sizes, ring=ring, seq=seq)
+
+
+def test_the_table_of_forward_bytes():
+    """As the facts have it: g = N/K, mu = (P-1)/P, in units of T D e."""
+    unit, g, p = 2**20 * 32 * 128 * 2, 4, 8
+    mu = (p - 1) / p
+
+    def forward(strategy, **degrees):
+        return sum(there for there, _ in bytes_of(strategy, **degrees).values()) / unit
+
+    assert forward("ulysses", seq=8) == (2 + 2 / g) / p * mu
+    # P > K: each KV head repeated P/K times, never to N.
+    assert forward("ulysses", seq=16) == (2 / 16 + 2 / 32) * 15 / 16
+    assert forward("ring", ring=8) == forward("all_gather", seq=8) == 2 / g * mu
+    for r, u in ((2, 4), (4, 2)):
+        by_hand = ((2 + 2 / g) * (u - 1) / u + 2 / g * (r - 1)) / p
+        assert forward("hybrid", ring=r, seq=u) == by_hand
+
+
+def test_backward_gradients_are_float32():
+    block = 2 * 8 * 128 * 2**20 / 8
+    ((there, back),) = bytes_of("ring", ring=8).values()
+    assert (there, back) == (7 * block * 2, 6 * block * 2 + 7 * block * 4)
+    gathered = bytes_of("all_gather", seq=8)
+    assert gathered["reduce-scatter", "seq"] == (
+        0,
+        2 * gathered["all-gather", "seq"][0],
+    )
+
+
+@pytest.mark.parametrize("g, than_ring, than_gather", [(1, 2, 2), (4, 3, 4), (8, 5, 7)])
+def test_crossover(g, than_ring, than_gather):
+    """The fewest devices from which Ulysses receives less; P <= K."""
+
+    def total(strategy, **degrees):
+        heads = dict(heads=64 * g, kv_heads=64)
+        return total_bytes(bytes_of(strategy, **heads, **degrees))
+
+    counts = range(2, 20)
+    rings = [p for p in counts if total("ulysses", seq=p) < total("ring", ring=p)]
+    gathers = [
+        p for p in counts if total("ulysses", seq=p) < total("all_gather", seq=p)
+    ]
+    assert (rings[0], gathers[0]) == (than_ring, than_gather)
+    assert than_gather == int(2 / 3 * (g + 1)) + 1
+
+
+def placed(*, memory=None, data=1, fsdp=1, ring=1, seq=1, tensor=1, tokens=64, **model):
+    config = configs.Config(
+        model=configs.Model(**dict(num_heads=8, num_kv_heads=2) | model),
+        training=configs.Training(batch_size=data * fsdp, sequence_tokens=tokens),
+        memory=configs.Memory(**memory or {}),
+    )
+    config = configs.complete(config, name="test")
+    degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
+    return configs.place(config, degrees)
+
+
+@pytest.mark.parametrize(
+    "options, strategy, zigzag",
+    [
+        (dict(data=8), "ulysses", False),
+        (dict(seq=8), "ulysses", False),
+        (dict(ring=8), "ring", True),
+        (dict(ring=2, seq=4), "hybrid", True),
+        (dict(seq=2), "all_gather", True),  # g = 4
+        (dict(seq=2, num_kv_heads=8), "ulysses", False),
+        (dict(seq=2, memory=dict(head_chunks=2)), "ulysses", False),
+        (dict(seq=2, window=8), "ulysses", False),
+        (dict(seq=2, attention="reference"), "ulysses", False),
+        (dict(seq=4, strategy="all_gather"), "all_gather", True),
+        (dict(ring=4, zigzag=False), "ring", False),
+    ],
+    ids=str,
+)
+def test_auto_takes_what_the_mesh_carries_and_the_fewest_bytes(
+    options, strategy, zigzag
+):
+    model = placed(**options).model
+    assert (model.strategy, model.zigzag) == (strategy, zigzag)
+
+
+@pytest.mark.parametrize(
+    "options, tokens",
+    [
+        (dict(seq=4, tokens=65), 68),
+        (dict(ring=4, tokens=65), 72),  # eight half-blocks
+        (dict(ring=4, tokens=65, zigzag=False), 68),
+        (dict(ring=2, seq=3, tokens=65), 72),  # lcm(6, 4)
+        (dict(seq=2, tokens=65), 68),  # all_gather
+    ],
+    ids=str,
+)
+def test_padding_to_half_blocks(options, tokens):
+    assert placed(**options).padded_tokens() == tokens
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ring, seq", [(1, 1), (1, 4), (4, 1), (2, 4), (3, 5)])
+def test_a_refusal_names_two_meshes_that_work(strategy, ring, seq):
+    try:
+        check_strategy(strategy, ring, seq)
+    except ValueError as error:
+        text = str(error)
+    else:
+        assert strategy in (strategy_of(ring, seq), "all_gather")
+        return
+    assert f"strategy {strategy} " in text and f"ring={ring}, seq={seq}: use " in text
+    words = text.split(": use ")[1].split(", or strategy ")[0].split(" or ")
+    assert len(set(words)) == 2
+    for words_of_mesh in words:
+        r, s = (int(part.split("=")[1]) for part in words_of_mesh.split(", "))
+        check_strategy(strategy, r, s)
+
+
+def test_members():
+    found = {name: num_members(name, 2, 4) for name in STRATEGIES}
+    assert found == {"ulysses": 1, "ring": 2, "hybrid": 2, "all_gather": 4}
+
+
+def test_a_checkpoint_goes_on_under_another_strategy():
+    one, other = (placed(**degrees).model for degrees in (dict(seq=8), dict(ring=8)))
+    assert one != other
+    assert architecture(one) == architecture(other)
+    assert "strategy" in dataclasses.asdict(one)
