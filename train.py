@@ -28,7 +28,7 @@ from ulysses_jax.config import place
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
-from ulysses_jax.memory.offload import check_offload, memory_stats
+from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
     make_mesh,
     platform_of,
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
         config = place(config, dict(mesh.shape))
+        check_host_memory(config.memory.offload, mesh.local_devices[0])
         if config.memory.auto:
             config, tried = choose_memory(config, mesh)
         training = config.training

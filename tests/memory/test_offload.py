@@ -13,6 +13,7 @@ from memory_cases import (
     plain,
 )
 
+from ulysses_jax.memory.offload import check_host_memory
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
 
@@ -55,3 +56,20 @@ def test_the_program_asks_for_host_memory():
 def test_nothing_to_offload():
     with pytest.raises(ValueError, match="remat none keeps everything: use"):
         make_config("llama", offload=("inputs",), remat="none")
+
+
+def test_a_device_without_host_memory_is_refused():
+    class Memory:
+        kind = "hbm"
+
+    class Device:
+        platform = "abacus"
+
+        def addressable_memories(self):
+            return [Memory()]
+
+    message = "offload inputs moves to pinned_host, but a device of abacus has hbm"
+    with pytest.raises(ValueError, match=message):
+        check_host_memory(("inputs",), Device())
+    check_host_memory((), Device())
+    check_host_memory(("inputs",), jax.devices()[0])

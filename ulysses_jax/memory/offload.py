@@ -130,6 +130,21 @@ def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
     }
 
 
+def check_host_memory(offload: tuple[str, ...], device: jax.Device) -> None:
+    """Refuses to offload where JAX has no host memory to move to, before compiling.
+
+    Raises:
+      ValueError: names the memories that the device has.
+    """
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if offload and HOST not in kinds:
+        raise ValueError(
+            f"memory.offload {' '.join(offload)} moves to {HOST}, but a device of "
+            f"{device.platform} has {', '.join(kinds) or 'no memories'}: use an empty "
+            "memory.offload, or another version of jax"
+        )
+
+
 def check_offload(
     expected: Mapping[str, int], stats: Mapping[str, int], platform: str
 ) -> None:

@@ -1,0 +1,44 @@
+"""Every part of the memory stack at once, and heads in groups, against the plain path."""
+
+import functools
+
+import pytest
+from memory_cases import MESHES, assert_same, loss_and_gradients, make_config
+
+HEADS = dict(num_heads=16, num_kv_heads=8)
+# By degree of seq: chunks and tiles of a device's 56, 28, 14, 7 tokens of four rows.
+CHUNKS = {1: 8, 2: 7, 4: 7, 8: 1}
+
+
+@functools.cache
+def plain(*, packed):
+    config = make_config("llama", model=HEADS, remat="none")
+    return loss_and_gradients(config, packed=packed)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+@pytest.mark.parametrize("seq", CHUNKS)
+def test_all_at_once(seq, packed):
+    config = make_config(
+        "llama",
+        dict(seq=seq),
+        model=HEADS,
+        remat="attention",
+        offload=("inputs", "attention", "keys", "optimizer", "parameters"),
+        offload_fraction=0.5,
+        loss_tile_tokens=9,
+        mlp_tile_tokens=8,
+        head_chunks=2,
+        sequence_chunk_tokens=CHUNKS[seq],
+    )
+    got = loss_and_gradients(config, packed=packed)
+    assert_same(got, plain(packed=packed))
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_head_chunks_alone(mesh_name, remat):
+    config = make_config(
+        "llama", MESHES[mesh_name], model=HEADS, head_chunks=2, remat=remat
+    )
+    assert_same(loss_and_gradients(config), plain(packed=True))
