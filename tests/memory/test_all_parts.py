@@ -1,4 +1,4 @@
-"""Every part of the memory stack at once, and heads in groups, against the plain path."""
+"""Every part of the memory stack at once, and heads in groups, are the plain path."""
 
 import functools
 

@@ -130,7 +130,7 @@ def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
     }
 
 
-def check_host_memory(offload: tuple[str, ...], device: jax.Device) -> None:
+def check_host_memory(offload: tuple[str, ...], device: Any) -> None:
     """Refuses to offload where JAX has no host memory to move to, before compiling.
 
     Raises:
