@@ -137,6 +137,31 @@ def test_flops(module):
     assert total == 6 * (2 * 8 * 4 * 16)
 
 
+def test_one_branch_of_a_conditional_runs():
+    """The greatest counts; the other one's FLOPs are not added."""
+
+    def branch(name, size):
+        return f"""%{name} (a{name}: f32[4,8]) -> f32[4,{size}] {{
+  %a{name} = f32[4,8]{{1,0}} parameter(0)
+  %b{name} = f32[8,{size}]{{1,0}} constant({{...}})
+  ROOT %d{name} = f32[4,{size}]{{1,0}} dot(%a{name}, %b{name}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+"""
+
+    text = f"""HloModule m
+
+{branch("few", 2)}{branch("many", 16)}ENTRY %main (p: pred[], x: f32[4,8]) -> f32[4,16] {{
+  %p = pred[] parameter(0)
+  %x = f32[4,8]{{1,0}} parameter(1)
+  ROOT %c = f32[4,16]{{1,0}} conditional(%p, %x, %x), true_computation=%few, false_computation=%many
+}}
+"""
+    module = parse(text)
+    entry = module.computations["main"]
+    assert matmul_flops(module, entry, entry.by_name["c"]) == 2 * 4 * 16 * 8
+
+
 def test_attention_flops():
     text = """HloModule m
 ENTRY %main (q: bf16[1,64,4,8], k: bf16[1,64,2,8]) -> bf16[1,4,64,8] {
