@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,16 +118,22 @@ def find_collectives(
     return found
 
 
-def sending_loops_of_unknown_trips(module: Module) -> list[str]:
-    """Loops that XLA cannot count, with a collective inside: its bytes count once.
+def moving_loops_of_unknown_trips(module: Module, moves: Collection[str]) -> list[str]:
+    """Loops that XLA cannot count and that move something: its bytes count once.
 
-    The loop over blocks of keys, as long as a causal mask leaves it, sends nothing.
+    The loop over blocks of keys, as long as a causal mask leaves it, moves nothing,
+    unless the keys wait in the host's memory.
+
+    Args:
+      moves: computations that move bytes to or from the host.
     """
 
-    def sends(name: str) -> bool:
+    def does(name: str) -> bool:
         computation = module.computations.get(name)
-        return computation is not None and any(
-            each.opcode.removesuffix("-start") in KINDS or any(map(sends, each.called))
+        if computation is None or name in moves:
+            return name in moves
+        return any(
+            each.opcode.removesuffix("-start") in KINDS or any(map(does, each.called))
             for each in computation.instructions
         )
 
@@ -134,7 +141,7 @@ def sending_loops_of_unknown_trips(module: Module) -> list[str]:
         each.name
         for computation in module.computations.values()
         for each in computation.instructions
-        if each.name in module.unknown_trips and any(map(sends, each.called))
+        if each.name in module.unknown_trips and any(map(does, each.called))
     ]
 
 

@@ -20,7 +20,7 @@ from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import make_mesh, resolve_degrees
 from ulysses_jax.plan.collectives import (
     find_collectives,
-    sending_loops_of_unknown_trips,
+    moving_loops_of_unknown_trips,
 )
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
 from ulysses_jax.plan.host import host_moves
@@ -150,6 +150,8 @@ def analyse(
     entry = module.computations[module.entry]
     layer_runs = config.model.num_layers * training.accumulation_steps
     rows = traffic(collectives, config)
+    moves = host_moves(module)
+    movers = {place["name"] for place in moves["places"]}
     return {
         "mesh": degrees,
         "num_devices": math.prod(degrees.values()),
@@ -168,7 +170,7 @@ def analyse(
         "traffic": rows,
         "overlap": overlap(module, collectives),
         "copies": copies(module, collectives, layer_runs),
-        "host_moves": host_moves(module),
+        "host_moves": moves,
         "attention_flops": sum(
             attention_flops(module, entry, each) for each in entry.instructions
         ),
@@ -178,7 +180,7 @@ def analyse(
         "warnings": unexpected(rows)
         + [
             f"loop {name} runs a number of times that XLA does not know: counted once"
-            for name in sending_loops_of_unknown_trips(module)
+            for name in moving_loops_of_unknown_trips(module, movers)
         ],
     }
 
