@@ -290,7 +290,7 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
         # reference, a window where an attention knows no positions.
         can_gather = (
             memory.head_chunks == 1
-            and not memory.in_pieces
+            and not (memory.in_pieces or memory.auto)
             and model.attention != "reference"
             and model.window is None
         )

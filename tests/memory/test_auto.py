@@ -88,6 +88,24 @@ def test_lengths_without_a_fair_chunk_have_no_chunks():
     assert rungs(config)[-1][1].sequence_chunk_tokens == 12288
 
 
+def test_what_is_not_cut_up_has_no_chunks():
+    ring = make_config("llama", dict(ring=2, seq=2), auto=True)
+    assert ring.model.strategy == "hybrid"
+    assert all(not memory.in_pieces for _, memory in rungs(ring))
+    model = dict(attention="reference")
+    dense = make_config("llama", dict(seq=4), auto=True, model=model)
+    assert all(not memory.in_pieces for _, memory in rungs(dense))
+
+
+def test_chunks_keep_the_order_of_tokens():
+    """Where keys alone would be cheaper to gather, in zigzag order."""
+    model = dict(num_kv_heads=1, zigzag=None)
+    gathers = make_config("llama", dict(seq=2), model=model)
+    assert gathers.model.strategy == "all_gather" and gathers.zigzag_members() > 1
+    config = make_config("llama", dict(seq=2), model=model, auto=True)
+    assert config.model.strategy == "ulysses" and config.zigzag_members() == 1
+
+
 def test_as_a_word():
     config = from_dict(configs.Config, dict(memory="auto"))
     assert config.memory.auto

@@ -104,6 +104,8 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
     memory = dataclasses.replace(config.memory, auto=False)
     local_tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
     chunk = next(n for n in range(CHUNK_TOKENS, 0, -1) if local_tokens % n == 0)
+    can_cut = config.model.strategy in ("auto", "ulysses")
+    can_cut &= config.model.attention != "reference"
     found = []
     for name, changes in RUNGS:
         changes = dict(changes)
@@ -111,9 +113,8 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
             changes["sequence_chunk_tokens"] = chunk
         memory = dataclasses.replace(memory, **changes)
         # A length with no fair divisor has no chunks, nor what builds on them.
-        if memory.sequence_chunk_tokens and chunk < min(
-            LEAST_CHUNK_TOKENS, local_tokens
-        ):
+        is_fair = chunk >= min(LEAST_CHUNK_TOKENS, local_tokens)
+        if memory.sequence_chunk_tokens and not (can_cut and is_fair):
             break
         found.append((name, memory))
     return found
