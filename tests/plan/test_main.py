@@ -278,7 +278,7 @@ def test_it_says_what_is_missing(planted, config_file, capsys, analysis, tmp_pat
     assert (
         "It does not fit: 3.0 GiB a GPU and 512.0 GiB of memory a host missing" in out
     )
-    assert "tile the feed-forward: --memory.mlp-tile-tokens 8192" in out
+    assert "chunks of tokens that fits: --memory.auto" in out
     assert "host memory a GPU 128.00 1024.0 of 512 GiB a host" in out
 
 

@@ -183,7 +183,11 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
     if memory["fits"]:
         return ""
     if memory["free_bytes"] >= 0:
-        return "shorten the sequence, or give the hosts more memory"
+        remedy = "shorten the sequence, or give the hosts more memory"
+        if "inputs" in config.memory.offload and config.memory.offload_fraction == 1:
+            share = "keep an eighth of the inputs on the GPU"
+            remedy = f"{share} (--memory.offload-fraction 0.875), {remedy}"
+        return remedy
     tokens = config.training.sequence_tokens
     state = sum(
         memory[f"{name}_bytes"] for name in ("parameters", "optimizer", "gradients")
@@ -203,10 +207,11 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
         )
     if config.memory.remat == "none":
         return "keep only the inputs of layers: --memory.remat full"
-    if config.memory.mlp_tile_tokens is None:
-        return "tile the feed-forward: --memory.mlp-tile-tokens 8192"
-    if "inputs" not in config.memory.offload:
-        return "keep the layers' inputs in the host's memory: --memory.offload inputs"
+    if not config.memory.in_pieces:
+        return (
+            "take the cheapest of tiles, offload and chunks of tokens that fits: "
+            "--memory.auto"
+        )
     # Activations grow with the tokens of a device.
     fits = int(tokens * (budget - state) / memory["activations_bytes"])
     return (
