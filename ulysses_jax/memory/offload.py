@@ -93,13 +93,15 @@ def update_layers(body: Callable[[Any, Any], Any], written: Any, read: Any) -> A
     return lax.scan(one_layer, written, jnp.arange(_num_layers(written)))[0]
 
 
-def sum_layers(body: Callable[[Any], Float[Array, ""]], read: Any) -> Float[Array, ""]:
-    """The sum of `body(read[l])` over the layers, of which one is on the device."""
+def sum_layers(
+    body: Callable[[Any], Float[Array, ""]], read: Any, start: Float[Array, ""]
+) -> Float[Array, ""]:
+    """`start` plus `body(read[l])` for each layer, of which one is on the device."""
 
     def one_layer(total: Array, i: Array) -> tuple[Array, None]:
         return total + body(_layer(read, i)), None
 
-    return lax.scan(one_layer, jnp.float32(0), jnp.arange(_num_layers(read)))[0]
+    return lax.scan(one_layer, start, jnp.arange(_num_layers(read)))[0]
 
 
 def _layer(stacked: Any, i: Array) -> Any:

@@ -62,7 +62,9 @@ def update(
 
     if in_host(sums):
         layers, others = _part(sums, LAYERS), _part(sums)
-        norm = jnp.sqrt(sum_layers(squares, layers) + squares(to_device(others)))
+        # The layers' sum waits for all other gradients: beside their collectives its
+        # own would, on simulated devices, leave threads to neither, and never end.
+        norm = jnp.sqrt(sum_layers(squares, layers, squares(to_device(others))))
     else:
         norm = optax.tree.norm(gradients_of(sums))
     return *_by_layer(step, (parameters, state), sums), norm
