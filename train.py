@@ -66,11 +66,11 @@ def main(argv: list[str]) -> None:
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
         config = place(config, dict(mesh.shape))
-        check_host_memory(config.memory.offload, mesh.local_devices[0])
-        if config.memory.auto:
-            config, tried = choose_memory(config, mesh)
         training = config.training
         data = open_data(config)
+        if config.memory.auto:
+            config, tried = choose_memory(config, mesh)
+        check_host_memory(config.memory.offload, mesh.local_devices[0])
         with jax.set_mesh(mesh):
             shapes = abstract_state(config)
             step = jax.jit(make_train_step(config), donate_argnums=0)

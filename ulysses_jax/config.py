@@ -408,6 +408,13 @@ def _check_memory(memory: Memory, model: Model) -> None:
             "backward pass, but memory.remat none keeps what the first fetch brought: "
             "use memory.remat full or attention, or do not offload parameters"
         )
+    moved = model.width - memory.kept_features(model.width)
+    if memory.offload_fraction < 1 and ("inputs" not in memory.offload or not moved):
+        raise ValueError(
+            f"memory.offload_fraction {memory.offload_fraction} moves nothing: it is of"
+            f" the {model.width} features that memory.offload inputs moves; offload "
+            "inputs, with a larger fraction, or leave it at 1"
+        )
     if memory.remat != "attention" and "attention" in memory.offload:
         raise ValueError(
             "memory.offload attention moves attention's outputs, which memory.remat "

@@ -82,10 +82,21 @@ def test_every_rung_is_a_config_that_works():
 
 
 def test_lengths_without_a_fair_chunk_have_no_chunks():
+    """And the rungs that need none remain, each once."""
     config = make_config("llama", dict(seq=4), auto=True, tokens=4 * 16411)
-    assert all(m.sequence_chunk_tokens is None for _, m in rungs(config))
+    memories = [memory for _, memory in rungs(config)]
+    assert not any(memory.in_pieces for memory in memories)
+    assert not any("keys" in memory.offload for memory in memories)
+    assert memories[4].remat == "full" and "inputs" in memories[4].offload
+    assert len(set(memories)) == len(memories) == len(RUNGS) - 1
     config = make_config("llama", dict(seq=4), auto=True, tokens=4 * 3 * 8192)
     assert rungs(config)[-1][1].sequence_chunk_tokens == 12288
+
+
+def test_other_options_are_replaced():
+    config = config_of(offload=("inputs",), mlp_tile_tokens=3, loss_tile_tokens=7)
+    first = rungs(config)[0][1]
+    assert first == configs.Memory(remat="none", loss_tile_tokens=7)
 
 
 def test_what_is_not_cut_up_has_no_chunks():

@@ -15,7 +15,7 @@ RUN = """
     --training.validation-batches 0 --mesh.data 1 --mesh.seq 8
 """.split()
 EVERY_PART = """
-    --memory.remat attention --memory.offload inputs attention keys
+    --memory.remat attention --memory.offload inputs attention keys optimizer parameters
     --memory.offload-fraction 0.5 --memory.loss-tile-tokens 512
     --memory.mlp-tile-tokens 256 --memory.sequence-chunk-tokens 512
     --memory.head-chunks 2

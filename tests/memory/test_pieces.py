@@ -1,5 +1,8 @@
 """A layer over chunks of tokens is the layer: results, gradients, memory, refusals."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from memory_cases import (
     MESHES,
@@ -7,8 +10,12 @@ from memory_cases import (
     compiled,
     loss_and_gradients,
     make_config,
+    mesh_of,
     plain,
 )
+
+from ulysses_jax.models.linear import Gathered, project
+from ulysses_jax.models.pieces import _tile_tokens
 
 # Chunks of a device's tokens: 56, 7, 14 and 28 of them.
 CHUNKS = dict(zip(MESHES, (8, 1, 7, 4), strict=True))
@@ -124,3 +131,37 @@ def test_the_dense_reference_has_no_parts():
     model = dict(attention="reference")
     with pytest.raises(ValueError, match="reference cannot attend to some keys"):
         make_config("llama", model=model, sequence_chunk_tokens=8)
+
+
+def test_tiles_have_a_floor():
+    assert _tile_tokens(8192, 16384, 1) == 8192
+    assert _tile_tokens(8192, 12288, 1) == 6144
+    assert _tile_tokens(8192, 16384, 4) == 2048
+    assert _tile_tokens(8192, 8209, 1) == 8209  # a prime
+    assert _tile_tokens(None, 8209, 1) == 8209
+
+
+def test_weight_gradients_are_float32():
+    """4,097 tokens of ones: a sum that bfloat16 does not hold."""
+    ones = jnp.ones((1, 4097, 2), jnp.bfloat16)
+    weight = Gathered(jnp.ones((2, 3), jnp.bfloat16), jnp.zeros((2, 3), jnp.float32))
+    with jax.set_mesh(mesh_of()):
+
+        def local(x, weight):
+            _, pull = jax.vjp(lambda w: project("BTD,DF->BTF", x, w), weight)
+            (gradient,) = pull(jnp.ones((1, 4097, 3), jnp.bfloat16))
+            return gradient.gradient
+
+        whole = jax.sharding.PartitionSpec()
+        gradient = jax.shard_map(
+            local, in_specs=(whole, whole), out_specs=whole, check_vma=False
+        )(ones, weight)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, 4097)
+
+
+def test_a_fraction_of_nothing():
+    with pytest.raises(ValueError, match="moves nothing: it is of the 16 features"):
+        make_config("llama", offload_fraction=0.5)
+    with pytest.raises(ValueError, match="moves nothing"):
+        make_config("llama", offload=("inputs",), offload_fraction=1e-6)

@@ -39,6 +39,10 @@ RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "an eighth of the inputs stays on the device",
         {"offload": ("inputs",), "offload_fraction": 0.875},
     ),
+    (
+        "and all state waits on the host",
+        {"offload": ("inputs", "optimizer", "parameters")},
+    ),
 )
 
 
@@ -100,24 +104,38 @@ def choose(
 
 
 def rungs(config: Config) -> list[tuple[str, Memory]]:
-    """The options of every rung, for the tokens that a device of this run has."""
-    memory = dataclasses.replace(config.memory, auto=False)
-    local_tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
-    chunk = next(n for n in range(CHUNK_TOKENS, 0, -1) if local_tokens % n == 0)
-    can_cut = config.model.strategy in ("auto", "ulysses")
-    can_cut &= config.model.attention != "reference"
-    found = []
+    """The options of every rung, for the tokens that a device of this run has.
+
+    Only the strategy ulysses is cut into chunks, and only where some number of tokens,
+    a multiple of 128, divides a device's; without, those rungs are what else they say.
+    """
+    chunk = _chunk_tokens(config)
+    memory = Memory(loss_tile_tokens=config.memory.loss_tile_tokens)
+    found: list[tuple[str, Memory]] = []
     for name, changes in RUNGS:
-        changes = dict(changes)
-        if "sequence_chunk_tokens" in changes:
-            changes["sequence_chunk_tokens"] = chunk
         memory = dataclasses.replace(memory, **changes)
-        # A length with no fair divisor has no chunks, nor what builds on them.
-        is_fair = chunk >= min(LEAST_CHUNK_TOKENS, local_tokens)
-        if memory.sequence_chunk_tokens and not (can_cut and is_fair):
-            break
-        found.append((name, memory))
+        rung = memory
+        if memory.sequence_chunk_tokens:
+            offload = tuple(w for w in memory.offload if chunk or w != "keys")
+            rung = dataclasses.replace(
+                memory, sequence_chunk_tokens=chunk, offload=offload
+            )
+        if rung not in [each for _, each in found]:
+            found.append((name, rung))
     return found
+
+
+def _chunk_tokens(config: Config) -> int | None:
+    """The most tokens that a chunk may have; None: no chunks."""
+    if config.model.strategy not in ("auto", "ulysses"):
+        return None
+    if config.model.attention == "reference":
+        return None
+    tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
+    if tokens <= LEAST_CHUNK_TOKENS:
+        return tokens
+    sizes = range(CHUNK_TOKENS, LEAST_CHUNK_TOKENS - 1, -128)
+    return next((n for n in sizes if tokens % n == 0), None)
 
 
 def kept_bytes(config: Config) -> tuple[int, int]:

@@ -103,7 +103,9 @@ def backward(
     `attended` has what `forward` kept.
 
     Cost: x; dy, which becomes dx in place; keys and values, and their gradients in
-    float32, of the whole sequence; the rest as `forward`.
+    float32, of the whole sequence; of a chunk, attention's results and their gradients
+    for all groups, and its queries where attention is computed again; the leaves'
+    gradients, float32 and whole in D.
     """
     keys = _keys_values(pieces, leaves, x, angles)
     dkeys = jax.tree.map(lambda k: jnp.zeros(k.shape, jnp.float32), keys)

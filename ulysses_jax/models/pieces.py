@@ -140,15 +140,27 @@ def _attended_specs(keep: bool):
 
 
 def _tile_tokens(wanted: int | None, chunk_tokens: int, rows: int) -> int:
-    """The most tokens, up to `wanted` of all rows, that divide a chunk."""
+    """The most tokens, up to `wanted` of all rows, that divide a chunk.
+
+    Where only far fewer do, all of the chunk: short tiles cost more than they save.
+    """
     most = chunk_tokens if wanted is None else max(min(wanted // rows, chunk_tokens), 1)
-    return next(n for n in range(most, 0, -1) if chunk_tokens % n == 0)
+    sizes = range(most, most // 4, -1)
+    return next((n for n in sizes if chunk_tokens % n == 0), chunk_tokens)
 
 
 def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
     """The layer as pieces, inside shard_map, and what their gradients are taken of."""
     model, memory = layer.model, layer.memory
     assert model.num_kv_heads
+    if get_abstract_mesh().shape["ring"] > 1 or model.strategy not in (
+        "auto",
+        "ulysses",
+    ):
+        raise ValueError(
+            f"layers in pieces exchange over seq, as ulysses does, not {model.strategy}"
+            " over a ring: `config.place` refuses this mesh"
+        )
     leaves, weights = gather(parameters, specs, x.dtype)
 
     def block(leaves) -> Block:

@@ -5,9 +5,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config, Memory, place
 from ulysses_jax.memory.auto import CHUNK_TOKENS, rungs
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
+
+NUM_DEEP_RUNGS = 5
+"""Of `memory.auto`, from the end: one of them reaches farthest."""
 
 MAX_TOKENS = 2**31 - 1
 """Positions are int32."""
@@ -38,15 +41,14 @@ def longest(
         tokens a device fits.
     """
     if config.memory.auto:
-        # The last rung reaches farthest; at the end, the cheapest that still fits.
         config = place(config, degrees_on(config, cluster))
-        _, memory = rungs(with_tokens(config, CHUNK_TOKENS * 2**20))[-1]
         found = longest(
-            dataclasses.replace(config, memory=memory),
+            dataclasses.replace(config, memory=_farthest(config, cluster, on_trial)),
             cluster,
             tolerance=tolerance,
             on_trial=on_trial,
         )
+        # At that length, the cheapest that still fits.
         tokens = found["longest_tokens"]
         return found | make_plan(with_tokens(config, tokens), cluster)
     # Lengths that every shard divides into whole chunks, or blocks of 128 tokens.
@@ -116,6 +118,19 @@ def longest(
         for tokens, plan in sorted(plans.items())
     ]
     return plans[low] | {"longest_tokens": low, "trials": trials}
+
+
+def _farthest(config: Config, cluster: Cluster, on_trial: Callable[..., Any]) -> Memory:
+    """The rung of `memory.auto` whose line, from one length, meets its limit last."""
+    tokens = CHUNK_TOKENS * config.mesh.ring * config.mesh.seq
+    tokens *= max(config.training.sequence_tokens // tokens, 1)
+    probe = with_tokens(config, tokens)
+    reach: dict[Memory, int] = {}
+    for _, memory in rungs(probe)[-NUM_DEEP_RUNGS:]:
+        plan = make_plan(dataclasses.replace(probe, memory=memory), cluster)
+        on_trial(tokens, plan)
+        reach[memory] = _meet(plan, tokens)
+    return max(reach, key=lambda memory: reach[memory])
 
 
 def _loads(plan: dict[str, Any]) -> tuple[tuple[float, float], ...]:

@@ -1,5 +1,6 @@
 """`memory: auto` of a run: compiled and measured on the devices that are here."""
 
+import dataclasses
 import os
 
 import jax
@@ -32,7 +33,14 @@ def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
         with jax.set_mesh(mesh):
             step = jax.jit(make_train_step(candidate), donate_argnums=0)
             step = step.trace(abstract_state(candidate), abstract_batch(candidate))
-            stats = step.lower().compile().memory_analysis()
+            try:
+                stats = step.lower().compile().memory_analysis()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return dataclasses.replace(
+                    limits, device_bytes=limits.device_limit_bytes + 1
+                )
         assert stats is not None
 
         def needed(prefix: str) -> int:
