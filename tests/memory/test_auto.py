@@ -64,6 +64,13 @@ def test_what_cannot_fit_is_not_compiled():
     assert [trial["is_compiled"] for trial in trials] == [False, True]
 
 
+@pytest.mark.parametrize("degrees", [dict(seq=4), dict(ring=2, seq=2)])
+def test_strategies_that_run_no_layer_in_pieces(degrees):
+    strategy = "megatron" if degrees["seq"] == 4 else "hybrid"
+    config = make_config("llama", degrees, model=dict(strategy=strategy), auto=True)
+    assert [name for name, _ in rungs(config)] == [name for name, _ in RUNGS][:4]
+
+
 def test_nothing_fits():
     with pytest.raises(ValueError) as error:
         choose(

@@ -110,10 +110,10 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
         if "sequence_chunk_tokens" in changes:
             changes["sequence_chunk_tokens"] = chunk
         memory = dataclasses.replace(memory, **changes)
-        # A length with no fair divisor has no chunks, nor what builds on them.
-        if memory.sequence_chunk_tokens and chunk < min(
-            LEAST_CHUNK_TOKENS, local_tokens
-        ):
+        # A length with no fair divisor has no chunks, nor what builds on them; nor has
+        # a strategy that runs no layer in pieces.
+        is_short = chunk < min(LEAST_CHUNK_TOKENS, local_tokens)
+        if memory.in_pieces and (is_short or config.model.strategy != "ulysses"):
             break
         found.append((name, memory))
     return found
