@@ -1,6 +1,8 @@
 """Formulas, the choice by them, and meshes that a strategy does not fit."""
 
 import dataclasses
+import math
+import re
 
 import pytest
 
@@ -18,6 +20,7 @@ from ulysses_jax.training.preflight import architecture
 
 def bytes_of(strategy, *, heads=32, kv_heads=8, ring=1, seq=1):
     sizes = dict(num_heads=heads, num_kv_heads=kv_heads, head_size=128, itemsize=2)
+    sizes["width"] = heads * 128
     return received_bytes(strategy, tokens=2**20, **sizes, ring=ring, seq=seq)
 
 
@@ -33,6 +36,7 @@ def test_the_table_of_forward_bytes():
     # P > K: each KV head repeated P/K times, never to N.
     assert forward("ulysses", seq=16) == (2 / 16 + 2 / 32) * 15 / 16
     assert forward("ring", ring=8) == forward("all_gather", seq=8) == 2 / g * mu
+    assert forward("megatron", seq=8) == 4 * mu
     for r, u in ((2, 4), (4, 2)):
         by_hand = ((2 + 2 / g) * (u - 1) / u + 2 / g * (r - 1)) / p
         assert forward("hybrid", ring=r, seq=u) == by_hand
@@ -124,7 +128,7 @@ def test_a_refusal_names_two_meshes_that_work(strategy, ring, seq):
     except ValueError as error:
         text = str(error)
     else:
-        assert strategy in (strategy_of(ring, seq), "all_gather")
+        assert strategy in (strategy_of(ring, seq), "all_gather", "megatron")
         return
     assert f"strategy {strategy} " in text and f"ring={ring}, seq={seq}: use " in text
     words = text.split(": use ")[1].split(", or strategy ")[0].split(" or ")
@@ -136,7 +140,64 @@ def test_a_refusal_names_two_meshes_that_work(strategy, ring, seq):
 
 def test_members():
     found = {name: num_members(name, 2, 4) for name in STRATEGIES}
-    assert found == {"ulysses": 1, "ring": 2, "hybrid": 2, "all_gather": 4}
+    assert found == {
+        "ulysses": 1,
+        "ring": 2,
+        "hybrid": 2,
+        "all_gather": 4,
+        "megatron": 1,
+    }
+
+
+REFUSALS = [
+    (
+        dict(tensor=2, seq=4, num_kv_heads=4),
+        "mesh.tensor 2 x mesh.seq 4, and model.num_kv_heads 4 do not divide by 8: "
+        "use mesh.fsdp 2, mesh.seq 2, mesh.tensor 2; or mesh.fsdp 2, mesh.seq 4, "
+        "mesh.tensor 1; or strategy ulysses",
+    ),
+    (
+        dict(fsdp=2, seq=8, feed_forward_width=28),
+        "model.num_kv_heads 2, model.feed_forward_width 28 do not divide by 8: use "
+        "mesh.fsdp 8, mesh.seq 2, mesh.tensor 1; or strategy ulysses",
+    ),
+    (dict(seq=8, num_kv_heads=1), "do not divide by 8: use strategy ulysses"),
+    (
+        dict(ring=2, seq=2),
+        "megatron .* ring=2, seq=2: use ring=1, seq=4 or ring=1, seq=8",
+    ),
+    (
+        dict(seq=2, memory=dict(sequence_chunk_tokens=8)),
+        "cut up the strategy ulysses, not megatron: .* or neither of the two",
+    ),
+    (
+        dict(seq=2, memory=dict(head_chunks=2)),
+        "cut up the strategy ulysses, not megatron",
+    ),
+    (
+        dict(seq=2, memory=dict(head_chunks=2, remat="none")),
+        "head_chunks 2 .* megatron exchanges no heads",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSALS, ids=str)
+def test_what_megatron_cannot_cut_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        placed(strategy="megatron", **options)
+    fits = re.search(r"use mesh.fsdp (\d+), mesh.seq (\d+), mesh.tensor (\d+)", message)
+    if fits:
+        names = ("fsdp", "seq", "tensor")
+        degrees = dict(zip(names, map(int, fits.groups()), strict=True))
+        before = [options.get(name, 1) for name in names]
+        assert math.prod(before) == math.prod(degrees.values())
+        placed(strategy="megatron", **options | degrees)
+
+
+def test_the_bytes_of_megatron_need_a_width():
+    sizes = dict(num_heads=8, num_kv_heads=2, head_size=8, itemsize=2)
+    with pytest.raises(ValueError, match="give their width"):
+        received_bytes("megatron", tokens=64, ring=1, seq=2, **sizes)
 
 
 def test_a_checkpoint_goes_on_under_another_strategy():

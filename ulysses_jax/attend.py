@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -11,6 +12,7 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import Parts, attention_parts
 from ulysses_jax.attention.select import ATTENTIONS, local_attention
 from ulysses_jax.mesh import platform_of
+from ulysses_jax.parallel.megatron import megatron
 from ulysses_jax.parallel.strategy import BY_BLOCKS
 from ulysses_jax.parallel.ulysses import ulysses
 from ulysses_jax.spreading import (
@@ -39,7 +41,8 @@ def attend(
     """Attends over a sequence that is spread over the mesh, by any strategy.
 
     Args:
-      q, k, v: global; B over (data, fsdp), T over (ring, seq), N over tensor.
+      q, k, v: global; B over (data, fsdp), T over (ring, seq), N over tensor; for
+        megatron T whole, N over (tensor, seq).
       mask: its arrays are global, in the order in which the tokens lie.
       strategy: None: hybrid or ring where the mesh has a ring, else ulysses.
       attention: a name of `model.attention`, or what a device computes:
@@ -70,16 +73,11 @@ def attend(
                 f"attention is Parts, but over ring={ring} a device attends to whole "
                 "rows: give f(q, k, v, mask=..., scale=...)"
             )
-        return ulysses(
-            q,
-            k,
-            v,
-            mesh=mesh,
-            attention=attention,
-            mask=mask,
-            scale=scale,
-            head_chunks=head_chunks,
-        )
+        run = partial(ulysses, head_chunks=head_chunks)
+        if strategy == "megatron":
+            check_head_chunks(strategy, head_chunks, k.shape[2], seq)
+            run = megatron
+        return run(q, k, v, mesh=mesh, attention=attention, mask=mask, scale=scale)
     if zigzag and not mask.causal:
         raise ValueError(
             f"zigzag order shares out a causal mask over {members} members, but this "

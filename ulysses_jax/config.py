@@ -11,6 +11,7 @@ import yaml
 from ulysses_jax.spreading import (
     Strategy,
     check_head_chunks,
+    check_split,
     check_strategy,
     num_members,
     received_bytes,
@@ -58,8 +59,10 @@ class Model:
     """What a device computes; auto: the best for the devices and the mask."""
     strategy: Literal["auto"] | Strategy = "auto"
     """How attention reaches all tokens. ulysses: an exchange over seq; ring: blocks of
-    keys go round ring; hybrid: both; all_gather: keys are gathered over seq. auto: what
-    the mesh carries, and of two that which receives fewer bytes."""
+    keys go round ring; hybrid: both; all_gather: keys are gathered over seq; megatron:
+    activations are, before attention and feed-forward, which split heads and features
+    over seq. auto: what the mesh carries, and of ulysses and all_gather that which
+    receives fewer bytes."""
     zigzag: bool | None = None
     """Tokens lie in zigzag order over the members that attend block by block, so that
     all work equally under a causal mask; default: where there are such members."""
@@ -317,6 +320,10 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             "model.strategy ulysses, or neither of the two"
         )
     check_head_chunks(strategy, memory.head_chunks, kv_heads, seq)
+    if strategy == "megatron":
+        names = ("num_heads", "num_kv_heads", "feed_forward_width")
+        sizes = {f"model.{name}": getattr(model, name) for name in names}
+        check_split(sizes, degrees)
     by_blocks = num_members(strategy, ring, seq) > 1
     if by_blocks and model.attention == "reference":
         raise ValueError(

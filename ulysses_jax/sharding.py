@@ -1,4 +1,4 @@
-"""Which dim of an array lies on which mesh axes: one table, by the dim's letter."""
+"""Which dim of an array lies on which mesh axes: tables, by the dim's letter."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,11 @@ from itertools import combinations
 
 from jax.sharding import PartitionSpec as P
 
+Table = Mapping[str, tuple[str, ...]]
+
 # Activations: the batch, the tokens and the heads or features are spread; D and H are
 # whole on every device.
-ACTIVATION: dict[str, tuple[str, ...]] = {
+ACTIVATION: Table = {
     "B": ("data", "fsdp"),
     "T": ("ring", "seq"),
     "N": ("tensor",),
@@ -17,38 +19,61 @@ ACTIVATION: dict[str, tuple[str, ...]] = {
     "V": ("tensor",),
 }
 
+# Megatron's sequence parallelism: heads and features are spread over seq too. What has
+# any has all tokens; what has none (the residual stream, norms) lies as above.
+MEGATRON: Table = {**ACTIVATION, **dict.fromkeys("NKF", ("tensor", "seq"))}
+
 # Parameters, their gradients and their optimizer state: as activations, and D over
 # every axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
 ZERO = ("fsdp", "ring", "seq")
 
 
-def activation(letters: str, axes: Mapping[str, int]) -> P:
+def activation(letters: str, axes: Mapping[str, int], table: Table = ACTIVATION) -> P:
     """The spec of an activation, or of a weight gathered for use.
 
     E.g. `activation("BTNH", mesh.shape)`.
 
     Args:
-      letters: a letter a dim; letters that ACTIVATION lacks are not sharded.
+      letters: a letter a dim; letters that the table lacks are not sharded: S, then,
+        are all tokens.
       axes: the mesh's axes; those it lacks are left out.
+      table: ACTIVATION or MEGATRON. T lies on those of its axes that no other letter
+        takes.
     """
+    taken = _taken(letters, table)
     spread = (
-        tuple(axis for axis in ACTIVATION.get(letter, ()) if axis in axes)
+        tuple(
+            axis
+            for axis in table.get(letter, ())
+            if axis in axes and not (letter == "T" and axis in taken)
+        )
         for letter in letters
     )
     return P(*(each or None for each in spread))
 
 
-def parameter(letters: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> P:
+def parameter(
+    letters: str,
+    shape: tuple[int, ...],
+    axes: Mapping[str, int],
+    table: Table = ACTIVATION,
+) -> P:
     """The spec of a parameter, e.g. `parameter("DNH", (4096, 32, 128), mesh.shape)`.
 
-    D lies on `zero_axes`; a vector (D alone, or one a layer, LD) is not worth a gather
-    and stays whole.
+    D lies on the `zero_axes` that no other letter takes; a vector (D alone, or one a
+    layer, LD) is not worth a gather and stays whole.
     """
-    spec = list(activation(letters, axes))
+    spec = list(activation(letters, axes, table))
     if "D" in letters and letters.strip("L") != "D":
-        where = letters.index("D")
-        spec[where] = zero_axes(shape[where], axes) or None
+        where, taken = letters.index("D"), _taken(letters, table)
+        left = {axis: size for axis, size in axes.items() if axis not in taken}
+        spec[where] = zero_axes(shape[where], left) or None
     return P(*spec)
+
+
+def _taken(letters: str, table: Table) -> set[str]:
+    """The axes that letters other than the tokens' lie on."""
+    return {a for letter in letters if letter != "T" for a in table.get(letter, ())}
 
 
 def zero_axes(width: int, axes: Mapping[str, int]) -> tuple[str, ...]:

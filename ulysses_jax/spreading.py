@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int32
 
-Strategy = Literal["ulysses", "ring", "hybrid", "all_gather"]
+Strategy = Literal["ulysses", "ring", "hybrid", "all_gather", "megatron"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -19,6 +19,7 @@ def received_bytes(
     itemsize: int,
     ring: int,
     seq: int,
+    width: int | None = None,
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Bytes that a device receives a layer and row of the batch: the formulas.
 
@@ -27,6 +28,7 @@ def received_bytes(
       num_heads, num_kv_heads: of one device's part of `tensor`.
       itemsize: e, of the compute dtype.
       ring, seq: the degrees.
+      width: D; only megatron sends whole activations, the others heads.
 
     Returns:
       By (collective, axis): (forward, backward). With P = ring x seq, S = seq, R =
@@ -34,9 +36,15 @@ def received_bytes(
       the exchange, `2 (N + K') H (T/P) (S-1)/S e` both ways; the ring's blocks,
       `2 (K'/S) H (T/R) (R-1) e` forward, and `2 (K'/S) H (T/R) ((R-2) e + (R-1) 4)`
       backward, with float32 gradients; the gather `2 K H T (S-1)/S e` forward, and its
-      float32 gradients backward.
+      float32 gradients backward; megatron's two gathers and two scatters of D features,
+      for attention and feed-forward, `4 T D (S-1)/S e` both ways.
     """
     found: dict[tuple[str, str], tuple[float, float]] = {}
+    if strategy == "megatron":
+        if width is None:
+            raise ValueError("megatron sends whole activations: give their width")
+        two = 2 * tokens * width * (seq - 1) / seq * itemsize
+        return {(k, "seq"): (two, two) for k in ("all-gather", "reduce-scatter")}
     if strategy == "all_gather":
         elements = 2 * num_kv_heads * head_size * tokens * (seq - 1) / seq
         found["all-gather", "seq"] = (elements * itemsize, 0.0)
@@ -92,6 +100,7 @@ _OVER = {
     "ring": "ring alone, above 1",
     "hybrid": "ring and seq, both above 1",
     "all_gather": "seq alone, above 1",
+    "megatron": "seq alone, above 1",
 }
 
 
@@ -101,7 +110,44 @@ def _carries(strategy: Strategy, ring: int, seq: int) -> bool:
         "ring": ring > 1 and seq == 1,
         "hybrid": ring > 1 and seq > 1,
         "all_gather": ring == 1 and seq > 1,
+        "megatron": ring == 1 and seq > 1,
     }[strategy]
+
+
+def check_split(sizes: dict[str, int], degrees: dict[str, int]) -> None:
+    """Refuses a model whose heads and features megatron cannot cut over tensor x seq.
+
+    Args:
+      sizes: of the heads, the key/value heads, the feed-forward; by name.
+      degrees: the mesh's.
+
+    Raises:
+      ValueError: with the numbers and two meshes of as many devices that would do, if
+        there are two.
+    """
+    tensor, seq = degrees["tensor"], degrees["seq"]
+    bad = [f"{name} {size}" for name, size in sizes.items() if size % (tensor * seq)]
+    if not bad:
+        return
+    fits = [
+        (t, s)
+        for t in range(1, tensor + 1)
+        for s in range(2, tensor * seq + 1)
+        if tensor % t == 0
+        and tensor * seq % (t * s) == 0
+        and not any(size % (t * s) for size in sizes.values())
+    ]
+    fits.sort(key=lambda each: (-each[0] * each[1], -each[0]))
+    meshes = [
+        f"mesh.fsdp {degrees['fsdp'] * tensor * seq // (t * s)}, mesh.seq {s}, "
+        f"mesh.tensor {t}"
+        for t, s in fits[:2]
+    ]
+    raise ValueError(
+        f"strategy megatron cuts heads and features over mesh.tensor {tensor} x "
+        f"mesh.seq {seq}, and {', '.join(bad)} do not divide by {tensor * seq}: use "
+        + "; or ".join([*meshes, "strategy ulysses"])
+    )
 
 
 def check_head_chunks(
@@ -113,10 +159,10 @@ def check_head_chunks(
       ValueError: a strategy by blocks and head_chunks that do not divide the key/value
         heads (`num_kv_heads`, of a part of `tensor`) of a device.
     """
-    if strategy == "all_gather" and head_chunks > 1:
+    if strategy in ("all_gather", "megatron") and head_chunks > 1:
         raise ValueError(
             f"head_chunks {head_chunks} are groups of an exchange, and strategy "
-            "all_gather exchanges no heads: use head_chunks 1, or strategy ulysses"
+            f"{strategy} exchanges no heads: use head_chunks 1, or strategy ulysses"
         )
     local = max(-(-num_kv_heads // seq), 1)
     if strategy == "hybrid" and local % head_chunks:

@@ -100,9 +100,14 @@ def test_other_options_are_replaced():
 
 
 def test_what_is_not_cut_up_has_no_chunks():
-    ring = make_config("llama", dict(ring=2, seq=2), auto=True)
-    assert ring.model.strategy == "hybrid"
-    assert all(not memory.in_pieces for _, memory in rungs(ring))
+    for strategy, degrees in (
+        ("hybrid", dict(ring=2, seq=2)),
+        ("megatron", dict(seq=4)),
+    ):
+        model = dict(strategy=strategy)
+        config = make_config("llama", degrees, model=model, auto=True)
+        assert config.model.strategy == strategy
+        assert all(not memory.in_pieces for _, memory in rungs(config))
     model = dict(attention="reference")
     dense = make_config("llama", dict(seq=4), auto=True, model=model)
     assert all(not memory.in_pieces for _, memory in rungs(dense))

@@ -109,6 +109,16 @@ def test_a_step_sends_what_the_formulas_say(degrees):
             dict(fsdp=4, seq=2, strategy="all_gather"),
             {"all-gather": "seq", "reduce-scatter": "seq"},
         ),
+        (
+            "full",
+            dict(fsdp=2, seq=4, strategy="megatron"),
+            {"all-gather": "seq", "reduce-scatter": "seq"},
+        ),
+        (
+            "none",
+            dict(data=2, seq=2, tensor=2, strategy="megatron"),
+            {"all-gather": "seq", "reduce-scatter": "seq"},
+        ),
     ],
     ids=str,
 )

@@ -114,6 +114,39 @@ def test_bytes_of_a_gather():
     assert result["warnings"] == alone["warnings"] == []
 
 
+@pytest.mark.parametrize(
+    "changes, memory, units",
+    [
+        # Of gathers, of scatters: forward, recomputation, backward.
+        (dict(fsdp=4, seq=2), dict(), (2 + 2 + 2, 2 + 1 + 2)),
+        (dict(fsdp=2, seq=4), dict(remat="none"), (2 + 2, 2 + 2)),
+        (dict(fsdp=4, seq=2), dict(remat_layers=3), (2 + 2 + 2, 2 + 5 / 3 + 2)),
+        # A feed-forward in tiles keeps its input alone.
+        (dict(fsdp=2, seq=4), dict(mlp_tile_tokens=16), (2 + 1 + 3, 2 + 1 + 2)),
+    ],
+    ids=str,
+)
+def test_bytes_of_megatron(changes, memory, units):
+    """By hand: each gather or scatter is of all tokens' activations, and little else
+    is sent over seq."""
+    result = analysed(tiny(strategy="megatron", memory=memory, **changes))
+    assert result["warnings"] == []
+    seq, width, layers = changes["seq"], 64, 3
+    unit = layers * 4 // changes["fsdp"] * 64 * width * 4 * (seq - 1) / seq
+    for kind, count in zip(("all-gather", "reduce-scatter"), units, strict=True):
+        each = row(result, kind, "seq")
+        assert each["ratio"] == pytest.approx(1, abs=0.01)
+        assert each["bytes"] == pytest.approx(count * unit, rel=0.01)
+    over = [r for r in result["traffic"] if "seq" in r["axis"]]
+    assert {r["collective"] for r in over} == {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",  # of norms' scales, and of the loss
+    }
+    total = sum(r["bytes"] for r in over)
+    assert sum(r["bytes"] for r in over if r["formula_bytes"] is None) < total / 50
+
+
 def test_weights_are_gathered_once_a_pass_and_not_once_a_tile():
     """32 tokens a device, in tiles of 5."""
     memory = dict(remat="none", mlp_tile_tokens=5)

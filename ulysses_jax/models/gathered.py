@@ -59,13 +59,23 @@ def gather(parameters: Any, specs: Any, dtype: Any) -> tuple[Any, Callable[[Any]
 
 def scatter(gradients: Any, specs: Any) -> Any:
     """Inside shard_map: gradients summed over all tokens, sharded as the parameters."""
-    return jax.tree.map(lambda g, spec: sum_gradient(g, *_zero(spec)), gradients, specs)
+
+    def summed(g, spec):
+        return sum_gradient(g, *_zero(spec), apart=_names(*spec))
+
+    return jax.tree.map(summed, gradients, specs)
 
 
 def _zero(spec: P) -> tuple[tuple[str, ...], int]:
     """The axes over which a parameter's D is cut, and the dim; none for a vector."""
     for dim, axes in enumerate(spec):
-        names = (axes,) if isinstance(axes, str) else axes or ()
+        names = _names(axes)
         if names and set(names) <= set(ZERO):
-            return tuple(names), dim
+            return names, dim
     return (), 0
+
+
+def _names(*dims: Any) -> tuple[str, ...]:
+    """The axes of some dims of a spec."""
+    each = ((dim,) if isinstance(dim, str) else dim or () for dim in dims)
+    return tuple(axis for axes in each for axis in axes)

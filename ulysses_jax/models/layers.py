@@ -12,10 +12,17 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.config import Memory, Model
-from ulysses_jax.models.linear import Gathered, constant, project, weight
+from ulysses_jax.models.linear import (
+    Gathered,
+    constant,
+    project,
+    project_each,
+    weight,
+)
+from ulysses_jax.models.megatron import lies_over_seq
 from ulysses_jax.models.rope import apply_rope
 from ulysses_jax.models.tiled import NAMES, activate, tiled_feed_forward
-from ulysses_jax.sharding import activation
+from ulysses_jax.sharding import ACTIVATION, MEGATRON, Table, activation
 
 
 def letter_sizes(model: Model) -> dict[str, int]:
@@ -39,6 +46,11 @@ _STD = 0.02
 
 def _output_std(model: Model) -> float:
     return _STD / math.sqrt(2 * model.num_layers)
+
+
+def _table(model: Model) -> Table:
+    """Where heads and features lie."""
+    return MEGATRON if model.strategy == "megatron" else ACTIVATION
 
 
 class Norm(nnx.Module):
@@ -71,20 +83,27 @@ def _add_bias(
     return (y.astype(jnp.float32) + part(bias[...])).astype(y.dtype)
 
 
+def _turn(x: Array, angles: tuple[Array, Array] | None) -> Array:
+    return x if angles is None else apply_rope(x, angles)
+
+
+_QUERY, _KEY = "BTD,DNH->BTNH", "BTD,DKH->BTKH"
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention over a sequence that is spread over the mesh."""
 
     def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
-        sizes = letter_sizes(model)
+        sizes, table = letter_sizes(model), _table(model)
         self.model, self.memory = model, memory
-        self.q = weight(rngs, "LDNH", sizes, std=_STD)
-        self.k = weight(rngs, "LDKH", sizes, std=_STD)
-        self.v = weight(rngs, "LDKH", sizes, std=_STD)
-        self.out = weight(rngs, "LNHD", sizes, std=_output_std(model))
+        self.q = weight(rngs, "LDNH", sizes, std=_STD, table=table)
+        self.k = weight(rngs, "LDKH", sizes, std=_STD, table=table)
+        self.v = weight(rngs, "LDKH", sizes, std=_STD, table=table)
+        self.out = weight(rngs, "LNHD", sizes, std=_output_std(model), table=table)
         biased = model.biases
-        self.q_bias = constant("LNH", sizes, 0.0) if biased else None
-        self.k_bias = constant("LKH", sizes, 0.0) if biased else None
-        self.v_bias = constant("LKH", sizes, 0.0) if biased else None
+        self.q_bias = constant("LNH", sizes, 0.0, table) if biased else None
+        self.k_bias = constant("LKH", sizes, 0.0, table) if biased else None
+        self.v_bias = constant("LKH", sizes, 0.0, table) if biased else None
         self.out_bias = constant("LD", sizes, 0.0) if biased else None
 
     def __call__(
@@ -93,7 +112,9 @@ class Attention(nnx.Module):
         angles: tuple[Array, Array] | None,
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        k, v = self.keys_values(x, angles)
+        weights = self.q[...], self.k[...], self.v[...]
+        q, k, v = project_each((_QUERY, _KEY, _KEY), x, weights)
+        k, v = self._finish_keys_values(k, v, angles)
         mask = Mask(
             causal=True,
             window=self.model.window,
@@ -102,7 +123,7 @@ class Attention(nnx.Module):
         )
         strategy = self.model.strategy
         out = attend(
-            self.queries(x, angles),
+            _turn(_add_bias(q, self.q_bias), angles),
             k,
             v,
             mesh=get_abstract_mesh(),
@@ -121,16 +142,17 @@ class Attention(nnx.Module):
         heads: Callable[[Array], Array] = lambda w: w,
     ) -> Float[Array, "B T N H"]:
         """Of all heads, or of those that `heads` picks from arrays `[..., N, H]`."""
-        q = project("BTD,DNH->BTNH", x, jax.tree.map(heads, self.q[...]))
-        q = _add_bias(q, self.q_bias, heads)
-        return q if angles is None else apply_rope(q, angles)
+        q = project(_QUERY, x, jax.tree.map(heads, self.q[...]))
+        return _turn(_add_bias(q, self.q_bias, heads), angles)
 
     def keys_values(
         self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        k = _add_bias(project("BTD,DKH->BTKH", x, self.k[...]), self.k_bias)
-        v = _add_bias(project("BTD,DKH->BTKH", x, self.v[...]), self.v_bias)
-        return (k if angles is None else apply_rope(k, angles)), v
+        k, v = project_each((_KEY, _KEY), x, (self.k[...], self.v[...]))
+        return self._finish_keys_values(k, v, angles)
+
+    def _finish_keys_values(self, k: Array, v: Array, angles) -> tuple[Array, Array]:
+        return _turn(_add_bias(k, self.k_bias), angles), _add_bias(v, self.v_bias)
 
     def project_out(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         return _add_bias(project("BTNH,NHD->BTD", out, self.out[...]), self.out_bias)
@@ -140,41 +162,40 @@ class FeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202), or GELU in the tanh form of GPT-2 and Megatron."""
 
     def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
-        sizes, biased = letter_sizes(model), model.biases
+        sizes, biased, table = letter_sizes(model), model.biases, _table(model)
         gated = model.feed_forward == "swiglu"
         self.tile_tokens = memory.mlp_tile_tokens
-        self.gate = weight(rngs, "LDF", sizes, std=_STD) if gated else None
-        self.up = weight(rngs, "LDF", sizes, std=_STD)
-        self.down = weight(rngs, "LFD", sizes, std=_output_std(model))
-        self.gate_bias = constant("LF", sizes, 0.0) if biased and gated else None
-        self.up_bias = constant("LF", sizes, 0.0) if biased else None
+        self.gate = weight(rngs, "LDF", sizes, std=_STD, table=table) if gated else None
+        self.up = weight(rngs, "LDF", sizes, std=_STD, table=table)
+        self.down = weight(rngs, "LFD", sizes, std=_output_std(model), table=table)
+        self.gate_bias = constant("LF", sizes, 0.0, table) if biased and gated else None
+        self.up_bias = constant("LF", sizes, 0.0, table) if biased else None
         self.down_bias = constant("LD", sizes, 0.0) if biased else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """In tiles where a device has more tokens than memory.mlp_tile_tokens."""
-        is_global = not isinstance(self.up[...], Gathered)
-        if is_global and self.tile_tokens and _local_tokens(x) > self.tile_tokens:
+        if self._is_tiled(x):
             named = {name: getattr(self, name) for name in NAMES}
             weights = {name: w[...] for name, w in named.items() if w is not None}
             y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
         else:
-            up = _add_bias(project("BTD,DF->BTF", x, self.up[...]), self.up_bias)
-            gate = None
-            if self.gate is not None:
-                gate = _add_bias(
-                    project("BTD,DF->BTF", x, self.gate[...]), self.gate_bias
-                )
+            inputs = [self.up] if self.gate is None else [self.up, self.gate]
+            weights = tuple(each[...] for each in inputs)
+            up, *gates = project_each(("BTD,DF->BTF",) * len(weights), x, weights)
+            up = _add_bias(up, self.up_bias)
+            gate = _add_bias(gates[0], self.gate_bias) if gates else None
             y = project("BTF,FD->BTD", activate(gate, up), self.down[...])
         return _add_bias(y, self.down_bias)
 
-
-def _local_tokens(x: Float[Array, "B T D"]) -> int:
-    """The tokens of a global activation that one device has."""
-    axes = get_abstract_mesh().shape
-    batch, tokens, _ = NamedSharding(
-        get_abstract_mesh(), activation("BTD", axes)
-    ).shard_shape(x.shape)
-    return batch * tokens
+    def _is_tiled(self, x: Float[Array, "B T D"]) -> bool:
+        """Whether a device has hidden activations of more tokens than a tile's."""
+        up, mesh = self.up[...], get_abstract_mesh()
+        if self.tile_tokens is None or isinstance(up, Gathered):
+            return False
+        letters = "BSD" if lies_over_seq("DF", up) else "BTD"
+        spec = activation(letters, mesh.shape)
+        batch, tokens, _ = NamedSharding(mesh, spec).shard_shape(x.shape)
+        return batch * tokens > self.tile_tokens
 
 
 class Block(nnx.Module):

@@ -1,6 +1,7 @@
 """Weights that are sharded at rest and gathered in use (ZeRO-3), with float32 grads."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +13,27 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.sharding import ACTIVATION, activation, parameter, zero_axes
+from ulysses_jax.models.megatron import (
+    lies_over_seq,
+    project_gathered,
+    project_scattered,
+)
+from ulysses_jax.sharding import (
+    ACTIVATION,
+    Table,
+    activation,
+    parameter,
+    zero_axes,
+)
 
 
 def weight(
-    rngs: nnx.Rngs, letters: str, sizes: dict[str, int], *, std: float
+    rngs: nnx.Rngs,
+    letters: str,
+    sizes: dict[str, int],
+    *,
+    std: float,
+    table: Table = ACTIVATION,
 ) -> nnx.Param:
     """A float32 parameter, drawn from a normal distribution, made sharded.
 
@@ -24,17 +41,20 @@ def weight(
       letters: its dims, e.g. "LDNH"; `sharding.parameter` says where they lie.
       sizes: the global size of each letter.
       std: the standard deviation.
+      table: where heads and features lie.
     """
     shape = tuple(sizes[letter] for letter in letters)
-    spec = parameter(letters, shape, get_abstract_mesh().shape)
+    spec = parameter(letters, shape, get_abstract_mesh().shape, table)
     values = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec)
     return nnx.Param(values * std)
 
 
-def constant(letters: str, sizes: dict[str, int], value: float) -> nnx.Param:
+def constant(
+    letters: str, sizes: dict[str, int], value: float, table: Table = ACTIVATION
+) -> nnx.Param:
     """A float32 parameter that starts as one number: a bias, or the scale of a norm."""
     shape = tuple(sizes[letter] for letter in letters)
-    spec = parameter(letters, shape, get_abstract_mesh().shape)
+    spec = parameter(letters, shape, get_abstract_mesh().shape, table)
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
@@ -76,11 +96,36 @@ def project(
       The activation, x's dtype, global or local as x.
 
     Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where
-    a letter of the tensor axis is contracted, an all-reduce of the result.
+    a letter of the tensor axis is contracted, an all-reduce of the result. Of a weight
+    whose heads or features lie over seq: as `models.megatron` says.
     """
     if isinstance(w, Gathered):
         return _project_local(equation, x, w.value, w.gradient)
-    return _project_global(equation, x, w)
+    _, w_letters, y_letters = re.split(",|->", equation)
+    if not lies_over_seq(w_letters, w):
+        return _project_global(equation, x, w)
+    if y_letters == "BTD":
+        return project_scattered(equation, x, w)
+    ys: tuple[Array, ...] = project_gathered((equation,), x, (w,))
+    return ys[0]
+
+
+def project_each(
+    equations: tuple[str, ...],
+    x: Float[Array, "B T D"],
+    weights: tuple[Float[Array, "..."] | Gathered, ...],
+) -> tuple[Array, ...]:
+    """`project` of one activation with several weights; x is gathered once, if at all.
+
+    Args, returns, cost: as `project`.
+    """
+    w = weights[0]
+    if not isinstance(w, Gathered):
+        if lies_over_seq(re.split(",|->", equations[0])[1], w):
+            return project_gathered(equations, x, weights)
+    return tuple(
+        project(equation, x, w) for equation, w in zip(equations, weights, strict=True)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -234,9 +279,18 @@ def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
     return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
-def sum_gradient(gradient: Array, zero: tuple[str, ...], dim: int) -> Array:
-    """Inside shard_map: a weight's gradient, summed over all tokens, sharded as it."""
-    others = tuple(axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero)
+def sum_gradient(
+    gradient: Array, zero: tuple[str, ...], dim: int, apart: Sequence[str] = ()
+) -> Array:
+    """Inside shard_map: a weight's gradient, summed over all tokens, sharded as it.
+
+    Args:
+      zero, dim: the axes over which a dim of the weight is cut, to be gathered in use.
+      apart: axes over which the weight is cut at all: nothing is summed over those that
+        are not in zero, whose devices have the gradients of other parts.
+    """
+    summed = [axis for axis in ("data", "fsdp", "ring", "seq") if axis not in apart]
+    others = tuple(axis for axis in summed if axis not in zero)
     if zero:
         gradient = lax.psum_scatter(gradient, zero, scatter_dimension=dim, tiled=True)
     return lax.psum(gradient, others)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from ulysses_jax.memory.tiles import over_tiles
 from ulysses_jax.models.gathered import gather, scatter, specs_of
-from ulysses_jax.models.linear import Gathered
+from ulysses_jax.models.linear import Gathered, all_gather
+from ulysses_jax.models.megatron import lies_over_seq
 from ulysses_jax.sharding import activation
 
 # The parameters, by the names that `FeedForward` has for them.
@@ -44,15 +45,18 @@ def tiled_feed_forward(
     Cost: tile_tokens F / tensor a hidden activation. Keeps x alone; the backward pass
     makes the hidden activations again (one product, or two with a gate). The weights
     are gathered once a pass, not once a tile; their gradients are summed over tiles in
-    float32 and scattered once. Over tensor, one all-reduce a pass.
+    float32 and scattered once. Over tensor, one all-reduce a pass. Where the hidden
+    features lie over seq too (Megatron's), x and dy are gathered over seq, y and dx
+    scattered: the tiles are of all tokens.
 
     Source: tiling over the sequence as in Mini-Sequence Transformer, arXiv 2407.15892.
     """
     spec = activation("BTD", get_abstract_mesh().shape)
-    specs = specs_of(weights)
+    specs, over_seq = specs_of(weights), _over_seq(weights)
 
     def local(x, weights):
         weights, _ = _gather(weights, specs, x)
+        x = all_gather(x, over_seq, dim=1)
 
         def tile(_sums, _tokens, x):
             hidden = activate(*_hidden_inputs(x, weights))
@@ -60,7 +64,7 @@ def tiled_feed_forward(
 
         rows = x.reshape(-1, x.shape[-1])
         _, y = over_tiles(tile, None, None, rows, tile_tokens=tile_tokens)
-        return lax.psum(y, "tensor").reshape(x.shape)
+        return _summed(y.reshape(x.shape), over_seq)
 
     return jax.shard_map(
         local, in_specs=(spec, specs), out_specs=spec, check_vma=False
@@ -74,10 +78,11 @@ def _forward(x, weights, tile_tokens):
 def _backward(tile_tokens, residuals, dy):
     x, weights = residuals
     spec = activation("BTD", get_abstract_mesh().shape)
-    specs = specs_of(weights)
+    specs, over_seq = specs_of(weights), _over_seq(weights)
 
     def local(x, dy, weights):
         gathered, zeros = _gather(weights, specs, x)
+        x, dy = (all_gather(each, over_seq, dim=1) for each in (x, dy))
 
         def tile(sums, x, dy):
             gate, up = _hidden_inputs(x, gathered)
@@ -99,7 +104,7 @@ def _backward(tile_tokens, residuals, dy):
         sums, dx = over_tiles(
             tile, zeros, rows, dy.reshape(rows.shape), tile_tokens=tile_tokens
         )
-        return lax.psum(dx, "tensor").reshape(x.shape), scatter(sums, specs)
+        return _summed(dx.reshape(x.shape), over_seq), scatter(sums, specs)
 
     return jax.shard_map(
         local, in_specs=(spec, spec, specs), out_specs=(spec, specs), check_vma=False
@@ -107,6 +112,18 @@ def _backward(tile_tokens, residuals, dy):
 
 
 tiled_feed_forward.defvjp(_forward, _backward)
+
+
+def _over_seq(weights: Weights) -> tuple[str, ...]:
+    """The axes over which tokens are gathered: none, or seq for Megatron's weights."""
+    return ("seq",) if lies_over_seq("DF", weights["up"]) else ()
+
+
+def _summed(y: Float[Array, "B T D"], over_seq: tuple[str, ...]) -> Array:
+    """Inside shard_map: over hidden features, to the shards that x came from."""
+    if over_seq:
+        y = lax.psum_scatter(y, over_seq, scatter_dimension=1, tiled=True)
+    return lax.psum(y, "tensor")
 
 
 def _hidden_inputs(x: Array, weights: Weights) -> tuple[Array | None, Array]:

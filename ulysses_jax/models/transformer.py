@@ -67,6 +67,8 @@ class Transformer(nnx.Module):
             x = x + where
         else:
             assert model.head_size
+            if model.strategy == "megatron":  # its heads turn over whole rows
+                positions = reshard(positions, activation("B", axes))
             angles = rope_angles(positions, model.head_size, model.rope_base)
         if segment_ids is not None:
             # A device attends over whole rows: gather the ids once, not in each layer.

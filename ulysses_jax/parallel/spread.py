@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ulysses_jax.mesh import AXES
-from ulysses_jax.sharding import activation
+from ulysses_jax.sharding import ACTIVATION, Table, activation
 
 
 def spread(
@@ -20,6 +20,7 @@ def spread(
     v: Float[Array, "B S K H"],
     mask: Any,
     mesh: Mesh | AbstractMesh,
+    table: Table = ACTIVATION,
 ) -> Float[Array, "B T N H"]:
     """Runs `local(q, k, v, mask)` on every device's shards.
 
@@ -29,6 +30,7 @@ def spread(
       mask: a pytree of arrays `[B, global length]`: a device has its part of the batch
         and all tokens.
       mesh: over axes that are not of this library's the arrays are whole.
+      table: of `sharding`; under MEGATRON a device has all tokens of its heads.
 
     Returns:
       The global result, sharded as q should be; on a mesh with Explicit axes with q's
@@ -36,7 +38,7 @@ def spread(
 
     """
     axes = _free_axes(mesh)
-    spec = activation("BTNH", axes)
+    spec = activation("BTNH", axes, table)
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)
     args = (q, k, v, mask)
     specs = (spec, spec, spec, mask_spec)

@@ -15,8 +15,9 @@ def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     `unsharded` keeps each sequence on one device (ZeRO over all of them: fsdp takes
     what ring and seq had); `ulysses` and `all_gather` spread it over seq, as many
     devices as the config does, or where that is 1, as much of a host as the heads
-    divide over; `ring` spreads it over ring, and `hybrid` over as many members as it
-    has hosts, or 2. The batch is raised, if need be, to what all can divide; each
+    divide over; so does `megatron`, if key/value heads and feed-forward divide too;
+    `ring` spreads it over ring, and `hybrid` over as many members as it has hosts, or
+    2. The batch is raised, if need be, to what all can divide; each
     computes one sequence of each (data, fsdp) at a time.
 
     Returns:
@@ -53,7 +54,7 @@ def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
         except ValueError:
             if chosen == "ulysses":
                 raise
-            continue  # heads in groups, or an attention that has no parts
+            continue  # heads in groups or too few, an attention that has no parts
         plan = make_plan(run, cluster)
         memory = plan["memory"]
         found.append(
@@ -81,7 +82,7 @@ def _meshes(shards: int, cluster: Cluster, tensor: int) -> dict[str, tuple[int, 
     hosts = max(shards * tensor // cluster.gpus_per_host, 2)
     if shards % hosts == 0 and shards > hosts:
         found["hybrid"] = (hosts, shards // hosts)
-    return found | {"all_gather": (1, shards)}
+    return found | {"all_gather": (1, shards), "megatron": (1, shards)}
 
 
 def _attention_bytes(rows: list[dict[str, Any]], config: Config) -> float:

@@ -77,8 +77,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 
 
 def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
-    """Bytes that a GPU sends a step so that attention reaches all tokens; by kind and
-    axis."""
+    """Bytes that a GPU sends a step so that attention reaches all tokens (and, of
+    megatron, so that each feed-forward does); by kind and axis."""
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads and model.head_size and model.strategy != "auto"
     received = received_bytes(
@@ -90,6 +90,7 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
         itemsize=BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES,
         ring=mesh.ring,
         seq=mesh.seq,
+        width=model.width,
     )
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     found = {}
@@ -100,10 +101,24 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
             # block that the backward pass starts with. All that is exchanged or
             # gathered the backward pass reads.
             forwards = 1 + 1 / (mesh.ring - 1)
+        if model.strategy == "megatron":
+            forwards = _forwards_of_megatron(config, key[0])
         sent = rows * model.num_layers * (forwards * forward + backward)
         if sent:
             found[key] = sent
     return found
+
+
+def _forwards_of_megatron(config: Config, kind: str) -> float:
+    """Passes in which activations are gathered, or scattered, as in a forward pass."""
+    recomputed = num_passes(config) - 2
+    if kind == "reduce-scatter":
+        # Nothing reads what the last of layers that are recomputed together returns.
+        return 1 + recomputed * (1 - 1 / config.memory.remat_layers / 2)
+    if feed_forward_is_tiled(config):
+        # Its backward pass gathers its input anew, recomputed or not.
+        return 1 + max(recomputed, 1 / 2)
+    return 1 + recomputed
 
 
 def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
@@ -113,15 +128,9 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     passes = num_passes(config)
     element = BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES
     degrees = {"fsdp": mesh.fsdp, "ring": mesh.ring, "seq": mesh.seq}
-    zero = [axis for axis in zero_axes(model.width, degrees) if degrees[axis] > 1]
-    degree = math.prod(degrees[axis] for axis in zero)
     layers, rest = _matrix_elements(config)
-    if (kind, axes) == ("all-reduce", "data"):
-        shard = (layers + rest) / mesh.tensor / degree
-        sent = 2 * shard * (mesh.data - 1) / mesh.data * F32_BYTES
-    elif axes != "+".join(zero):
-        return None
-    elif kind == "all-gather":
+    unread = 0.0
+    if kind == "all-gather":
         assert model.feed_forward_width
         unread = model.num_layers * model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
@@ -130,13 +139,24 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         unread *= (passes - 2) / config.memory.remat_layers
         if config.memory.in_pieces:
             unread = layers  # the recomputation shares the backward pass's gathers
-        gathered = (layers * passes - unread + rest) / mesh.tensor
-        sent = gathered * (degree - 1) / degree * element
-    elif kind == "reduce-scatter":
-        sent = (layers + rest) / mesh.tensor * (degree - 1) / degree * F32_BYTES
-    else:
-        return None
-    return training.accumulation_steps * sent
+    layer_degrees, parts = degrees, mesh.tensor
+    if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
+        layer_degrees, parts = degrees | {"seq": 1}, mesh.tensor * mesh.seq
+    found = []
+    for elements, gathered, share, over in (
+        (layers, layers * passes - unread, parts, layer_degrees),
+        (rest, rest, mesh.tensor, degrees),
+    ):
+        zero = [axis for axis in zero_axes(model.width, over) if over[axis] > 1]
+        degree = math.prod(over[axis] for axis in zero)
+        if (kind, axes) == ("all-reduce", "data"):
+            shard = elements / share / degree
+            found.append(2 * shard * (mesh.data - 1) / mesh.data * F32_BYTES)
+        elif axes == "+".join(zero) and kind == "all-gather":
+            found.append(gathered / share * (degree - 1) / degree * element)
+        elif axes == "+".join(zero) and kind == "reduce-scatter":
+            found.append(elements / share * (degree - 1) / degree * F32_BYTES)
+    return training.accumulation_steps * sum(found) if found else None
 
 
 def num_passes(config: Config) -> float:
@@ -156,7 +176,8 @@ def feed_forward_is_tiled(config: Config) -> bool:
     training, mesh, tile = config.training, config.mesh, config.memory.mlp_tile_tokens
     assert training.accumulation_steps
     rows = training.batch_size // training.accumulation_steps // mesh.data // mesh.fsdp
-    tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
+    shards = 1 if config.model.strategy == "megatron" else mesh.ring * mesh.seq
+    tokens = rows * config.padded_tokens() // shards
     return tile is not None and tokens > tile
 
 

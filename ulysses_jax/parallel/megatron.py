@@ -1,0 +1,45 @@
+"""Megatron's sequence parallelism: heads lie over `seq` before attention is called."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float
+
+from ulysses_jax.parallel.spread import check_arrays, spread
+from ulysses_jax.sharding import MEGATRON
+from ulysses_jax.spreading import check_split
+
+
+def megatron(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    attention: Callable[..., Array],
+    mask: Any,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of every device's own heads over all tokens; nothing is sent.
+
+    Args:
+      q, k, v: global arrays; the batch over (data, fsdp), heads over (tensor, seq),
+        tokens whole, as `models.megatron.project_gathered` makes them.
+      mesh, attention, mask, scale: as `parallel.ulysses.ulysses`.
+
+    Returns:
+      The attended values, global, sharded as q.
+
+    Raises:
+      ValueError: heads that do not divide over tensor x seq; shapes that do not fit
+        each other or the mesh.
+    """
+    axes = check_arrays(q, k, v, mesh)
+    degrees = {axis: axes.get(axis, 1) for axis in ("fsdp", "seq", "tensor")}
+    check_split({"num_heads": q.shape[2], "num_kv_heads": k.shape[2]}, degrees)
+
+    def local(q, k, v, mask):
+        return attention(q, k, v, mask=mask, scale=scale)
+
+    return spread(local, q, k, v, mask, mesh, MEGATRON)
