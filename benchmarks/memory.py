@@ -5,8 +5,9 @@
 Compiles the trainer's own step for a small model on 8 simulated CPU devices, one
 sequence over all of them, and reads the temporary memory of a device off the program.
 Each rung of the memory stack adds to the one before; the last row is a control that
-must not be linear. Exponents are fitted to how much memory grows when the tokens
-double, so that the constant part (weights, gradients, tiles) cannot flatten them.
+must not be linear. `slope` is that of log bytes over log tokens; `exponent` is fitted
+to how much memory grows when the tokens double, so that the constant part (weights,
+gradients, tiles) cannot flatten it.
 """
 
 import argparse
@@ -39,7 +40,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "+ head chunks": {"head_chunks": 2},
 }
 FULL_STACK = list(RUNGS)[-1]
-CONTROL = "dense attention"  # the full stack, with [T, T] in memory
+# [T, T] in memory, on the stack before layers run in pieces, which it has not.
+CONTROL, CONTROL_STACK = "dense attention", "+ tiled loss"
 # Machine code that never runs need not be fast; buffers are assigned before it is made.
 UNOPTIMISED = {
     "xla_backend_optimization_level": 0,
@@ -52,7 +54,7 @@ def options_of(rung: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, changes in RUNGS.items():
         options |= changes
-        if name == rung:
+        if name == (CONTROL_STACK if rung == CONTROL else rung):
             break
     return options
 
@@ -95,11 +97,16 @@ def exponent(points: dict[int, int]) -> float:
     lengths = sorted(points)
     if len(lengths) < 3 or any(b != 2 * a for a, b in _pairs(lengths)):
         raise ValueError(f"the slope needs three or more doublings, not {lengths}")
-    growth = [points[b] - points[a] for a, b in _pairs(lengths)]
-    if min(growth) <= 0:
+    growth = {a: points[b] - points[a] for a, b in _pairs(lengths)}
+    if min(growth.values()) <= 0:
         raise ValueError(f"more tokens take no more memory: {points}")
-    x = [math.log(tokens) for tokens in lengths[:-1]]
-    y = [math.log(each) for each in growth]
+    return slope(growth)
+
+
+def slope(points: dict[int, int]) -> float:
+    """The least-squares slope of the logarithm of bytes over that of tokens."""
+    x = [math.log(tokens) for tokens in points]
+    y = [math.log(size) for size in points.values()]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return covariance / sum((a - mean_x) ** 2 for a in x)
@@ -138,8 +145,8 @@ def main() -> None:
     table.add_column("tokens")
     for tokens in lengths:
         table.add_column(f"{tokens // K}K", justify="right")
-    table.add_column("bytes a token", justify="right")
-    table.add_column("exponent", justify="right")
+    for name in ("bytes a token", "slope", "exponent"):
+        table.add_column(name, justify="right")
     exponents = {}
     for rung in rungs:
         points = {r["tokens"]: r["temp_bytes"] for r in rows if r["rung"] == rung}
@@ -148,6 +155,7 @@ def main() -> None:
             rung,
             *(f"{points[tokens] / 2**20:,.1f}" for tokens in lengths),
             f"{bytes_a_token(points):,.0f}",
+            f"{slope(points):.3f}",
             f"{exponents[rung]:.3f}",
         )
     Console(width=130, highlight=False).print(table)

@@ -154,12 +154,6 @@ class Memory:
         """Features of a layer's input that stay on the device while the rest moves."""
         return round(width * (1 - self.offload_fraction)) * ("inputs" in self.offload)
 
-    @property
-    def in_pieces(self) -> bool:
-        """Whether layers run as `models.pieces`, which recomputes in any case."""
-        chunks = self.head_chunks > 1 and self.remat != "none"
-        return chunks or self.sequence_chunk_tokens is not None
-
 
 @dataclass(frozen=True)
 class Distributed:
@@ -254,6 +248,7 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     )
     local_tokens = math.ceil(training.sequence_tokens / shards)
     if chunk and local_tokens > chunk and local_tokens % chunk:
+        fair = next(n for n in range(chunk, 0, -1) if local_tokens % n == 0)
         fits = [
             n * chunk * shards
             for n in (local_tokens // chunk, local_tokens // chunk + 1)
@@ -262,7 +257,7 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             f"memory.sequence_chunk_tokens {chunk} does not divide the {local_tokens} "
             f"tokens of a device (training.sequence_tokens {training.sequence_tokens} "
             f"over mesh.ring x mesh.seq {shards}): use sequence_tokens {fits[0]} or "
-            f"{fits[1]}, or a chunk of {math.gcd(chunk, local_tokens)}"
+            f"{fits[1]}, or a chunk of {fair}"
         )
     rows = degrees["data"] * degrees["fsdp"]
     steps = training.accumulation_steps or max(training.batch_size // rows, 1)
@@ -281,6 +276,17 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     )
 
 
+def in_pieces(model: Model, memory: Memory) -> bool:
+    """Whether layers run as `models.pieces`, which recomputes in any case.
+
+    Groups of heads do under the strategy ulysses, where there is rematerialisation;
+    else the strategy itself has them.
+    """
+    groups = memory.head_chunks > 1 and memory.remat != "none"
+    groups &= model.strategy in ("auto", "ulysses")
+    return groups or memory.sequence_chunk_tokens is not None
+
+
 def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Model:
     """Chooses where the config leaves it to the mesh, and checks what it says."""
     ring, seq, tensor = (degrees[axis] for axis in ("ring", "seq", "tensor"))
@@ -293,7 +299,7 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
         # reference, a window where an attention knows no positions.
         can_gather = (
             memory.head_chunks == 1
-            and not (memory.in_pieces or memory.auto)
+            and not (memory.sequence_chunk_tokens or memory.auto)
             and model.attention != "reference"
             and model.window is None
         )
@@ -313,11 +319,11 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
                 ),
             )
     check_strategy(strategy, ring, seq)
-    if memory.in_pieces and strategy != "ulysses":
+    if memory.sequence_chunk_tokens and strategy != "ulysses":
         raise ValueError(
-            f"memory.sequence_chunk_tokens and memory.head_chunks cut up the strategy "
-            f"ulysses, not {strategy}: use mesh.ring 1, mesh.seq {ring * seq} and "
-            "model.strategy ulysses, or neither of the two"
+            "memory.sequence_chunk_tokens cuts up the strategy ulysses, not "
+            f"{strategy}: use mesh.ring 1, mesh.seq {ring * seq} and model.strategy "
+            "ulysses, or no chunks"
         )
     check_head_chunks(strategy, memory.head_chunks, kv_heads, seq)
     if strategy == "megatron":
@@ -397,6 +403,8 @@ def _check_model(model: Model, training: Training) -> None:
 
 
 def _check_memory(memory: Memory, model: Model) -> None:
+    if memory.auto:
+        return  # they are replaced
     if model.num_layers % memory.remat_layers:
         layers = model.num_layers
         fits = [n for n in range(1, layers + 1) if layers % n == 0]
@@ -433,7 +441,7 @@ def _check_memory(memory: Memory, model: Model) -> None:
             "memory.offload keys moves the keys and values of a layer in chunks: set "
             "memory.sequence_chunk_tokens, or do not offload keys"
         )
-    if memory.in_pieces and model.attention == "reference":
+    if in_pieces(model, memory) and model.attention == "reference":
         raise ValueError(
             "model.attention reference cannot attend to some keys at a time, as "
             "memory.sequence_chunk_tokens and memory.head_chunks ask: use "

@@ -90,6 +90,8 @@ def from_dict(cls: type[T], values: Any, *, where: str = "") -> T:
 def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
     if not isinstance(values, dict):
         name = ".".join(path) or "the config"
+        if cls is Memory:
+            name += ", but for the word auto,"
         raise ValueError(f"{where}{name} is a section of fields, not {values!r}")
     hints = get_type_hints(cls)
     built = {}

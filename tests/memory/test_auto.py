@@ -78,14 +78,16 @@ def test_every_rung_is_a_config_that_works():
     for _, memory in rungs(config_of()):
         values = dataclasses.asdict(memory) | dict(auto=False)
         config = make_config("llama", dict(seq=4), **values)
-        assert config.memory.in_pieces == (memory.sequence_chunk_tokens is not None)
+        assert configs.in_pieces(config.model, config.memory) == (
+            memory.sequence_chunk_tokens is not None
+        )
 
 
 def test_lengths_without_a_fair_chunk_have_no_chunks():
     """And the rungs that need none remain, each once."""
     config = make_config("llama", dict(seq=4), auto=True, tokens=4 * 16411)
     memories = [memory for _, memory in rungs(config)]
-    assert not any(memory.in_pieces for memory in memories)
+    assert not any(memory.sequence_chunk_tokens for memory in memories)
     assert not any("keys" in memory.offload for memory in memories)
     assert memories[4].remat == "full" and "inputs" in memories[4].offload
     assert len(set(memories)) == len(memories) == len(RUNGS) - 1
@@ -107,10 +109,10 @@ def test_what_is_not_cut_up_has_no_chunks():
         model = dict(strategy=strategy)
         config = make_config("llama", degrees, model=model, auto=True)
         assert config.model.strategy == strategy
-        assert all(not memory.in_pieces for _, memory in rungs(config))
+        assert all(not memory.sequence_chunk_tokens for _, memory in rungs(config))
     model = dict(attention="reference")
     dense = make_config("llama", dict(seq=4), auto=True, model=model)
-    assert all(not memory.in_pieces for _, memory in rungs(dense))
+    assert all(not memory.sequence_chunk_tokens for _, memory in rungs(dense))
 
 
 def test_chunks_keep_the_order_of_tokens():

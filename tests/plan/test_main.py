@@ -278,8 +278,20 @@ def test_it_says_what_is_missing(planted, config_file, capsys, analysis, tmp_pat
     assert (
         "It does not fit: 3.0 GiB a GPU and 512.0 GiB of memory a host missing" in out
     )
-    assert "chunks of tokens that fits: --memory.auto" in out
+    assert "missing. GPUs and hosts are both too small: shorten the sequence" in out
     assert "host memory a GPU 128.00 1024.0 of 512 GiB a host" in out
+
+
+def test_it_says_what_to_do(planted, config_file, capsys, analysis, tmp_path):
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    answer["result"]["memory"] = analysis["memory"] | {
+        "fits": False,
+        "free_bytes": -3 * 2**30,
+        "activations_bytes": 82 * 2**30,
+    }
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    out = " ".join(plan(config_file, capsys, "--gpus", "h100:1x8").split())
+    assert "chunks of tokens that fits: --memory.auto" in out
 
 
 def test_json(planted, config_file, capsys, tmp_path, analysis):

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.config import Memory, Model
+from ulysses_jax.config import Memory, Model, in_pieces
 from ulysses_jax.memory.remat import run_layers
 from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
         pieces = Layer(graph, model, self.memory)
 
         def layer(x, parameters) -> Array:
-            if self.memory.in_pieces:
+            if in_pieces(model, self.memory):
                 y: Array = layer_in_pieces(pieces, x, parameters, angles, segment_ids)
                 return y
             return nnx.merge(graph, parameters)(x, angles, segment_ids)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_jax.config import Config, Memory, place
+from ulysses_jax.config import Config, Memory, in_pieces, place
 from ulysses_jax.memory.auto import Fit, choose, rungs
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.predict import predict
@@ -194,6 +194,11 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
     )
     budget = memory["limit_bytes"] - memory["estimated_bytes"]
     offload = config.memory.offload
+    if memory["host_bytes_per_node"] > memory["host_limit_bytes_per_node"]:
+        return (
+            "GPUs and hosts are both too small: shorten the sequence, or spread it "
+            "over more hosts"
+        )
     if state > budget / 2:
         words = [word for word in ("optimizer", "parameters") if word not in offload]
         host = f"--memory.offload {' '.join([*offload, *words[:1]])}"
@@ -207,7 +212,7 @@ def advice(memory: dict[str, Any], config: Config, cluster: Cluster) -> str:
         )
     if config.memory.remat == "none":
         return "keep only the inputs of layers: --memory.remat full"
-    if not config.memory.in_pieces:
+    if not in_pieces(config.model, config.memory):
         return (
             "take the cheapest of tiles, offload and chunks of tokens that fits: "
             "--memory.auto"

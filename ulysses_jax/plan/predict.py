@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ulysses_jax.config import Config
+from ulysses_jax.config import Config, in_pieces
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import feed_forward_is_tiled
@@ -150,7 +150,7 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     read = 1 - 1 / memory.remat_layers
     recomputed = again * attention_matrices
     attention_again = 1.0 * (memory.remat == "full")
-    if memory.in_pieces:
+    if in_pieces(config.model, memory):
         # A layer in pieces recomputes itself, and those before the last of a block are
         # recomputed for the next one's input too.
         recomputed = attention_matrices + hidden + again * read * layers

@@ -37,7 +37,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  {plan['strategy']}  "
         f"{plan['batch_size']} x {plan['tokens']:,} tokens a step in "
-        f"{plan['accumulation_steps']} parts; compiled in "
+        f"{_parts(plan['accumulation_steps'])}; compiled in "
         f"{plan['compile_seconds']:.0f} s"
     )
     if "auto" in plan:
@@ -56,6 +56,10 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(f"warning: {warning}", style="yellow")
 
 
+def _parts(number: int) -> str:
+    return f"{number} part{'' if number == 1 else 's'}"
+
+
 def verdict(plan: dict[str, Any]) -> str:
     """Fits or not, by how much, and what to change first."""
     memory = plan["memory"]
@@ -68,7 +72,8 @@ def verdict(plan: dict[str, Any]) -> str:
     host = memory["host_bytes_per_node"] - memory["host_limit_bytes_per_node"]
     if host > 0:
         missing.append(f"{host / GIB:.1f} GiB of memory a host")
-    return f"It does not fit: {' and '.join(missing)} missing. {plan['advice']}."
+    advice = plan["advice"][:1].upper() + plan["advice"][1:]
+    return f"It does not fit: {' and '.join(missing)} missing. {advice}."
 
 
 def _print_auto(plan: dict[str, Any], console: Console) -> None:
@@ -95,7 +100,12 @@ def _print_auto(plan: dict[str, Any], console: Console) -> None:
         for name, value in plan["memory_options"].items()
         if value != getattr(Memory(), name)
     }
-    console.print("That is " + ", ".join(f"memory.{k} {v}" for k, v in options.items()))
+    words = (
+        f"--memory.{name.replace('_', '-')} "
+        + (" ".join(value) if isinstance(value, tuple | list) else str(value))
+        for name, value in options.items()
+    )
+    console.print("That is " + " ".join(words))
 
 
 def _print_memory(memory: dict[str, Any], console: Console) -> None:

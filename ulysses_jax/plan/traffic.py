@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ulysses_jax.config import Config
+from ulysses_jax.config import Config, in_pieces
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
 from ulysses_jax.spreading import received_bytes
@@ -137,7 +137,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
             unread *= 3 if model.feed_forward == "swiglu" else 2
         # Of layers that are recomputed together, only the last one's is not read.
         unread *= (passes - 2) / config.memory.remat_layers
-        if config.memory.in_pieces:
+        if in_pieces(config.model, config.memory):
             unread = layers  # the recomputation shares the backward pass's gathers
     layer_degrees, parts = degrees, mesh.tensor
     if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
@@ -166,7 +166,7 @@ def num_passes(config: Config) -> float:
     last of layers that are recomputed together.
     """
     memory = config.memory
-    if memory.in_pieces:
+    if in_pieces(config.model, memory):
         return 4 - 1 / memory.remat_layers
     return 2 if memory.remat == "none" else 3
 
