@@ -127,7 +127,7 @@ def test_chunks_keep_the_order_of_tokens():
 def test_as_a_word():
     config = from_dict(configs.Config, dict(memory="auto"))
     assert config.memory.auto
-    with pytest.raises(ValueError, match="memory is a section of fields, not 'other'"):
+    with pytest.raises(ValueError, match="memory, but for the word auto, is a section"):
         from_dict(configs.Config, dict(memory="other"))
 
 
