@@ -269,6 +269,7 @@ def test_another_objective_reports_the_plain_loss_too(mesh_name):
     [
         (dict(fsdp=2, seq=4), (("strategy", "all_gather"),)),
         (dict(data=2, seq=4), (("strategy", "all_gather"), ("zigzag", False))),
+        (dict(data=2, seq=2, tensor=2), (("strategy", "megatron"),)),
         (dict(fsdp=2, ring=4), (("zigzag", False),)),
         (dict(fsdp=2, ring=2, seq=2), (("window", 12),)),
     ],
