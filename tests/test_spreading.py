@@ -168,14 +168,11 @@ REFUSALS = [
     ),
     (
         dict(seq=2, memory=dict(sequence_chunk_tokens=8)),
-        "cut up the strategy ulysses, not megatron: .* or neither of the two",
+        "sequence_chunk_tokens cuts up the strategy ulysses, not megatron: use .* or "
+        "no chunks",
     ),
     (
         dict(seq=2, memory=dict(head_chunks=2)),
-        "cut up the strategy ulysses, not megatron",
-    ),
-    (
-        dict(seq=2, memory=dict(head_chunks=2, remat="none")),
         "head_chunks 2 .* megatron exchanges no heads",
     ),
 ]
