@@ -17,9 +17,12 @@ ACTIVATION: dict[str, tuple[str, ...]] = {
     "V": ("tensor",),
 }
 
-# Parameters, their gradients and their optimizer state: as activations, and D over
-# every axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
+# Parameters, their gradients and their optimizer moments: as activations, and D over
+# every axis that would otherwise hold copies (ZeRO over data and sequence together).
 ZERO = ("fsdp", "ring", "seq")
+
+# The stage of ZeRO from which on D is cut (arXiv 1910.02054); before, it is whole.
+FIRST_STAGE = {"moments": 1, "gradients": 2, "parameters": 3}
 
 
 def activation(letters: str, axes: Mapping[str, int]) -> P:
@@ -42,7 +45,7 @@ def parameter(letters: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> 
     """The spec of a parameter, e.g. `parameter("DNH", (4096, 32, 128), mesh.shape)`.
 
     D lies on `zero_axes`; a vector (D alone, or one a layer, LD) is not worth a gather
-    and stays whole.
+    and stays whole. `at_stage` says what of it lies so.
     """
     spec = list(activation(letters, axes))
     if "D" in letters and letters.strip("L") != "D":
@@ -65,3 +68,25 @@ def zero_axes(width: int, axes: Mapping[str, int]) -> tuple[str, ...]:
         if width % math.prod(axes[axis] for axis in subset) == 0
     ]
     return max(subsets, key=lambda s: math.prod(axes[axis] for axis in s))
+
+
+def at_stage(spec: P, what: str, stage: int) -> P:
+    """How a parameter of spec `parameter(...)` lies, its gradient, or its moments.
+
+    Args:
+      what: a name in FIRST_STAGE.
+      stage: of ZeRO, 1 to 3.
+    """
+    if stage >= FIRST_STAGE[what]:
+        return spec
+    _, dim = zero_cut(spec)
+    return P(*(None if i == dim else each for i, each in enumerate(spec)))
+
+
+def zero_cut(spec: P) -> tuple[tuple[str, ...], int | None]:
+    """The axes over which a parameter's D is cut, and the dim; None where it is not."""
+    for dim, axes in enumerate(spec):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if names and set(names) <= set(ZERO):
+            return tuple(names), dim
+    return (), None

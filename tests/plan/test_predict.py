@@ -49,7 +49,7 @@ def step_flops(config):
     return prediction.step_flops(config, config.padded_tokens())
 
 
-def plan(config, *collectives, parameters_bytes=0):
+def plan(config, *collectives, optimizer_bytes=0):
     blank = dict(
         count=1,
         bytes=0.0,
@@ -59,7 +59,7 @@ def plan(config, *collectives, parameters_bytes=0):
     )
     return {
         "num_devices": 8,
-        "memory": {"parameters_bytes": parameters_bytes},
+        "memory": {"optimizer_bytes": optimizer_bytes},
         "overlap": {"collectives": [blank | each for each in collectives]},
     }
 
@@ -108,7 +108,7 @@ def test_flops_of_other_models():
 def test_time_by_hand():
     config = run()
     flops = step_flops(config)
-    found = predict(config, GPU, plan(config, parameters_bytes=4000))
+    found = predict(config, GPU, plan(config, optimizer_bytes=8000))
     matmul = (flops["matmul"] + flops["matmul_recompute"]) / 8
     attention = (flops["attention"] + flops["attention_recompute"]) / 8
     assert found["matmul_seconds"] == pytest.approx(matmul / 0.5e12)

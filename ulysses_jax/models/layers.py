@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.api import ulysses_attention
 from ulysses_jax.attention.select import ATTENTIONS
 from ulysses_jax.config import Memory, Model
-from ulysses_jax.models.linear import Gathered, constant, project, weight
+from ulysses_jax.models.linear import constant, inside_shard_map, project, weight
 from ulysses_jax.models.rope import apply_rope
 from ulysses_jax.models.tiled import NAMES, activate, tiled_feed_forward
 from ulysses_jax.sharding import activation
@@ -144,11 +144,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """In tiles where a device has more tokens than memory.mlp_tile_tokens."""
-        is_global = not isinstance(self.up[...], Gathered)
-        if is_global and self.tile_tokens and _local_tokens(x) > self.tile_tokens:
+        tile, is_global = self.tile_tokens, not inside_shard_map()
+        if is_global and tile and _local_tokens(x) > tile:
             named = {name: getattr(self, name) for name in NAMES}
             weights = {name: w[...] for name, w in named.items() if w is not None}
-            y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
+            y: Array = tiled_feed_forward(x, weights, tile)
         else:
             up = _add_bias(project("BTD,DF->BTF", x, self.up[...]), self.up_bias)
             gate = None

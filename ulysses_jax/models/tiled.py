@@ -10,7 +10,7 @@ from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.models.gathered import gather, scatter, specs_of
+from ulysses_jax.models.gathered import gather, gradient_specs, scatter, specs_of
 from ulysses_jax.models.linear import Gathered
 from ulysses_jax.sharding import activation
 
@@ -102,7 +102,10 @@ def _backward(tile_tokens, residuals, dy):
         return lax.psum(dx, "tensor").reshape(x.shape), scatter(sums, specs)
 
     return jax.shard_map(
-        local, in_specs=(spec, spec, specs), out_specs=(spec, specs), check_vma=False
+        local,
+        in_specs=(spec, spec, specs),
+        out_specs=(spec, gradient_specs(specs)),
+        check_vma=False,
     )(x, dy, weights)
 
 

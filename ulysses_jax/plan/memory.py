@@ -29,6 +29,7 @@ MAX_INT32_ELEMENTS = 2**31
 def memory(
     stats: dict[str, int],
     state: TrainState,
+    gradients: Any,
     module: Module,
     collectives: Iterable[Collective],
     target: Target,
@@ -40,12 +41,13 @@ def memory(
     Args:
       stats: fields of the compiled program's `memory_analysis()`, without "_in_bytes".
       state: abstract, with the shardings of the run.
+      gradients: of all parameters, abstract likewise.
       host_memory_bytes: of a node; None: the target's.
 
     Returns:
       `device_bytes`, XLA's buffer assignment (arguments + temporaries + output - what
       the output shares with the arguments), and its parts: `parameters_bytes`,
-      `optimizer_bytes`, `batch_bytes`, `gradients_bytes` (float32 shards of all
+      `optimizer_bytes`, `batch_bytes`, `gradients_bytes` (float32, of all
       parameters: clipping by the global norm needs them all at once),
       `activations_bytes` (activations and all other temporaries), `output_bytes` (what
       shares nothing). `estimated` lists what XLA does not see and why,
@@ -58,7 +60,7 @@ def memory(
     optimizer = shard_bytes(state.optimizer) + shard_bytes(state.step)
     output = stats["output_size"] - stats["alias_size"]
     device = stats["argument_size"] + stats["temp_size"] + output
-    gradients = min(parameters, stats["temp_size"])
+    gradients_bytes = min(shard_bytes(gradients), stats["temp_size"])
     host = stats["host_argument_size"] + stats["host_temp_size"]
     host += stats["host_output_size"] - stats["host_alias_size"]
     host_limit = host_memory_bytes or target.host_memory_bytes
@@ -70,8 +72,8 @@ def memory(
         "parameters_bytes": parameters,
         "optimizer_bytes": optimizer,
         "batch_bytes": stats["argument_size"] - parameters - optimizer,
-        "gradients_bytes": gradients,
-        "activations_bytes": stats["temp_size"] - gradients,
+        "gradients_bytes": gradients_bytes,
+        "activations_bytes": stats["temp_size"] - gradients_bytes,
         "output_bytes": output,
         "estimated_bytes": estimated,
         "estimated": extras,

@@ -63,12 +63,13 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 
     The exchange: `(2 + 2/G)(T N H / P) (P-1)/P e` a layer and pass, in the compute
     dtype, and `(2 T N H / P + 2 T H) (P-1)/P e` where P exceeds the KV heads of a
-    device's tensor part, each then repeated P/K times. Parameters: gathered in the
-    compute dtype for each pass over the layers (a recomputation needs no down
-    projection: nothing reads what it makes; and nothing of a feed-forward in tiles,
-    whose backward pass makes its hidden activations itself), once for the embedding
-    and once for the head; their gradients scattered in float32 once an accumulation
-    step, then summed over `data`.
+    device's tensor part, each then repeated P/K times. Parameters at ZeRO stage 3:
+    gathered in the compute dtype for each pass over the layers (a recomputation needs
+    no down projection: nothing reads what it makes; and nothing of a feed-forward in
+    tiles, whose backward pass makes its hidden activations itself), once for the
+    embedding and once for the head; below, in float32 once a step. Their gradients in
+    float32 once an accumulation step: scattered, then summed over `data`; at stage 1
+    summed over all axes of tokens.
     """
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads and model.head_size and training.accumulation_steps
@@ -87,11 +88,19 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     zero = [axis for axis in zero_axes(model.width, degrees) if degrees[axis] > 1]
     degree = math.prod(degrees[axis] for axis in zero)
     layers, rest = _matrix_elements(config)
-    if (kind, axes) == ("all-reduce", "data"):
+    tokens = {"data": mesh.data} | degrees
+    spread = [axis for axis in tokens if tokens[axis] > 1]
+    stage = training.zero_stage
+    if stage == 1 and (kind, axes) == ("all-reduce", "+".join(spread)):
+        devices = math.prod(tokens.values())
+        sent = 2 * (layers + rest) / mesh.tensor * (devices - 1) / devices * F32_BYTES
+    elif stage > 1 and (kind, axes) == ("all-reduce", "data"):
         shard = (layers + rest) / mesh.tensor / degree
         sent = 2 * shard * (mesh.data - 1) / mesh.data * F32_BYTES
     elif axes != "+".join(zero):
         return None
+    elif kind == "all-gather" and stage < 3:
+        return (layers + rest) / mesh.tensor * (degree - 1) / degree * F32_BYTES
     elif kind == "all-gather":
         assert model.feed_forward_width
         unread = model.num_layers * model.width * model.feed_forward_width
@@ -103,7 +112,7 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
             unread = layers  # the recomputation shares the backward pass's gathers
         gathered = (layers * passes - unread + rest) / mesh.tensor
         sent = gathered * (degree - 1) / degree * element
-    elif kind == "reduce-scatter":
+    elif kind == "reduce-scatter" and stage > 1:
         sent = (layers + rest) / mesh.tensor * (degree - 1) / degree * F32_BYTES
     else:
         return None

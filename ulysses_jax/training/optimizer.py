@@ -1,9 +1,12 @@
 """AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
 
+from functools import partial
+
 import jax
 import optax
 
 from ulysses_jax.config import Training
+from ulysses_jax.models.linear import is_matrix
 
 
 def learning_rate_schedule(training: Training) -> optax.Schedule:
@@ -26,16 +29,8 @@ def make_optimizer(training: Training) -> optax.GradientTransformation:
             b1=training.beta1,
             b2=training.beta2,
             weight_decay=training.weight_decay,
-            mask=_is_matrix,
+            mask=partial(
+                jax.tree_util.tree_map_with_path, lambda path, _: is_matrix(path)
+            ),
         ),
     )
-
-
-def _is_matrix(parameters):
-    """Not norms and biases: their paths end in scale or bias."""
-
-    def decays(path, _):
-        names = [str(getattr(key, "key", "")) for key in path]
-        return not any(name.endswith(("scale", "bias")) for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, parameters)

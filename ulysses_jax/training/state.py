@@ -2,23 +2,25 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import reshard
 from jaxtyping import Array, Int
 
 from ulysses_jax.config import Config
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.sharding import at_stage
 from ulysses_jax.training.optimizer import make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Float32 parameters and optimizer moments, each sharded as its parameter."""
+    """Float32 parameters and optimizer moments; `lay` says where they lie."""
 
     step: Int[Array, ""]
     parameters: dict[str, Any]
@@ -34,9 +36,28 @@ def init_state(config: Config) -> TrainState:
     parameters = nnx.to_pure_dict(nnx.state(_model(config)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        parameters=parameters,
+        parameters=lay("parameters", parameters, config),
         optimizer=make_optimizer(config.training).init(parameters),
     )
+
+
+def lay(
+    what: Literal["parameters", "gradients", "moments"],
+    tree: dict[str, Any],
+    config: Config,
+) -> dict[str, Any]:
+    """A tree like the parameters, moved to where `what` lies at training.zero_stage.
+
+    Call it inside `jax.jit` or `eval_shape`. Costs an all-gather where D was cut and is
+    whole after; to cut what is whole sends nothing.
+    """
+
+    def move(x, like):
+        spec = at_stage(like.sharding.spec, what, config.training.zero_stage)
+        return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
+
+    model = nnx.eval_shape(partial(_model, config))
+    return jax.tree.map(move, tree, nnx.to_pure_dict(nnx.state(model)))
 
 
 def abstract_state(config: Config) -> TrainState:

@@ -10,10 +10,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
+from ulysses_jax.models.linear import Gathered, Weight
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from ulysses_jax.training.state import TrainState, bind
+from ulysses_jax.training.state import TrainState, bind, lay
 
 Batch = dict[str, Int[Array, "A B T"]]
 Metrics = dict[str, Array]
@@ -54,7 +55,8 @@ def make_train_step(
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
     `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`.
     Loss and gradients are sums over all valid tokens of all accumulation steps, in
-    float32, divided once by their global number.
+    float32, divided once by their global number. Each device updates the part of the
+    parameters whose moments it has; `state.lay` says where everything lies.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
@@ -68,9 +70,9 @@ def make_train_step(
     training = config.training
     changed = bool(training.label_smoothing or training.z_loss)
 
-    def objective(parameters: dict[str, Any], batch: dict[str, Array]):
+    def objective(slots: dict[str, Any], parameters: dict[str, Any], batch):
         return training_loss(
-            *_loss_arguments(config, parameters, batch),
+            *_loss_arguments(config, jax.tree.map(_weight, parameters, slots), batch),
             training.label_smoothing,
             training.z_loss,
         )
@@ -78,22 +80,26 @@ def make_train_step(
     losses_and_gradients = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        parameters = state.parameters
+        slots = lay("gradients", parameters, config)
         if batch["labels"].shape[0] == 1:
-            sums = losses_and_gradients(state.parameters, _part(batch, 0))
+            sums = losses_and_gradients(slots, parameters, _part(batch, 0))
         else:
             nothing = jnp.float32(0), jnp.float32(0)
-            zeros = jax.tree.map(jnp.zeros_like, (nothing, state.parameters))
+            zeros = jax.tree.map(jnp.zeros_like, (nothing, slots))
 
             def accumulate(sums, part):
-                new = losses_and_gradients(state.parameters, part)
+                new = losses_and_gradients(slots, parameters, part)
                 return jax.tree.map(jnp.add, sums, new), None
 
             sums, _ = jax.lax.scan(accumulate, zeros, batch)
         # A step in which no token has a label leaves a loss of 0 and no gradient.
         tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
         (minimised, loss), gradients = jax.tree.map(lambda x: x / tokens, sums)
+        gradients = lay("moments", gradients, config)
+        parameters = lay("moments", parameters, config)
         updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer, state.parameters
+            gradients, state.optimizer, parameters
         )
         metrics = {
             "loss": loss,
@@ -102,9 +108,8 @@ def make_train_step(
         }
         if changed:
             metrics["objective"] = minimised
-        parameters = cast(
-            dict[str, Any], optax.apply_updates(state.parameters, updates)
-        )
+        parameters = cast(dict[str, Any], optax.apply_updates(parameters, updates))
+        parameters = lay("parameters", parameters, config)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
@@ -133,6 +138,12 @@ def _loss_arguments(
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     return x, model.head, batch["labels"], config.memory.loss_tile_tokens
+
+
+def _weight(parameter: Array, slot: Array) -> Weight:
+    """What a layer uses: a parameter whose gradient is that of `slot`."""
+    alike = jax.typeof(parameter).sharding == jax.typeof(slot).sharding
+    return slot if alike else Gathered(parameter, slot)
 
 
 def _part(batch: Batch, index: int) -> dict[str, Array]:
