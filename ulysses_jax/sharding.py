@@ -79,14 +79,14 @@ def at_stage(spec: P, what: str, stage: int) -> P:
     """
     if stage >= FIRST_STAGE[what]:
         return spec
-    _, dim = zero_cut(spec)
-    return P(*(None if i == dim else each for i, each in enumerate(spec)))
+    axes, cut = zero_cut(spec)
+    return P(*(None if axes and i == cut else each for i, each in enumerate(spec)))
 
 
-def zero_cut(spec: P) -> tuple[tuple[str, ...], int | None]:
-    """The axes over which a parameter's D is cut, and the dim; None where it is not."""
+def zero_cut(spec: P) -> tuple[tuple[str, ...], int]:
+    """The axes over which a parameter's D is cut, none where it is whole, and the dim."""
     for dim, axes in enumerate(spec):
         names = (axes,) if isinstance(axes, str) else axes or ()
         if names and set(names) <= set(ZERO):
             return tuple(names), dim
-    return (), None
+    return (), 0

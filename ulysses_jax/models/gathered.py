@@ -89,5 +89,5 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Gathered)
 
 
-def _of_gradient(spec: Any) -> P:
+def _of_gradient(spec: Any) -> Any:
     return spec.gradient if isinstance(spec, Gathered) else spec

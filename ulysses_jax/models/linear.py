@@ -266,12 +266,12 @@ def _local_ids(ids: Array, rows: int) -> tuple[Array, Array]:
     return jnp.where(mine, local, 0), mine
 
 
-def all_gather(x: Array, axes: tuple[str, ...], dim: int | None) -> Array:
+def all_gather(x: Array, axes: tuple[str, ...], dim: int) -> Array:
     """Inside shard_map: the whole of `dim` from its shards over `axes`, if any."""
     return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
-def sum_gradient(gradient: Array, zero: tuple[str, ...], dim: int | None) -> Array:
+def sum_gradient(gradient: Array, zero: tuple[str, ...], dim: int) -> Array:
     """Inside shard_map: a weight's gradient summed over all tokens, cut over `zero`."""
     others = tuple(axis for axis in ("data", "fsdp", "ring", "seq") if axis not in zero)
     if zero:

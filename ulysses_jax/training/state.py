@@ -33,11 +33,12 @@ def init_state(config: Config) -> TrainState:
     The mesh is the one set with `jax.set_mesh`: under jit every array is made as its
     shards, so no device ever holds the whole.
     """
-    parameters = nnx.to_pure_dict(nnx.state(_model(config)))
+    made = nnx.to_pure_dict(nnx.state(_model(config)))
+    moments_like = lay("moments", made, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        parameters=lay("parameters", parameters, config),
-        optimizer=make_optimizer(config.training).init(parameters),
+        parameters=lay("parameters", made, config),
+        optimizer=make_optimizer(config.training).init(moments_like),
     )
 
 

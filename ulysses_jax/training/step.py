@@ -134,7 +134,7 @@ def make_validation_step(
 
 def _loss_arguments(
     config: Config, parameters: dict[str, Any], batch: dict[str, Array]
-) -> tuple[Array, Array, Array, int]:
+) -> tuple[Array, Weight, Array, int]:
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     return x, model.head, batch["labels"], config.memory.loss_tile_tokens
