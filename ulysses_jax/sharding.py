@@ -84,7 +84,7 @@ def at_stage(spec: P, what: str, stage: int) -> P:
 
 
 def zero_cut(spec: P) -> tuple[tuple[str, ...], int]:
-    """The axes over which a parameter's D is cut, none where it is whole, and the dim."""
+    """The axes over which a parameter's D is cut (none: it is whole), and the dim."""
     for dim, axes in enumerate(spec):
         names = (axes,) if isinstance(axes, str) else axes or ()
         if names and set(names) <= set(ZERO):
