@@ -95,6 +95,9 @@ class Training:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    zero_stage: Literal[1, 2, 3] = 3
+    """Of ZeRO: 1 cuts the optimizer's moments over fsdp, ring and seq, 2 the gradients
+    too, 3 the parameters too: gathered in each layer instead of once a step."""
     label_smoothing: float = 0.0
     """Of the target distribution, this part is spread evenly over the vocabulary."""
     z_loss: float = 0.0

@@ -137,6 +137,49 @@ def test_every_strategy_sends_its_formula_and_attends_half(remat, degrees, atten
     assert result["attention_flops"] == half
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "degrees, steps, changes",
+    [
+        (dict(fsdp=2, seq=4), 1, {}),
+        (dict(data=2, seq=2, tensor=2), 1, dict(tied_embeddings=True)),
+        (dict(data=2, fsdp=2, seq=2), 2, {}),
+    ],
+    ids=str,
+)
+def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes, stage):
+    config = tiny(batch_size=8, **degrees)
+    result = plan(
+        replace(
+            config,
+            model=replace(config.model, **changes),
+            training=replace(
+                config.training, accumulation_steps=steps, zero_stage=stage
+            ),
+        )
+    )
+    assert result["warnings"] == []
+    spread = "+".join(axis for axis in ("data", "fsdp", "seq") if axis in degrees)
+    zero = spread.removeprefix("data+")
+    has_data = "data" in degrees
+    rows = {(row["collective"], row["axis"]): row for row in result["traffic"]}
+    expected = {
+        1: [("all-reduce", spread), ("all-gather", zero)],
+        2: [("reduce-scatter", zero), ("all-gather", zero)],
+        3: [("reduce-scatter", zero), ("all-gather", zero)],
+    }[stage] + [("all-reduce", "data")] * (stage > 1 and has_data)
+    for key in expected:
+        if key[0] == "all-reduce" and steps > 1:
+            # XLA moves the sums of tables behind the accumulation.
+            assert 0.8 < rows[key]["ratio"] < 1.01
+        else:
+            assert rows[key]["ratio"] == pytest.approx(1, abs=0.01), key
+    if stage == 1:
+        assert not any(collective == "reduce-scatter" for collective, _ in rows)
+    once = rows["all-gather", zero]["phases"]
+    assert (set(once) == {"update"}) == (stage < 3)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_weights_are_gathered_once_a_pass_and_not_once_a_tile(remat):
     result = plan(tiny(fsdp=4, seq=2, memory=dict(remat=remat, mlp_tile_tokens=100)))
