@@ -1,6 +1,7 @@
 """What a step sends and keeps at each stage of ZeRO, in programs for CPU devices."""
 
 import dataclasses
+import functools
 
 import pytest
 from test_step_traffic import analysed, tiny
@@ -14,7 +15,10 @@ VECTORS = (2 * 3 + 1) * 64
 def at_stage(stage, **changes):
     config = tiny(**changes)
     training = dataclasses.replace(config.training, zero_stage=stage)
-    return analysed(dataclasses.replace(config, training=training))
+    return analysed_once(dataclasses.replace(config, training=training))
+
+
+analysed_once = functools.cache(analysed)
 
 
 def rows(result, collective):
@@ -70,8 +74,11 @@ def test_stages_2_and_3_scatter_gradients(stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_memory_of_each_stage(stage):
-    memory = at_stage(stage, fsdp=2, seq=4)["memory"]
+@pytest.mark.parametrize(
+    "degrees", [dict(fsdp=2, seq=4), dict(fsdp=2, ring=2, seq=2)], ids=str
+)
+def test_memory_of_each_stage(degrees, stage):
+    memory = at_stage(stage, **degrees)["memory"]
     whole, cut = 4 * (MATRICES + VECTORS), 4 * (MATRICES // 8 + VECTORS)
     assert memory["parameters_bytes"] == (cut if stage == 3 else whole)
     assert memory["gradients_bytes"] == (whole if stage == 1 else cut)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_step import QUICK, B, T, V, mesh_of, put_batch
+from quick import QUICK
+from test_step import B, T, V, mesh_of, put_batch
 
 from ulysses_jax import config as configs
 from ulysses_jax.config_file import from_dict
@@ -17,8 +18,11 @@ from ulysses_jax.training.step import abstract_batch, make_train_step
 
 NUM_STEPS = 3
 FAMILIES = {
-    "llama": {},
+    "llama": dict(num_heads=8),
+    # Over seq they are padded and repeated, or keys are gathered; over tensor refused.
+    "uneven": dict(num_heads=6, num_kv_heads=2),
     "gpt": dict(
+        num_heads=8,
         norm="layer",
         feed_forward="gelu",
         positions="learned",
@@ -28,18 +32,16 @@ FAMILIES = {
 }
 
 
-def make_config(degrees, *, family="llama", dtype="float32", memory=None, **training):
-    """Placed on the mesh; heads, vocabulary, batch and tokens divide by 8."""
+def make_config(
+    degrees, *, family="llama", dtype="float32", model=None, memory=None, **training
+):
+    """Placed on the mesh; vocabulary, batch and tokens divide by 8."""
     values = dict(
         model=dict(
-            vocab_size=V,
-            width=16,
-            num_layers=2,
-            num_heads=8,
-            head_size=4,
-            compute_dtype=dtype,
-            **FAMILIES[family],
-        ),
+            vocab_size=V, width=16, num_layers=2, head_size=4, compute_dtype=dtype
+        )
+        | FAMILIES[family]
+        | (model or {}),
         training=dict(
             num_steps=NUM_STEPS,
             warmup_steps=1,
@@ -68,18 +70,22 @@ def first_state(family) -> Any:
 
 def put_state(values, config, mesh):
     def put(value, leaf):
-        spec = P() if leaf.sharding is None else leaf.sharding.spec
-        return jax.device_put(value, NamedSharding(mesh, spec))
+        if leaf.sharding is None:
+            return jax.device_put(value, NamedSharding(mesh, P()))
+        kind, spec = leaf.sharding.memory_kind, leaf.sharding.spec
+        return jax.device_put(value, NamedSharding(mesh, spec, memory_kind=kind))
 
     return jax.tree.map(put, values, abstract_state(config))
 
 
+@functools.cache
 def compiled(config):
-    """The step, compiled from shapes alone on the mesh that is set."""
-    traced = jax.jit(make_train_step(config), donate_argnums=0).trace(
-        abstract_state(config), abstract_batch(config)
-    )
-    return traced.lower().compile(QUICK)
+    """The step, compiled from shapes alone."""
+    with jax.set_mesh(mesh_of(**dataclasses.asdict(config.mesh))):
+        traced = jax.jit(make_train_step(config), donate_argnums=0).trace(
+            abstract_state(config), abstract_batch(config)
+        )
+        return traced.lower().compile(QUICK)
 
 
 @dataclasses.dataclass
@@ -93,8 +99,8 @@ def train(degrees, *, family="llama", state=None, **options) -> Trained:
     """Three steps, from `state` or the first one."""
     config = make_config(degrees, family=family, **options)
     mesh = mesh_of(**degrees)
+    step = compiled(config)
     with jax.set_mesh(mesh):
-        step = compiled(config)
         if state is None:
             state = put_state(first_state(family), config, mesh)
         batch = put_batch(mesh, config)
@@ -105,6 +111,11 @@ def train(degrees, *, family="llama", state=None, **options) -> Trained:
     return Trained(
         [row["loss"] for row in rows], [row["gradient_norm"] for row in rows], state
     )
+
+
+@functools.cache
+def on_one_device(family="llama", dtype="float32") -> Trained:
+    return train({}, family=family, dtype=dtype)
 
 
 def assert_same(got: Trained, want: Trained, tolerance: float) -> None:
