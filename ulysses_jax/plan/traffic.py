@@ -70,7 +70,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     tiles, whose backward pass makes its hidden activations itself), once for the
     embedding and once for the head; below, in float32 once a step. Their gradients in
     float32 once an accumulation step: scattered, then summed over `data`; at stage 1
-    summed over all axes of tokens.
+    summed over all axes of tokens, but for the tables' where a step has one part and
+    `data` is 1.
     """
     found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
     known = [each for each in found if each is not None]
@@ -145,16 +146,18 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
         layer_degrees, parts = degrees | {"seq": 1}, mesh.tensor * mesh.seq
     found = []
-    for elements, gathered, share, over in (
-        (layers, layers * passes - unread, parts, layer_degrees),
-        (rest, rest, mesh.tensor, degrees),
+    for is_table, elements, gathered, share, over in (
+        (False, layers, layers * passes - unread, parts, layer_degrees),
+        (True, rest, rest, mesh.tensor, degrees),
     ):
         zero = [axis for axis in zero_axes(model.width, over) if over[axis] > 1]
         degree = math.prod(over[axis] for axis in zero)
         tokens = {"data": mesh.data} | over
         spread = [axis for axis in tokens if tokens[axis] > 1]
         whole = elements / share * F32_BYTES
-        if stage == 1 and (kind, axes) == ("all-reduce", "+".join(spread)):
+        # XLA scatters sums that are cut at once, as the tables' are for the moments.
+        summed = stage == 1 and not (is_table and steps == 1 and spread == zero)
+        if summed and (kind, axes) == ("all-reduce", "+".join(spread)):
             devices = math.prod(tokens.values())
             found.append(steps * 2 * whole * (devices - 1) / devices)
         elif stage > 1 and (kind, axes) == ("all-reduce", "data"):
@@ -165,7 +168,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
             found.append(whole * (degree - 1) / degree)
         elif kind == "all-gather":
             found.append(steps * gathered / share * (degree - 1) / degree * element)
-        elif kind == "reduce-scatter" and stage > 1:
+        elif kind == "reduce-scatter" and not summed:
             found.append(steps * whole * (degree - 1) / degree)
     return sum(found) if found else None
 
