@@ -145,6 +145,7 @@ def test_every_strategy_sends_its_formula_and_attends_half(remat, degrees, atten
         (dict(fsdp=2, seq=4), 1, {}),
         (dict(data=2, seq=2, tensor=2), 1, dict(tied_embeddings=True)),
         (dict(data=2, fsdp=2, seq=2), 2, {}),
+        (dict(fsdp=2, seq=4), 2, dict(tied_embeddings=True)),
     ],
     ids=str,
 )
@@ -170,14 +171,14 @@ def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes,
         3: [("reduce-scatter", zero), ("all-gather", zero)],
     }[stage] + [("all-reduce", "data")] * (stage > 1 and has_data)
     for key in expected:
-        if key[0] == "all-reduce" and steps > 1:
+        if key[0] == "all-reduce" and steps > 1 and stage > 1:
             # XLA moves the sums of tables behind the accumulation.
             assert 0.8 < rows[key]["ratio"] < 1.01
         else:
             assert rows[key]["ratio"] == pytest.approx(1, abs=0.01), key
     if stage == 1:  # of sums, XLA scatters those that it then cuts
         scatters = [axis for collective, axis in rows if collective == "reduce-scatter"]
-        assert scatters == [] if has_data or steps > 1 else [zero]
+        assert scatters == ([] if has_data else [zero])
     once = rows["all-gather", zero]["phases"]
     assert (set(once) == {"update"}) == (stage < 3)
 

@@ -70,8 +70,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     tiles, whose backward pass makes its hidden activations itself), once for the
     embedding and once for the head; below, in float32 once a step. Their gradients in
     float32 once an accumulation step: scattered, then summed over `data`; at stage 1
-    summed over all axes of tokens, but for the tables' where a step has one part and
-    `data` is 1.
+    summed over all axes of tokens, the tables' once a step, and scattered where `data`
+    is 1.
     """
     found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
     known = [each for each in found if each is not None]
@@ -155,11 +155,13 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         tokens = {"data": mesh.data} | over
         spread = [axis for axis in tokens if tokens[axis] > 1]
         whole = elements / share * F32_BYTES
-        # XLA scatters sums that are cut at once, as the tables' are for the moments.
-        summed = stage == 1 and not (is_table and steps == 1 and spread == zero)
+        # Tables are cut for the moments right after their sum: XLA scatters such sums,
+        # and puts them off to the end of a step.
+        summed = stage == 1 and not (is_table and spread == zero)
+        times = 1 if stage == 1 and is_table else steps
         if summed and (kind, axes) == ("all-reduce", "+".join(spread)):
             devices = math.prod(tokens.values())
-            found.append(steps * 2 * whole * (devices - 1) / devices)
+            found.append(times * 2 * whole * (devices - 1) / devices)
         elif stage > 1 and (kind, axes) == ("all-reduce", "data"):
             found.append(steps * 2 * whole / degree * (mesh.data - 1) / mesh.data)
         elif axes != "+".join(zero):
@@ -169,7 +171,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         elif kind == "all-gather":
             found.append(steps * gathered / share * (degree - 1) / degree * element)
         elif kind == "reduce-scatter" and not summed:
-            found.append(steps * whole * (degree - 1) / degree)
+            found.append(times * whole * (degree - 1) / degree)
     return sum(found) if found else None
 
 
