@@ -118,10 +118,11 @@ def test_three_steps_are_those_of_one_device(degrees, options, stage):
         strict=True,
     ):
         name = jax.tree_util.keystr(path)
-        # Without RoPE it has no gradient (softmax ignores it), and AdamW makes
-        # steps of one size from gradients of any, rounding errors too.
+        # AdamW makes steps of one size, here 0.01, from gradients of any: where one is
+        # near 0, a hundredth of that is rounding. Without RoPE k_bias has no other
+        # gradient, since softmax ignores it.
         if "k_bias" not in name:
-            np.testing.assert_allclose(a, b, 1e-5, 2e-5, err_msg=name)
+            np.testing.assert_allclose(a, b, 1e-5, 1e-4, err_msg=name)
 
 
 def bytes_a_device(tree):
