@@ -95,6 +95,9 @@ class Training:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    zero_stage: Literal[1, 2, 3] = 3
+    """Of ZeRO: 1 cuts the optimizer's moments over fsdp, ring and seq, 2 the gradients
+    too, 3 the parameters too: gathered in each layer instead of once a step."""
     label_smoothing: float = 0.0
     """Of the target distribution, this part is spread evenly over the vocabulary."""
     z_loss: float = 0.0
@@ -220,7 +223,7 @@ def complete(config: Config, *, name: str) -> Config:
         run=dataclasses.replace(config.run, folder=config.run.folder or f"runs/{name}"),
     )
     _check_model(config.model, training)
-    _check_memory(config.memory, config.model)
+    _check_memory(config.memory, config.model, training)
     return config
 
 
@@ -402,7 +405,7 @@ def _check_model(model: Model, training: Training) -> None:
         )
 
 
-def _check_memory(memory: Memory, model: Model) -> None:
+def _check_memory(memory: Memory, model: Model, training: Training) -> None:
     if memory.auto:
         return  # they are replaced
     if model.num_layers % memory.remat_layers:
@@ -422,6 +425,12 @@ def _check_memory(memory: Memory, model: Model) -> None:
             "memory.offload parameters fetches a layer's parameters once more for its "
             "backward pass, but memory.remat none keeps what the first fetch brought: "
             "use memory.remat full or attention, or do not offload parameters"
+        )
+    if training.zero_stage < 3 and "parameters" in memory.offload:
+        raise ValueError(
+            "memory.offload parameters fetches a device's own part of each layer, but "
+            f"training.zero_stage {training.zero_stage} keeps all parameters on every "
+            "device: use training.zero_stage 3, or do not offload parameters"
         )
     moved = model.width - memory.kept_features(model.width)
     if memory.offload_fraction < 1 and ("inputs" not in memory.offload or not moved):

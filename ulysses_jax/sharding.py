@@ -23,9 +23,12 @@ ACTIVATION: Table = {
 # any has all tokens; what has none (the residual stream, norms) lies as above.
 MEGATRON: Table = {**ACTIVATION, **dict.fromkeys("NKF", ("tensor", "seq"))}
 
-# Parameters, their gradients and their optimizer state: as activations, and D over
-# every axis that would otherwise hold copies (ZeRO-3 over data and sequence together).
+# Parameters, their gradients and their optimizer moments: as activations, and D over
+# every axis that would otherwise hold copies (ZeRO over data and sequence together).
 ZERO = ("fsdp", "ring", "seq")
+
+# The stage of ZeRO from which on D is cut (arXiv 1910.02054); before, it is whole.
+FIRST_STAGE = {"moments": 1, "gradients": 2, "parameters": 3}
 
 
 def activation(letters: str, axes: Mapping[str, int], table: Table = ACTIVATION) -> P:
@@ -61,7 +64,8 @@ def parameter(
     """The spec of a parameter, e.g. `parameter("DNH", (4096, 32, 128), mesh.shape)`.
 
     D lies on the `zero_axes` that no other letter takes; a vector (D alone, or one a
-    layer, LD) is not worth a gather and stays whole.
+    layer, LD) is not worth a gather and stays whole. `at_stage` says what of it lies
+    so.
     """
     spec = list(activation(letters, axes, table))
     if "D" in letters and letters.strip("L") != "D":
@@ -90,3 +94,25 @@ def zero_axes(width: int, axes: Mapping[str, int]) -> tuple[str, ...]:
         if width % math.prod(axes[axis] for axis in subset) == 0
     ]
     return max(subsets, key=lambda s: math.prod(axes[axis] for axis in s))
+
+
+def at_stage(spec: P, what: str, stage: int) -> P:
+    """How a parameter of spec `parameter(...)` lies, its gradient, or its moments.
+
+    Args:
+      what: a name in FIRST_STAGE.
+      stage: of ZeRO, 1 to 3.
+    """
+    if stage >= FIRST_STAGE[what]:
+        return spec
+    axes, cut = zero_cut(spec)
+    return P(*(None if axes and i == cut else each for i, each in enumerate(spec)))
+
+
+def zero_cut(spec: P) -> tuple[tuple[str, ...], int]:
+    """The axes over which a parameter's D is cut (none: it is whole), and the dim."""
+    for dim, axes in enumerate(spec):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if names and set(names) <= set(ZERO):
+            return tuple(names), dim
+    return (), 0

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
+from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh
@@ -18,11 +19,6 @@ from ulysses_jax.training.state import abstract_state, bind, init_state
 
 B, V = 4, 28
 TOLERANCE = 1e-5
-# Half the time to compile; the values are the same.
-QUICK = dict(
-    xla_backend_optimization_level=0,
-    xla_llvm_disable_expensive_passes=True,
-)
 MESHES = {
     "one device": {},
     "seq 8": dict(seq=8),

@@ -88,7 +88,9 @@ def test_faults_are_seen(monkeypatch, fault):
     else:
         summed = gathered.sum_gradient
         monkeypatch.setattr(
-            gathered, "sum_gradient", lambda *args, apart: summed(*args)
+            gathered,
+            "sum_gradient",
+            lambda gradient, spec: jax.lax.psum(summed(gradient, spec), "seq"),
         )
     with pytest.raises(AssertionError):
         assert_plain("llama", dict(data=2, seq=4), FEW_HEADS, mlp_tile_tokens=9)

@@ -14,8 +14,9 @@ from memory_cases import (
     plain,
 )
 
-from ulysses_jax.models.linear import Gathered, project
+from ulysses_jax.models.linear import project
 from ulysses_jax.models.pieces import _tile_tokens
+from ulysses_jax.models.weights import Gathered
 
 # Chunks of a device's tokens: 56, 7, 14 and 28 of them.
 CHUNKS = dict(zip(MESHES, (8, 1, 7, 4), strict=True))

@@ -1,5 +1,6 @@
 """The trainer's step, compiled for GPUs that are not there; needs the CUDA plugin."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -135,6 +136,88 @@ def test_every_strategy_sends_its_formula_and_attends_half(remat, degrees, atten
     rows, layers, width = 4, 2, 8 * 64
     half = products * rows * layers * 1024**2 * width / 8
     assert result["attention_flops"] == half
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "degrees, steps, changes",
+    [
+        (dict(fsdp=2, seq=4), 1, {}),
+        (dict(data=2, seq=2, tensor=2), 1, dict(tied_embeddings=True)),
+        (dict(data=2, fsdp=2, seq=2), 2, {}),
+        (dict(fsdp=2, seq=4), 2, dict(tied_embeddings=True)),
+    ],
+    ids=str,
+)
+def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes, stage):
+    config = tiny(batch_size=8, **degrees)
+    result = plan(
+        replace(
+            config,
+            model=replace(config.model, **changes),
+            training=replace(
+                config.training, accumulation_steps=steps, zero_stage=stage
+            ),
+        )
+    )
+    assert result["warnings"] == []
+    spread = "+".join(axis for axis in ("data", "fsdp", "seq") if axis in degrees)
+    zero = spread.removeprefix("data+")
+    has_data = "data" in degrees
+    rows = {(row["collective"], row["axis"]): row for row in result["traffic"]}
+    expected = {
+        1: [("all-reduce", spread), ("all-gather", zero)],
+        2: [("reduce-scatter", zero), ("all-gather", zero)],
+        3: [("reduce-scatter", zero), ("all-gather", zero)],
+    }[stage] + [("all-reduce", "data")] * (stage > 1 and has_data)
+    for key in expected:
+        if key[0] == "all-reduce" and steps > 1 and stage > 1:
+            # XLA moves the sums of tables behind the accumulation.
+            assert 0.8 < rows[key]["ratio"] < 1.01
+        else:
+            assert rows[key]["ratio"] == pytest.approx(1, abs=0.01), key
+    if stage == 1:  # of sums, XLA scatters those that it then cuts
+        scatters = [axis for collective, axis in rows if collective == "reduce-scatter"]
+        assert scatters == ([] if has_data else [zero])
+    once = rows["all-gather", zero]["phases"]
+    assert (set(once) == {"update"}) == (stage < 3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        dict(fsdp=2, ring=2, seq=2),
+        dict(data=2, ring=2, tensor=2),
+        dict(ring=2, seq=2, tensor=2),
+        dict(fsdp=2, seq=4, strategy="megatron"),
+        dict(data=2, seq=2, tensor=2, strategy="megatron"),
+        dict(fsdp=4, seq=2, strategy="all_gather"),
+    ],
+    ids=str,
+)
+def test_each_stage_with_every_strategy(degrees, stage):
+    """Sent and kept; a part of megatron's layers is one over seq too."""
+    config = tiny(**degrees)
+    result = plan(replace(config, training=replace(config.training, zero_stage=stage)))
+    assert result["warnings"] == []
+    gathers = 0
+    for row in result["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+            gathers += row["collective"] == "all-gather" and "update" in row["phases"]
+    assert (gathers > 0) == (stage < 3)
+    tensor, seq = degrees.get("tensor", 1), degrees.get("seq", 1)
+    is_megatron = degrees.get("strategy") == "megatron"
+    layers = 2 * (256 * 64 * 2 * (8 + 4) + 3 * 256 * 512) // tensor
+    tables, vectors = 2 * 512 * 256 // tensor, (2 * 2 + 1) * 256
+    shards = math.prod(degrees.get(axis, 1) for axis in ("fsdp", "ring", "seq"))
+    cut = 4 * ((layers + tables) // shards + vectors)
+    whole = 4 * (layers // (seq if is_megatron else 1) + tables + vectors)
+    memory = result["memory"]
+    assert memory["parameters_bytes"] == (cut if stage == 3 else whole)
+    assert memory["gradients_bytes"] == (whole if stage == 1 else cut)
+    assert memory["optimizer_bytes"] == pytest.approx(2 * cut, abs=16)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -49,7 +49,7 @@ def step_flops(config):
     return prediction.step_flops(config, config.padded_tokens())
 
 
-def plan(config, *collectives, parameters_bytes=0, host_parameters_bytes=0, moves=()):
+def plan(config, *collectives, optimizer_bytes=0, host_optimizer_bytes=0, moves=()):
     blank = dict(
         count=1,
         bytes=0.0,
@@ -60,8 +60,8 @@ def plan(config, *collectives, parameters_bytes=0, host_parameters_bytes=0, move
     return {
         "num_devices": 8,
         "memory": {
-            "parameters_bytes": parameters_bytes,
-            "host_parameters_bytes": host_parameters_bytes,
+            "optimizer_bytes": optimizer_bytes,
+            "host_optimizer_bytes": host_optimizer_bytes,
         },
         "host_moves": {"places": list(moves)},
         "overlap": {"collectives": [blank | each for each in collectives]},
@@ -112,7 +112,7 @@ def test_flops_of_other_models():
 def test_time_by_hand():
     config = run()
     flops = step_flops(config)
-    found = predict(config, GPU, plan(config, parameters_bytes=4000))
+    found = predict(config, GPU, plan(config, optimizer_bytes=8000))
     matmul = (flops["matmul"] + flops["matmul_recompute"]) / 8
     attention = (flops["attention"] + flops["attention_recompute"]) / 8
     assert found["matmul_seconds"] == pytest.approx(matmul / 0.5e12)
@@ -192,8 +192,8 @@ def test_moves_to_and_from_the_host_by_hand():
     longer = found["step_seconds"] - still["step_seconds"]
     assert longer == pytest.approx(found["exposed_host_seconds"])
     # The optimizer reads and writes the same in either memory.
-    device = predict(config, gpu, plan(config, parameters_bytes=4000))
-    host = predict(config, gpu, plan(config, host_parameters_bytes=4000))
+    device = predict(config, gpu, plan(config, optimizer_bytes=8000))
+    host = predict(config, gpu, plan(config, host_optimizer_bytes=8000))
     assert host["optimizer_seconds"] == device["optimizer_seconds"] > 0
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax.mesh import make_mesh
@@ -44,7 +45,11 @@ def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
 
 def analysed(config):
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
-    return analyse(compile_on(config, mesh), TARGETS["h100"], gpus_per_host=8)
+    return analyse(
+        compile_on(config, mesh, compiler_options=QUICK),
+        TARGETS["h100"],
+        gpus_per_host=8,
+    )
 
 
 def row(result, collective, axis):

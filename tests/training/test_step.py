@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh
@@ -50,11 +51,6 @@ MESHES = {
 }
 SHARDED = MESHES["fsdp 2, seq 4"]
 TOLERANCE = 1e-5
-# Half the time to compile; the values are the same.
-QUICK = dict(
-    xla_backend_optimization_level=0,
-    xla_llvm_disable_expensive_passes=True,
-)
 
 
 @functools.cache

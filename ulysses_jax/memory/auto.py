@@ -107,19 +107,21 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
     """The options of every rung, for the tokens that a device of this run has.
 
     Only the strategy ulysses is cut into chunks, and only where some number of tokens,
-    a multiple of 128, divides a device's; without, those rungs are what else they say.
+    a multiple of 128, divides a device's; only parameters that are cut, at ZeRO's
+    stage 3, go to the host. Without, those rungs are what else they say.
     """
     chunk = _chunk_tokens(config)
+    may_wait = {"inputs", "attention", "optimizer"}
+    may_wait |= {"keys"} if chunk else set()
+    may_wait |= {"parameters"} if config.training.zero_stage == 3 else set()
     memory = Memory(loss_tile_tokens=config.memory.loss_tile_tokens)
     found: list[tuple[str, Memory]] = []
     for name, changes in RUNGS:
         memory = dataclasses.replace(memory, **changes)
-        rung = memory
+        offload = tuple(word for word in memory.offload if word in may_wait)
+        rung = dataclasses.replace(memory, offload=offload)
         if memory.sequence_chunk_tokens:
-            offload = tuple(w for w in memory.offload if chunk or w != "keys")
-            rung = dataclasses.replace(
-                memory, sequence_chunk_tokens=chunk, offload=offload
-            )
+            rung = dataclasses.replace(rung, sequence_chunk_tokens=chunk)
         if rung not in [each for _, each in found]:
             found.append((name, rung))
     return found

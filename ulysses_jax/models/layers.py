@@ -12,16 +12,11 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.config import Memory, Model
-from ulysses_jax.models.linear import (
-    Gathered,
-    constant,
-    project,
-    project_each,
-    weight,
-)
+from ulysses_jax.models.linear import constant, project, project_each, weight
 from ulysses_jax.models.megatron import lies_over_seq
 from ulysses_jax.models.rope import apply_rope
 from ulysses_jax.models.tiled import NAMES, activate, tiled_feed_forward
+from ulysses_jax.models.weights import inside_shard_map
 from ulysses_jax.sharding import ACTIVATION, MEGATRON, Table, activation
 
 
@@ -190,7 +185,7 @@ class FeedForward(nnx.Module):
     def _is_tiled(self, x: Float[Array, "B T D"]) -> bool:
         """Whether a device has hidden activations of more tokens than a tile's."""
         up, mesh = self.up[...], get_abstract_mesh()
-        if self.tile_tokens is None or isinstance(up, Gathered):
+        if self.tile_tokens is None or inside_shard_map():
             return False
         letters = "BSD" if lies_over_seq("DF", up) else "BTD"
         spec = activation(letters, mesh.shape)

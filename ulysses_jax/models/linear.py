@@ -1,8 +1,6 @@
-"""Weights that are sharded at rest and gathered in use (ZeRO-3), with float32 grads."""
+"""Weights, whole in use, whose gradients are float32 and lie as ZeRO's stage says."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -18,13 +16,15 @@ from ulysses_jax.models.megatron import (
     project_gathered,
     project_scattered,
 )
-from ulysses_jax.sharding import (
-    ACTIVATION,
-    Table,
-    activation,
-    parameter,
-    zero_axes,
+from ulysses_jax.models.weights import (
+    Gathered,
+    Weight,
+    as_cotangent,
+    gradient_spec,
+    inside_shard_map,
+    value_of,
 )
+from ulysses_jax.sharding import ACTIVATION, Table, activation, parameter, zero_cut
 
 
 def weight(
@@ -58,48 +58,33 @@ def constant(
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Gathered:
-    """Inside shard_map: a weight that is whole in D, and where its gradient goes.
-
-    Attributes:
-      value: in the compute dtype.
-      gradient: float32, of its shape, never read: the cotangent of this is the gradient
-        of the weight over the device's tokens, which value's dtype could not hold.
-    """
-
-    value: Array
-    gradient: Array
-
-    def __getitem__(self, _) -> "Gathered":
-        return self  # as nnx reads the whole of a Param
-
-
 def project(
     equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Gathered
 ) -> Array:
     """A matrix product with a sharded weight, `project("BTD,DNH->BTNH", x, w)`.
 
-    The weight is cast to x's dtype, then gathered over the axes that hold its D, for
-    the product alone: nothing gathered is kept for the backward pass, which gathers
-    anew. The weight's gradient is summed over tokens and devices in float32 and arrives
-    sharded as the weight.
+    The weight is cast to x's dtype, then gathered over the axes that hold its D, if any
+    do, for the product alone: nothing gathered is kept for the backward pass, which
+    gathers anew. The weight's gradient is summed over tokens and devices in float32 and
+    arrives sharded as `gradient_spec` says.
 
     Args:
       equation: an einsum of one activation and one weight; its letters, those of
         `sharding.ACTIVATION`, also say how the result is sharded.
       x: global activation, in the compute dtype.
-      w: global float32 parameter; inside shard_map a `Gathered`, and x local.
+      w: global float32 parameter, or one `Gathered`; inside shard_map a `Gathered`, and
+        x local.
 
     Returns:
       The activation, x's dtype, global or local as x.
 
-    Costs an all-gather of w forward; an all-gather and a reduce-scatter backward; where
-    a letter of the tensor axis is contracted, an all-reduce of the result. Of a weight
-    whose heads or features lie over seq: as `models.megatron` says.
+    Costs, where w is cut, an all-gather of w forward, and one backward; a
+    reduce-scatter of its gradient where that is cut, else an all-reduce; where a letter
+    of the tensor axis is contracted, an all-reduce of the result. Of a weight whose
+    heads or features lie over seq: as `models.megatron` says.
     """
-    if isinstance(w, Gathered):
+    if inside_shard_map():
+        assert isinstance(w, Gathered)
         return _project_local(equation, x, w.value, w.gradient)
     _, w_letters, y_letters = re.split(",|->", equation)
     if not lies_over_seq(w_letters, w):
@@ -119,23 +104,22 @@ def project_each(
 
     Args, returns, cost: as `project`.
     """
-    w = weights[0]
-    if not isinstance(w, Gathered):
-        if lies_over_seq(re.split(",|->", equations[0])[1], w):
-            return project_gathered(equations, x, weights)
+    w_letters = re.split(",|->", equations[0])[1]
+    if not inside_shard_map() and lies_over_seq(w_letters, weights[0]):
+        return project_gathered(equations, x, weights)
     return tuple(
         project(equation, x, w) for equation, w in zip(equations, weights, strict=True)
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_global(equation: str, x: Array, w: Array) -> Array:
+def _project_global(equation: str, x: Array, w: Weight) -> Array:
     _, w_letters, y_letters = re.split(",|->", equation)
     axes = get_abstract_mesh().shape
     return jnp.einsum(
         equation,
         x,
-        reshard(w.astype(x.dtype), activation(w_letters, axes)),
+        reshard(value_of(w).astype(x.dtype), activation(w_letters, axes)),
         out_sharding=activation(y_letters, axes),
     )
 
@@ -151,7 +135,7 @@ def _project_backward(equation, residuals, dy):
     dx = jnp.einsum(
         f"{y_letters},{w_letters}->{x_letters}",
         dy,
-        reshard(w.astype(x.dtype), activation(w_letters, axes)),
+        reshard(value_of(w).astype(x.dtype), activation(w_letters, axes)),
         out_sharding=activation(x_letters, axes),
     )
     dw = jnp.einsum(
@@ -159,9 +143,9 @@ def _project_backward(equation, residuals, dy):
         x,
         dy,
         preferred_element_type=jnp.float32,
-        out_sharding=jax.typeof(w).sharding.spec,
+        out_sharding=gradient_spec(w),
     )
-    return dx, dw
+    return dx, as_cotangent(w, dw)
 
 
 _project_global.defvjp(_project_forward, _project_backward)
@@ -204,32 +188,35 @@ def _product(a_letters: str, a: Array, b_letters: str, b: Array, letters: str) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(
-    table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: jnp.dtype
+    table: Float[Array, "V D"] | Gathered, ids: Int[Array, "B T"], dtype: jnp.dtype
 ) -> Float[Array, "B T D"]:
     """Rows of a sharded table; the gradient is summed in float32 and arrives sharded.
 
     Args:
-      table: global float32 parameter, V over tensor, D over the ZeRO axes.
+      table: global float32 parameter, V over tensor, D whole or over the ZeRO axes, or
+        one `Gathered`.
       ids: global, B over (data, fsdp), T over (ring, seq).
       dtype: the compute dtype.
 
     Returns:
       `[B, T, D]`, global, in the compute dtype.
 
-    Costs an all-gather of the table over the ZeRO axes forward, a reduce-scatter of its
-    float32 gradient backward; an all-reduce of the result over tensor.
+    Costs an all-gather of the table over the axes of its D forward, a reduce-scatter of
+    its float32 gradient, or an all-reduce, backward; an all-reduce of the result over
+    tensor.
     """
     axes = get_abstract_mesh().shape
-    zero = zero_axes(table.shape[1], axes)
+    table = value_of(table)
+    spec = jax.typeof(table).sharding.spec
 
     def local(table, ids):
-        table = all_gather(table.astype(dtype), zero, dim=1)
+        table = all_gather(table.astype(dtype), *zero_cut(spec))
         ids, mine = _local_ids(ids, table.shape[0])
         return lax.psum(jnp.where(mine[..., None], table[ids], 0), "tensor")
 
     return jax.shard_map(
         local,
-        in_specs=(_table_spec(zero), activation("BT", axes)),
+        in_specs=(spec, activation("BT", axes)),
         out_specs=activation("BTD", axes),
         check_vma=False,
     )(table, ids)
@@ -242,29 +229,25 @@ def _embed_forward(table, ids, dtype):
 def _embed_backward(dtype, residuals, dy):
     table, ids = residuals
     axes = get_abstract_mesh().shape
-    zero = zero_axes(table.shape[1], axes)
+    rows, width = value_of(table).shape
+    spec = gradient_spec(table)
 
     def local(ids, dy):
-        rows = table.shape[0] // axes["tensor"]
-        ids, mine = _local_ids(ids, rows)
+        ids, mine = _local_ids(ids, rows // axes["tensor"])
         dy = jnp.where(mine[..., None], dy.astype(jnp.float32), 0)
-        gradient = jnp.zeros((rows, table.shape[1]), jnp.float32).at[ids].add(dy)
-        return sum_gradient(gradient, zero, dim=1)
+        gradient = jnp.zeros((rows // axes["tensor"], width), jnp.float32)
+        return sum_gradient(gradient.at[ids].add(dy), spec)
 
     gradient = jax.shard_map(
         local,
         in_specs=(activation("BT", axes), activation("BTD", axes)),
-        out_specs=_table_spec(zero),
+        out_specs=spec,
         check_vma=False,
     )(ids, dy)
-    return gradient, None
+    return as_cotangent(table, gradient), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
-
-
-def _table_spec(zero: tuple[str, ...]) -> P:
-    return P("tensor", zero or None)
 
 
 def _local_ids(ids: Array, rows: int) -> tuple[Array, Array]:
@@ -274,23 +257,24 @@ def _local_ids(ids: Array, rows: int) -> tuple[Array, Array]:
     return jnp.where(mine, local, 0), mine
 
 
-def all_gather(x: Array, axes: tuple[str, ...], *, dim: int) -> Array:
-    """Inside shard_map: the whole of `dim` from its shards over `axes`."""
+def all_gather(x: Array, axes: tuple[str, ...], dim: int) -> Array:
+    """Inside shard_map: the whole of `dim` from its shards over `axes`, if any."""
     return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
-def sum_gradient(
-    gradient: Array, zero: tuple[str, ...], dim: int, apart: Sequence[str] = ()
-) -> Array:
-    """Inside shard_map: a weight's gradient, summed over all tokens, sharded as it.
+def sum_gradient(gradient: Array, spec: P) -> Array:
+    """Inside shard_map: a weight's gradient, summed over all tokens.
 
     Args:
-      zero, dim: the axes over which a dim of the weight is cut, to be gathered in use.
-      apart: axes over which the weight is cut at all: nothing is summed over those that
-        are not in zero, whose devices have the gradients of other parts.
+      spec: of the global sum. It is scattered over the axes that cut D. Nothing is
+        summed over those that cut another dim: their devices have other parts.
     """
-    summed = [axis for axis in ("data", "fsdp", "ring", "seq") if axis not in apart]
-    others = tuple(axis for axis in summed if axis not in zero)
+    zero, dim = zero_cut(spec)
+    apart = {
+        a for axes in spec for a in ((axes,) if isinstance(axes, str) else axes or ())
+    }
+    tokens = ("data", "fsdp", "ring", "seq")
+    others = tuple(axis for axis in tokens if axis not in apart)
     if zero:
         gradient = lax.psum_scatter(gradient, zero, scatter_dimension=dim, tiled=True)
     return lax.psum(gradient, others)

@@ -10,12 +10,13 @@ from jax import lax
 from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float
 
+from ulysses_jax.models.weights import Weight, as_cotangent, gradient_spec, value_of
 from ulysses_jax.sharding import MEGATRON, activation
 
 
-def lies_over_seq(letters: str, w: Array) -> bool:
+def lies_over_seq(letters: str, w: Weight) -> bool:
     """Whether a weight's heads or features are cut over seq, as its type says."""
-    spec = jax.typeof(w).sharding.spec
+    spec = jax.typeof(value_of(w)).sharding.spec
     return any(
         letter in "NKF" and "seq" in (axes or ())
         for letter, axes in zip(letters, spec, strict=True)
@@ -24,14 +25,14 @@ def lies_over_seq(letters: str, w: Array) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_gathered(
-    equations: tuple[str, ...], x: Float[Array, "B T D"], weights: tuple[Array, ...]
+    equations: tuple[str, ...], x: Float[Array, "B T D"], weights: tuple[Weight, ...]
 ) -> tuple[Array, ...]:
     """Products of all tokens with weights of local heads or features.
 
     Args:
       equations: one a weight, e.g. "BTD,DNH->BTNH".
       x: global, in the compute dtype, T over (ring, seq).
-      weights: global float32 parameters, N, K or F over (tensor, seq).
+      weights: global float32 parameters (or `Gathered`), N, K or F over (tensor, seq).
 
     Returns:
       Global activations in x's dtype, sharded as `sharding.MEGATRON` says: T whole.
@@ -68,7 +69,7 @@ project_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_scattered(equation: str, x: Array, w: Array) -> Float[Array, "B T D"]:
+def project_scattered(equation: str, x: Array, w: Weight) -> Float[Array, "B T D"]:
     """The product of local heads or features with a weight, summed to token shards.
 
     Args:
@@ -111,12 +112,12 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return x, w, y
 
 
-def _gathered_weight(letters: str, w: Array, dtype: jnp.dtype) -> Array:
+def _gathered_weight(letters: str, w: Weight, dtype: jnp.dtype) -> Array:
     axes = get_abstract_mesh().shape
-    return reshard(w.astype(dtype), activation(letters, axes, MEGATRON))
+    return reshard(value_of(w).astype(dtype), activation(letters, axes, MEGATRON))
 
 
-def _product(equation: str, w: Array, *, x: Array) -> Array:
+def _product(equation: str, w: Weight, *, x: Array) -> Array:
     """Of all tokens; nothing of the activations is sent."""
     _, w_letters, y_letters = _letters(equation)
     return jnp.einsum(
@@ -127,25 +128,26 @@ def _product(equation: str, w: Array, *, x: Array) -> Array:
     )
 
 
-def _weight_gradient(equation: str, x: Array, dy: Array, w: Array) -> Array:
-    """Of all tokens, float32, sharded as the weight."""
+def _weight_gradient(equation: str, x: Array, dy: Array, w: Weight) -> Weight:
+    """Of all tokens, float32, sharded as the weight's gradient."""
     x_letters, w_letters, y_letters = _letters(equation)
-    return jnp.einsum(
+    gradient = jnp.einsum(
         f"{x_letters},{y_letters}->{w_letters}",
         x,
         dy,
         preferred_element_type=jnp.float32,
-        out_sharding=jax.typeof(w).sharding.spec,
+        out_sharding=gradient_spec(w),
     )
+    return as_cotangent(w, gradient)
 
 
 def _summed_to_tokens(
-    equations: Sequence[str], xs: Sequence[Array], weights: Sequence[Array]
+    equations: Sequence[str], xs: Sequence[Array], weights: Sequence[Weight]
 ) -> Float[Array, "B T D"]:
     """The sum of products that contract local heads or features, to token shards."""
     axes = get_abstract_mesh().shape
     letters = [_letters(equation) for equation in equations]
-    weights = [
+    gathered = [
         _gathered_weight(each[1], w, xs[0].dtype)
         for each, w in zip(letters, weights, strict=True)
     ]
@@ -167,4 +169,4 @@ def _summed_to_tokens(
         in_specs=(specs(0), specs(1)),
         out_specs=activation("BTD", axes),
         check_vma=False,
-    )(list(xs), weights)
+    )(list(xs), gathered)

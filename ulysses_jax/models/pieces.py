@@ -19,7 +19,7 @@ from ulysses_jax.config import Memory, Model
 from ulysses_jax.memory.pieces import Pieces, backward, forward
 from ulysses_jax.memory.remat import ATTENTION
 from ulysses_jax.mesh import platform_of
-from ulysses_jax.models.gathered import gather, scatter, specs_of
+from ulysses_jax.models.gathered import gather, gradient_specs, scatter, specs_of
 from ulysses_jax.models.layers import Block
 from ulysses_jax.parallel.exchange import head_layout, heads_to_seq, seq_to_heads
 from ulysses_jax.parallel.ulysses import split_head_chunks
@@ -98,7 +98,7 @@ def _backward(layer, residuals, dy):
     dx, gradients = jax.shard_map(
         local,
         in_specs=(*specs, _attended_specs(attended is not None), x_spec),
-        out_specs=(x_spec, parameter_specs),
+        out_specs=(x_spec, gradient_specs(parameter_specs)),
         check_vma=False,
     )(x, parameters, angles, segment_ids, attended, dy)
     return dx, gradients, None, None

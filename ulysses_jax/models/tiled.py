@@ -10,14 +10,15 @@ from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.models.gathered import gather, scatter, specs_of
-from ulysses_jax.models.linear import Gathered, all_gather
+from ulysses_jax.models.gathered import gather, gradient_specs, scatter, specs_of
+from ulysses_jax.models.linear import all_gather
 from ulysses_jax.models.megatron import lies_over_seq
+from ulysses_jax.models.weights import Weight, value_of
 from ulysses_jax.sharding import activation
 
 # The parameters, by the names that `FeedForward` has for them.
 NAMES = ("gate", "up", "down", "gate_bias", "up_bias")
-Weights = dict[str, Array]
+Weights = dict[str, Weight]
 
 
 def activate(gate: Array | None, up: Array) -> Array:
@@ -107,7 +108,10 @@ def _backward(tile_tokens, residuals, dy):
         return _summed(dx.reshape(x.shape), over_seq), scatter(sums, specs)
 
     return jax.shard_map(
-        local, in_specs=(spec, spec, specs), out_specs=(spec, specs), check_vma=False
+        local,
+        in_specs=(spec, spec, specs),
+        out_specs=(spec, gradient_specs(specs)),
+        check_vma=False,
     )(x, dy, weights)
 
 
@@ -126,7 +130,7 @@ def _summed(y: Float[Array, "B T D"], over_seq: tuple[str, ...]) -> Array:
     return lax.psum(y, "tensor")
 
 
-def _hidden_inputs(x: Array, weights: Weights) -> tuple[Array | None, Array]:
+def _hidden_inputs(x: Array, weights: dict[str, Array]) -> tuple[Array | None, Array]:
     """Gate (None without one) and up of a tile, local; biases added in float32."""
 
     def linear(name):
@@ -141,11 +145,10 @@ def _weight_gradient(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _gather(weights: Weights, specs: Any, x: Array) -> tuple[Weights, Weights]:
+def _gather(
+    weights: Weights, specs: Any, x: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """Inside shard_map: matrices whole in D, in x's dtype; zeros for gradients."""
     leaves, gathered = gather(weights, specs, x.dtype)
-    values = {
-        name: w.value if isinstance(w, Gathered) else w
-        for name, w in gathered(leaves).items()
-    }
+    values = {name: value_of(w) for name, w in gathered(leaves).items()}
     return values, jax.tree.map(jnp.zeros_like, leaves)

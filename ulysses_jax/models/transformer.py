@@ -11,6 +11,7 @@ from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
 from ulysses_jax.models.pieces import Layer, layer_in_pieces
 from ulysses_jax.models.rope import rope_angles
+from ulysses_jax.models.weights import Gathered
 from ulysses_jax.sharding import activation
 
 
@@ -36,7 +37,7 @@ class Transformer(nnx.Module):
         self.unembedding = None if tied else weight(rngs, "VD", sizes, std=0.02)
 
     @property
-    def head(self) -> Float[Array, "V D"]:
+    def head(self) -> Float[Array, "V D"] | Gathered:
         """The output projection, as stored: float32, sharded."""
         owner = self.embedding if self.unembedding is None else self.unembedding
         return owner[...]

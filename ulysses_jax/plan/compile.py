@@ -28,7 +28,7 @@ from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import traffic, unexpected
-from ulysses_jax.training.state import TrainState, abstract_state, host_bytes
+from ulysses_jax.training.state import TrainState, abstract_state, host_bytes, lay
 from ulysses_jax.training.step import abstract_batch, make_train_step
 
 
@@ -49,6 +49,8 @@ class Program:
     degrees: dict[str, int]
     state: TrainState
     """Abstract, with shardings on the mesh."""
+    gradients: dict[str, Any]
+    """Likewise, as a step sums them."""
     compile_seconds: float
     """Tracing, lowering and compiling."""
 
@@ -108,6 +110,9 @@ def compile_on(
 
     with jax.set_mesh(mesh):
         state = jax.tree.map(on_mesh, abstract_state(config))
+        gradients = jax.eval_shape(
+            lambda parameters: lay("gradients", parameters, config), state.parameters
+        )
         batch = abstract_batch(config)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
@@ -124,7 +129,7 @@ def compile_on(
     stats = memory_stats(compiled)
     check_offload(host_bytes(config, state), stats, platform)
     seconds = time.monotonic() - started
-    return Program(text, stats, config, dict(mesh.shape), state, seconds)
+    return Program(text, stats, config, dict(mesh.shape), state, gradients, seconds)
 
 
 def analyse(
@@ -161,6 +166,7 @@ def analyse(
         "memory": memory(
             program.stats,
             program.state,
+            program.gradients,
             module,
             collectives,
             target,

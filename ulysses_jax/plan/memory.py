@@ -29,6 +29,7 @@ MAX_INT32_ELEMENTS = 2**31
 def memory(
     stats: dict[str, int],
     state: TrainState,
+    gradients: Any,
     module: Module,
     collectives: Iterable[Collective],
     target: Target,
@@ -40,13 +41,14 @@ def memory(
     Args:
       stats: fields of the compiled program's `memory_analysis()`, without "_in_bytes".
       state: abstract, with the shardings of the run.
+      gradients: of all parameters, abstract likewise.
       host_memory_bytes: of a node; None: the target's.
 
     Returns:
       `device_bytes`, XLA's buffer assignment (arguments + temporaries + output - what
       the output shares with the arguments), and its parts: `parameters_bytes`,
-      `optimizer_bytes`, `batch_bytes`, `gradients_bytes` (float32 shards of all
-      parameters that lie there: clipping by the global norm needs them all at once),
+      `optimizer_bytes`, `batch_bytes`, `gradients_bytes` (float32, of all parameters
+      that lie there: clipping by the global norm needs them all at once),
       `activations_bytes` (activations and all other temporaries), `output_bytes` (what
       shares nothing). `estimated` lists what XLA does not see and why,
       `estimated_bytes` is their sum, `limit_bytes` what CUDA offers, `free_bytes` what
@@ -61,8 +63,8 @@ def memory(
     optimizer, host_optimizer = _device_and_host((state.optimizer, state.step))
     output = stats["output_size"] - stats["alias_size"]
     device = stats["argument_size"] + stats["temp_size"] + output
-    # They lie where the parameters do.
-    gradients = min(parameters, stats["temp_size"])
+    gradients_bytes, _ = _device_and_host(gradients)
+    gradients_bytes = min(gradients_bytes, stats["temp_size"])
     host = stats["host_argument_size"] + stats["host_temp_size"]
     host += stats["host_output_size"] - stats["host_alias_size"]
     host_limit = host_memory_bytes or target.host_memory_bytes
@@ -74,8 +76,8 @@ def memory(
         "parameters_bytes": parameters,
         "optimizer_bytes": optimizer,
         "batch_bytes": stats["argument_size"] - parameters - optimizer,
-        "gradients_bytes": gradients,
-        "activations_bytes": stats["temp_size"] - gradients,
+        "gradients_bytes": gradients_bytes,
+        "activations_bytes": stats["temp_size"] - gradients_bytes,
         "output_bytes": output,
         "estimated_bytes": estimated,
         "estimated": extras,

@@ -13,8 +13,9 @@ from ulysses_jax.plan.traffic import feed_forward_is_tiled
 # four times F. Backward takes twice as much.
 D_PASSES, QKV_PASSES, F_PASSES = 10, 3, 4
 
-# AdamW reads parameter, gradient and two moments and writes three of them: float32.
-OPTIMIZER_BYTES_A_PARAMETER = 7 * 4
+# AdamW reads parameter, gradient and two moments and writes three of them, float32, for
+# each two moments that a device has.
+OPTIMIZER_TRAFFIC = 7 / 2
 
 
 def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +81,9 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         / devices
         / target.memory_bytes_per_second,
         "optimizer_seconds": sum(
-            plan["memory"][name]
-            for name in ("parameters_bytes", "host_parameters_bytes")
+            plan["memory"][name] for name in ("optimizer_bytes", "host_optimizer_bytes")
         )
-        / 4
-        * OPTIMIZER_BYTES_A_PARAMETER
+        * OPTIMIZER_TRAFFIC
         / target.memory_bytes_per_second,
         "exposed_communication_seconds": exposed,
         "exposed_host_seconds": host_exposed,

@@ -64,12 +64,14 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     """Bytes that a GPU should send a step in these collectives; None: no formula.
 
     Attention: what `spreading.received_bytes` says of the run's strategy, a layer and
-    row; the forward pass's again where it is recomputed. Parameters: gathered in the
-    compute dtype for each pass over the layers (a recomputation needs no down
-    projection: nothing reads what it makes; and nothing of a feed-forward in tiles,
-    whose backward pass makes its hidden activations itself), once for the embedding
-    and once for the head; their gradients scattered in float32 once an accumulation
-    step, then summed over `data`.
+    row; the forward pass's again where it is recomputed. Parameters at ZeRO stage 3:
+    gathered in the compute dtype for each pass over the layers (a recomputation needs
+    no down projection: nothing reads what it makes; and nothing of a feed-forward in
+    tiles, whose backward pass makes its hidden activations itself), once for the
+    embedding and once for the head; below, in float32 once a step. Their gradients in
+    float32 once an accumulation step: scattered, then summed over `data`; at stage 1
+    summed over all axes of tokens, the tables' once a step, and scattered where `data`
+    is 1.
     """
     found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
     known = [each for each in found if each is not None]
@@ -129,8 +131,9 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     element = BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES
     degrees = {"fsdp": mesh.fsdp, "ring": mesh.ring, "seq": mesh.seq}
     layers, rest = _matrix_elements(config)
+    stage, steps = training.zero_stage, training.accumulation_steps
     unread = 0.0
-    if kind == "all-gather":
+    if kind == "all-gather" and stage == 3:
         assert model.feed_forward_width
         unread = model.num_layers * model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
@@ -143,20 +146,33 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
         layer_degrees, parts = degrees | {"seq": 1}, mesh.tensor * mesh.seq
     found = []
-    for elements, gathered, share, over in (
-        (layers, layers * passes - unread, parts, layer_degrees),
-        (rest, rest, mesh.tensor, degrees),
+    for is_table, elements, gathered, share, over in (
+        (False, layers, layers * passes - unread, parts, layer_degrees),
+        (True, rest, rest, mesh.tensor, degrees),
     ):
         zero = [axis for axis in zero_axes(model.width, over) if over[axis] > 1]
         degree = math.prod(over[axis] for axis in zero)
-        if (kind, axes) == ("all-reduce", "data"):
-            shard = elements / share / degree
-            found.append(2 * shard * (mesh.data - 1) / mesh.data * F32_BYTES)
-        elif axes == "+".join(zero) and kind == "all-gather":
-            found.append(gathered / share * (degree - 1) / degree * element)
-        elif axes == "+".join(zero) and kind == "reduce-scatter":
-            found.append(elements / share * (degree - 1) / degree * F32_BYTES)
-    return training.accumulation_steps * sum(found) if found else None
+        tokens = {"data": mesh.data} | over
+        spread = [axis for axis in tokens if tokens[axis] > 1]
+        whole = elements / share * F32_BYTES
+        # Tables are cut for the moments right after their sum: XLA scatters such sums,
+        # and puts them off to the end of a step.
+        summed = stage == 1 and not (is_table and spread == zero)
+        times = 1 if stage == 1 and is_table else steps
+        if summed and (kind, axes) == ("all-reduce", "+".join(spread)):
+            devices = math.prod(tokens.values())
+            found.append(times * 2 * whole * (devices - 1) / devices)
+        elif stage > 1 and (kind, axes) == ("all-reduce", "data"):
+            found.append(steps * 2 * whole / degree * (mesh.data - 1) / mesh.data)
+        elif axes != "+".join(zero):
+            continue
+        elif kind == "all-gather" and stage < 3:
+            found.append(whole * (degree - 1) / degree)
+        elif kind == "all-gather":
+            found.append(steps * gathered / share * (degree - 1) / degree * element)
+        elif kind == "reduce-scatter" and not summed:
+            found.append(times * whole * (degree - 1) / degree)
+    return sum(found) if found else None
 
 
 def num_passes(config: Config) -> float:

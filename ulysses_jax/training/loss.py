@@ -12,12 +12,18 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.memory.tiles import over_tiles
 from ulysses_jax.models.linear import all_gather, sum_gradient
-from ulysses_jax.sharding import activation, parameter, zero_axes
+from ulysses_jax.models.weights import (
+    Gathered,
+    as_cotangent,
+    gradient_spec,
+    value_of,
+)
+from ulysses_jax.sharding import activation, zero_cut
 
 
 def cross_entropy(
     x: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Gathered,
     labels: Int[Array, "B T"],
     tile_tokens: int,
 ) -> Float[Array, ""]:
@@ -32,7 +38,7 @@ def cross_entropy(
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def training_loss(
     x: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Gathered,
     labels: Int[Array, "B T"],
     tile_tokens: int,
     label_smoothing: float,
@@ -47,7 +53,8 @@ def training_loss(
     Args:
       x: global activations in the compute dtype, B over (data, fsdp), T over
         (ring, seq).
-      head: global float32 parameter, V over tensor, D over the ZeRO axes.
+      head: global float32 parameter, V over tensor, D whole or over the ZeRO axes, or
+        one `Gathered`.
       labels: global, sharded as x; `IGNORED` where there is none.
       tile_tokens: how many tokens of a device have logits at a time.
 
@@ -58,9 +65,9 @@ def training_loss(
 
     Cost: tile_tokens V / tensor float32 a device. When differentiated, the same pass
     computes the gradients (three products a tile instead of four) and keeps them: x's
-    size in x's dtype, and the head's gradient. An all-gather of the head and a
-    reduce-scatter of its gradient; over tensor, all-reduces of per-token scalars and of
-    x's gradient.
+    size in x's dtype, and the head's gradient. Where D is cut, an all-gather of the
+    head, and a reduce-scatter of its gradient (else an all-reduce); over tensor,
+    all-reduces of per-token scalars and of x's gradient.
 
     Source: tiling over the sequence as in Mini-Sequence Transformer, arXiv 2407.15892;
     gradients in the forward pass as in Liger Kernel, arXiv 2410.10989; label smoothing
@@ -81,14 +88,14 @@ def _forward(x, head, labels, tile_tokens, label_smoothing, z_loss):
     losses, dx, dhead = _tiled(
         x, head, labels, tile_tokens, label_smoothing, z_loss, with_gradients=True
     )
-    return losses, (dx, dhead)
+    return losses, (dx, as_cotangent(head, dhead))
 
 
 def _backward(tile_tokens, label_smoothing, z_loss, residuals, upstream):
     dx, dhead = residuals
     upstream, _ = upstream
     scaled = (dx.astype(jnp.float32) * upstream).astype(dx.dtype)
-    return scaled, dhead * upstream, None
+    return scaled, jax.tree.map(lambda gradient: gradient * upstream, dhead), None
 
 
 training_loss.defvjp(_forward, _backward)
@@ -99,7 +106,8 @@ def _tiled(
 ):
     axes = get_abstract_mesh().shape
     x_spec = activation("BTD", axes)
-    head_spec = parameter("VD", head.shape, axes)
+    head, dhead_spec = value_of(head), gradient_spec(head)
+    head_spec = jax.typeof(head).sharding.spec
     return jax.shard_map(
         partial(
             _local_loss,
@@ -107,14 +115,15 @@ def _tiled(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             vocab_size=head.shape[0],
-            zero=zero_axes(head.shape[1], axes),
+            head_cut=zero_cut(head_spec),
+            dhead_spec=dhead_spec,
             with_gradients=with_gradients,
         ),
         in_specs=(x_spec, head_spec, activation("BT", axes)),
         out_specs=(
             (P(), P()),
             x_spec if with_gradients else None,
-            head_spec if with_gradients else None,
+            dhead_spec if with_gradients else None,
         ),
         check_vma=False,
     )(x, head, labels)
@@ -129,11 +138,12 @@ def _local_loss(
     label_smoothing,
     z_loss,
     vocab_size,
-    zero,
+    head_cut,
+    dhead_spec,
     with_gradients,
 ):
     """One device's tokens, against its part of the vocabulary."""
-    head = all_gather(head.astype(x.dtype), zero, dim=1)
+    head = all_gather(head.astype(x.dtype), *head_cut)
     first = lax.axis_index("tensor") * head.shape[0]
 
     def tile(sums, labels, x):
@@ -183,4 +193,4 @@ def _local_loss(
     if dhead is None:
         return losses, None, None
     dx = lax.psum(dx, "tensor").reshape(x.shape)
-    return losses, dx, sum_gradient(dhead, zero, dim=1)
+    return losses, dx, sum_gradient(dhead, dhead_spec)

@@ -1,5 +1,6 @@
 """AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Training
+from ulysses_jax.models.weights import is_matrix
 
 
 def learning_rate_schedule(training: Training) -> optax.Schedule:
@@ -34,7 +36,9 @@ def make_optimizer(training: Training) -> optax.GradientTransformationExtraArgs:
             b1=training.beta1,
             b2=training.beta2,
             weight_decay=training.weight_decay,
-            mask=_is_matrix,
+            mask=partial(
+                jax.tree_util.tree_map_with_path, lambda path, _: is_matrix(path)
+            ),
         ),
     )
 
@@ -55,13 +59,3 @@ def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
         return clipped, state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_matrix(parameters):
-    """Not norms and biases: their paths end in scale or bias."""
-
-    def decays(path, _):
-        names = [str(getattr(key, "key", "")) for key in path]
-        return not any(name.endswith(("scale", "bias")) for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, parameters)

@@ -45,7 +45,7 @@ def describe(config: Config, state: TrainState) -> list[str]:
     if copies > 1:
         lines.append(
             f"model.width {model.width} does not divide over fsdp {mesh.fsdp} x ring "
-            f"{mesh.ring} x seq {mesh.seq}: parameters and optimizer lie in {copies} "
-            "copies there"
+            f"{mesh.ring} x seq {mesh.seq}: what training.zero_stage cuts lies in "
+            f"{copies} copies there"
         )
     return lines

@@ -5,17 +5,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import reshard
 from jaxtyping import Array, Int
 
 from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import HOST, to_device, to_host
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.sharding import at_stage
 from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
 
@@ -23,7 +25,7 @@ from ulysses_jax.training.update import LAYERS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Float32 parameters and optimizer moments, each sharded as its parameter."""
+    """Float32 parameters and optimizer moments; `lay` says where they lie."""
 
     step: Int[Array, ""]
     parameters: dict[str, Any]
@@ -37,13 +39,33 @@ def init_state(config: Config) -> TrainState:
     shards, so no device ever holds the whole; what `memory.offload` names leaves the
     device as it is made.
     """
-    parameters = nnx.to_pure_dict(nnx.state(_model(config)))
+    made = nnx.to_pure_dict(nnx.state(_model(config)))
+    moments_like = lay("moments", made, config)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        parameters=parameters,
-        optimizer=make_optimizer(config.training).init(parameters),
+        parameters=lay("parameters", made, config),
+        optimizer=make_optimizer(config.training).init(moments_like),
     )
     return _offloaded(config, state, to_host)
+
+
+def lay(
+    what: Literal["parameters", "gradients", "moments"],
+    tree: dict[str, Any],
+    config: Config,
+) -> dict[str, Any]:
+    """A tree like the parameters, moved to where `what` lies at training.zero_stage.
+
+    Call it inside `jax.jit` or `eval_shape`. Costs an all-gather where D was cut and is
+    whole after; to cut what is whole sends nothing.
+    """
+
+    def move(x, like):
+        spec = at_stage(like.sharding.spec, what, config.training.zero_stage)
+        return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
+
+    model = nnx.eval_shape(partial(_model, config))
+    return jax.tree.map(move, tree, nnx.to_pure_dict(nnx.state(model)))
 
 
 def abstract_state(config: Config) -> TrainState:

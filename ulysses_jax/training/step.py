@@ -9,10 +9,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
+from ulysses_jax.models.weights import Gathered, Weight
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from ulysses_jax.training.state import TrainState, bind
+from ulysses_jax.training.state import TrainState, bind, lay
 from ulysses_jax.training.update import add, update, zeros_like
 
 Batch = dict[str, Int[Array, "A B T"]]
@@ -54,8 +55,9 @@ def make_train_step(
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
     `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`.
     Loss and gradients are sums over all valid tokens of all accumulation steps, in
-    float32, divided once by their global number. What `memory.offload` names is taken
-    from host memory, and left there.
+    float32, divided once by their global number. Each device updates the part of the
+    parameters whose moments it has; `state.lay` says where everything lies. What
+    `memory.offload` names is taken from host memory, and left there.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are the float32 scalars `loss`
@@ -69,9 +71,9 @@ def make_train_step(
     training = config.training
     changed = bool(training.label_smoothing or training.z_loss)
 
-    def objective(parameters: dict[str, Any], batch: dict[str, Array]):
+    def objective(slots: dict[str, Any], parameters: dict[str, Any], batch):
         return training_loss(
-            *_loss_arguments(config, parameters, batch),
+            *_loss_arguments(config, jax.tree.map(_weight, parameters, slots), batch),
             training.label_smoothing,
             training.z_loss,
         )
@@ -79,14 +81,16 @@ def make_train_step(
     losses_and_gradients = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        parameters = state.parameters
+        slots = lay("gradients", parameters, config)
         if batch["labels"].shape[0] == 1:
-            sums = losses_and_gradients(state.parameters, _part(batch, 0))
+            sums = losses_and_gradients(slots, parameters, _part(batch, 0))
         else:
             nothing = jnp.float32(0), jnp.float32(0)
-            zeros = nothing, zeros_like(state.parameters)
+            zeros = nothing, zeros_like(slots)
 
             def accumulate(sums, part):
-                losses, gradients = losses_and_gradients(state.parameters, part)
+                losses, gradients = losses_and_gradients(slots, parameters, part)
                 losses = jax.tree.map(jnp.add, sums[0], losses)
                 return (losses, add(sums[1], gradients)), None
 
@@ -94,8 +98,10 @@ def make_train_step(
         (minimised, loss), gradients = sums
         # A step in which no token has a label leaves a loss of 0 and no gradient.
         tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
+        gradients = lay("moments", gradients, config)
+        parameters = lay("moments", parameters, config)
         parameters, optimizer_state, norm = update(
-            optimizer, gradients, tokens, state.parameters, state.optimizer
+            optimizer, gradients, tokens, parameters, state.optimizer
         )
         metrics = {
             "loss": loss / tokens,
@@ -104,6 +110,7 @@ def make_train_step(
         }
         if changed:
             metrics["objective"] = minimised / tokens
+        parameters = lay("parameters", parameters, config)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
@@ -128,10 +135,16 @@ def make_validation_step(
 
 def _loss_arguments(
     config: Config, parameters: dict[str, Any], batch: dict[str, Array]
-) -> tuple[Array, Array, Array, int]:
+) -> tuple[Array, Weight, Array, int]:
     model = bind(config, parameters)
     x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
     return x, model.head, batch["labels"], config.memory.loss_tile_tokens
+
+
+def _weight(parameter: Array, slot: Array) -> Weight:
+    """What a layer uses: a parameter whose gradient is that of `slot`."""
+    alike = jax.typeof(parameter).sharding == jax.typeof(slot).sharding
+    return slot if alike else Gathered(parameter, slot)
 
 
 def _part(batch: Batch, index: int) -> dict[str, Array]:

@@ -1,0 +1,118 @@
+"""Every way to lay 8 devices out on the mesh trains the same steps."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from run_cases import assert_same, make_config, on_one_device, train
+
+from ulysses_jax.mesh import AXES
+
+NUM_DEVICES = 8
+
+
+def factorisations():
+    """All degrees of the axes whose product is the number of devices."""
+    divisors = [n for n in range(1, NUM_DEVICES + 1) if NUM_DEVICES % n == 0]
+    for degrees in itertools.product(divisors, repeat=len(AXES)):
+        if math.prod(degrees) == NUM_DEVICES:
+            yield {axis: n for axis, n in zip(AXES, degrees, strict=True) if n > 1}
+
+
+# Six heads, of two keys' and values', are cut over tensor in whole heads only.
+EVEN = list(factorisations())
+UNEVEN = [degrees for degrees in EVEN if degrees.get("tensor", 1) <= 2]
+GATHERED = [
+    degrees
+    for degrees in UNEVEN
+    if make_config(degrees, family="uneven").model.strategy == "all_gather"
+]
+
+
+# Every two axes are together in one of them.
+QUICK_ONES = [
+    dict(seq=2, tensor=4),
+    dict(ring=4, seq=2),
+    dict(fsdp=2, seq=4),
+    dict(fsdp=2, ring=2, tensor=2),
+    dict(data=2, tensor=4),
+    dict(data=2, ring=2, seq=2),
+    dict(data=2, fsdp=2, tensor=2),
+]
+
+
+def slow_but_for(quick, cases):
+    """All cases, of which those that are not in `quick` are marked slow."""
+    assert all(degrees in cases for degrees in quick)
+    return [
+        pytest.param(
+            degrees,
+            marks=[] if degrees in quick else pytest.mark.slow,
+            id=", ".join(f"{axis} {n}" for axis, n in degrees.items()),
+        )
+        for degrees in cases
+    ]
+
+
+def test_there_are_as_many_as_there_should_be():
+    """Three factors of 2 over the axes: stars and bars."""
+    assert len(EVEN) == math.comb(3 + len(AXES) - 1, 3) == 35
+    assert len({tuple(sorted(degrees.items())) for degrees in EVEN}) == len(EVEN)
+    assert len(UNEVEN) == 30
+
+
+def test_they_imply_every_strategy_and_zigzag_where_blocks_go_round():
+    configs = [make_config(degrees) for degrees in EVEN]
+    configs += [make_config(degrees, family="uneven") for degrees in UNEVEN]
+    strategies = {config.model.strategy for config in configs}
+    assert strategies == {"ulysses", "ring", "hybrid", "all_gather"}
+    for config in configs:
+        mesh, gathers = config.mesh, config.model.strategy == "all_gather"
+        assert config.zigzag_members() == (mesh.seq if gathers else mesh.ring)
+
+
+@pytest.mark.parametrize("degrees", slow_but_for(QUICK_ONES, EVEN))
+def test_float32(degrees):
+    assert_same(train(degrees), on_one_device(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "degrees", slow_but_for([dict(seq=4, tensor=2), dict(ring=2, seq=4)], UNEVEN)
+)
+def test_uneven_heads(degrees):
+    assert_same(train(degrees, family="uneven"), on_one_device("uneven"), 1e-5)
+
+
+@pytest.mark.parametrize("degrees", slow_but_for([dict(fsdp=2, seq=4)], GATHERED))
+def test_uneven_heads_exchanged(degrees):
+    """Where auto finds it cheaper to gather keys, the exchange is right too."""
+    got = train(degrees, family="uneven", model=dict(strategy="ulysses"))
+    assert_same(got, on_one_device("uneven"), 1e-5)
+
+
+@pytest.mark.parametrize("degrees", [d for d in EVEN if d not in UNEVEN], ids=str)
+def test_heads_that_do_not_divide_over_tensor_are_refused(degrees):
+    tensor = degrees["tensor"]
+    fits = "1 or 2 or 3" + " or 6" * (tensor == 8)
+    with pytest.raises(ValueError) as refusal:
+        make_config(degrees, family="uneven")
+    assert str(refusal.value) == (
+        f"model.num_heads 6 does not divide over mesh.tensor {tensor}: use mesh.tensor "
+        f"{fits}, or a num_heads of 8"
+    )
+
+
+@pytest.mark.parametrize("degrees", slow_but_for([dict(fsdp=2, ring=2, seq=2)], EVEN))
+def test_bfloat16(degrees):
+    """Losses within 0.2 % of one device's: products round in another order."""
+    got, want = train(degrees, dtype="bfloat16"), on_one_device(dtype="bfloat16")
+    np.testing.assert_allclose(got.losses, want.losses, 2e-3)
+    np.testing.assert_allclose(got.gradient_norms[:2], want.gradient_norms[:2], 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("degrees", EVEN, ids=str)
+def test_other_stages_of_zero(degrees, stage):
+    assert_same(train(degrees, zero_stage=stage), on_one_device(), 1e-5)
