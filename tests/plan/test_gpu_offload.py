@@ -3,6 +3,7 @@
 Needs the CUDA plugin.
 """
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -82,6 +83,20 @@ def test_moments_lie_in_host_memory(num_steps):
         assert moved["host_moves"][way] == 8 * parameters
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_moments_lie_in_host_memory_where_parameters_are_whole(stage):
+    """Each GPU's part of them, as at ZeRO's stage 3."""
+    config = make_config(tokens=1024, batch_size=1, steps=1, offload=("optimizer",))
+    training = dataclasses.replace(config.training, zero_stage=stage)
+    moved = plan(dataclasses.replace(config, training=training))
+    parameters = L * LAYER + OTHERS
+    assert moved["memory"]["host_bytes_per_device"] == 8 * parameters
+    assert moved["memory"]["optimizer_bytes"] == 12
+    for way in ("to_device_bytes", "to_host_bytes"):
+        assert moved["host_moves"][way] == 8 * parameters
+    assert moved["warnings"] == []
+
+
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_parameters_and_gradients_lie_in_host_memory(num_steps):
     """4 bytes each a parameter; the layers' gradients, and those of a part of a step.
@@ -95,7 +110,7 @@ def test_parameters_and_gradients_lie_in_host_memory(num_steps):
     memory = moved["memory"]
     assert memory["host_parameters_bytes"] == 4 * parameters
     assert memory["host_optimizer_bytes"] == 8 * parameters
-    assert memory["parameters_bytes"] == 0
+    assert memory["parameters_bytes"] == memory["gradients_bytes"] == 0
     temporary = memory["host_temporaries_bytes"]
     assert num_steps * 4 * (L * LAYER - OTHERS) <= temporary
     assert temporary <= num_steps * 4 * parameters

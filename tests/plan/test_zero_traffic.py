@@ -75,7 +75,12 @@ def test_stages_2_and_3_scatter_gradients(stage):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
-    "degrees", [dict(fsdp=2, seq=4), dict(fsdp=2, ring=2, seq=2)], ids=str
+    "degrees",
+    [
+        dict(fsdp=2, seq=4),
+        pytest.param(dict(fsdp=2, ring=2, seq=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_memory_of_each_stage(degrees, stage):
     memory = at_stage(stage, **degrees)["memory"]

@@ -23,7 +23,7 @@ from ulysses_jax.config_file import from_dict
 from ulysses_jax.memory.auto import rungs
 from ulysses_jax.memory.offload import HOST
 from ulysses_jax.training.checkpoint import Checkpointer
-from ulysses_jax.training.state import abstract_state, lay
+from ulysses_jax.training.state import abstract_gradients, abstract_state
 from ulysses_jax.training.step import make_validation_step
 
 RING = dict(fsdp=2, ring=2, seq=2)
@@ -160,9 +160,7 @@ def test_bytes_of_a_device(degrees, strategy, stage):
     config = make_config(degrees, model=dict(strategy=strategy), zero_stage=stage)
     with jax.set_mesh(mesh_of(**degrees)):
         state = abstract_state(config)
-        gradients = jax.eval_shape(
-            lambda parameters: lay("gradients", parameters, config), state.parameters
-        )
+        gradients = abstract_gradients(config, state)
     assert bytes_a_device(state.optimizer) == 2 * cut
     assert bytes_a_device(gradients) == (whole if stage == 1 else cut)
     assert bytes_a_device(state.parameters) == (cut if stage == 3 else whole)

@@ -28,7 +28,12 @@ from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import traffic, unexpected
-from ulysses_jax.training.state import TrainState, abstract_state, host_bytes, lay
+from ulysses_jax.training.state import (
+    TrainState,
+    abstract_gradients,
+    abstract_state,
+    host_bytes,
+)
 from ulysses_jax.training.step import abstract_batch, make_train_step
 
 
@@ -110,9 +115,7 @@ def compile_on(
 
     with jax.set_mesh(mesh):
         state = jax.tree.map(on_mesh, abstract_state(config))
-        gradients = jax.eval_shape(
-            lambda parameters: lay("gradients", parameters, config), state.parameters
-        )
+        gradients = abstract_gradients(config, state)
         batch = abstract_batch(config)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))

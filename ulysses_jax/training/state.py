@@ -85,6 +85,15 @@ def abstract_state(config: Config) -> TrainState:
     return _offloaded(config, state, partial(jax.tree.map, in_host))
 
 
+def abstract_gradients(config: Config, state: TrainState) -> dict[str, Any]:
+    """How sums of gradients lie, of a state that `abstract_state` describes."""
+    if "parameters" in config.memory.offload:
+        return state.parameters  # cut alike, and in host memory too
+    return jax.eval_shape(
+        lambda parameters: lay("gradients", parameters, config), state.parameters
+    )
+
+
 def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
     """At least what a device should keep in host memory, by word of `memory.offload`.
 
