@@ -4,6 +4,7 @@
 # make plan    sets up .venv-plan (with the CUDA plugin, 4 GB) and plans Llama-3-8B on 8
 #              H100; another plan: make plan ARGS="--config configs/... --gpus ..."
 # make test-plan   the tests that compile for GPUs
+# make strategies  benchmarks/strategies.py, with ringattention in .venv-ringattention
 # PYTHON=python3.12 make test   uses another Python
 
 PYTHON ?= python3
@@ -14,8 +15,10 @@ IN := .venv/bin/
 # The plan compiles for GPUs and so needs JAX's CUDA plugin: an environment of its own.
 PLAN_INSTALLED := .venv-plan/installed-for-python-$(VERSION)
 ARGS ?= --config configs/llama3_8b.yaml --gpus h100:1x8
+# A peer that benchmarks/strategies.py times needs an older JAX.
+PEER_INSTALLED := .venv-ringattention/installed-for-python-$(VERSION)
 
-.PHONY: train test test-all check plan test-plan format constraints clean
+.PHONY: train test test-all check plan test-plan strategies format constraints clean
 
 train: $(INSTALLED)
 	@echo "== training configs/tiny.yaml: a few minutes on 2 cores"
@@ -42,6 +45,9 @@ test-plan: $(PLAN_INSTALLED)
 	@echo "== tests that compile for GPUs that are not there"
 	.venv-plan/bin/python -m pytest -m plan
 
+strategies: $(INSTALLED) $(PEER_INSTALLED)
+	@$(IN)python benchmarks/strategies.py
+
 format: $(INSTALLED)
 	$(IN)ruff check --fix .
 	$(IN)ruff format .
@@ -52,6 +58,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(PLAN_INSTALLED): pyproject.toml constraints.txt
 	$(call make_environment,.venv-plan,.[dev$(comma)gpu],about two minutes and 4 GB)
+
+$(PEER_INSTALLED): benchmarks/ringattention.txt
+	@echo "== setting up .venv-ringattention with $$($(PYTHON) --version): a minute, once"
+	@$(PYTHON) -m venv --clear .venv-ringattention
+	.venv-ringattention/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 comma := ,
 define make_environment
@@ -68,4 +80,4 @@ constraints: $(INSTALLED)
 	$(IN)uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate pyproject.toml --output-file constraints.txt --upgrade
 
 clean:
-	rm -rf .venv .venv-plan .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-plan .venv-ringattention .jax_cache .pytest_cache .ruff_cache build dist

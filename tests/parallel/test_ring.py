@@ -2,6 +2,7 @@
 blocks."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from ulysses_jax.attention.parts import PARTS, Parts
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel import ring as ring_module
 from ulysses_jax.parallel import strategy as strategies
+from ulysses_jax.plan.hlo import parse
 from ulysses_jax.spreading import received_bytes, zigzag_order
 
 
@@ -286,3 +288,36 @@ def test_bad_input_is_refused_with_numbers():
             jax.shard_map(
                 lambda x: ulysses_attention(x, x, x), in_specs=spec, out_specs=spec
             )(q)
+
+
+@pytest.mark.parametrize("ring", [4, 8])
+def test_hops_wait_for_those_in_loops(ring):
+    """XLA on CPU may run in any order what does not, and gives all hops one number."""
+    mesh = mesh_of(ring=ring)
+    attention = functools.partial(attend, mesh=mesh, mask=Mask(causal=True))
+
+    def loss(q, k, v):
+        return attention(q, k, v).sum()
+
+    arrays = (jax.device_put(x, NamedSharding(mesh, P())) for x in inputs(2, 2)[:3])
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile().as_text()
+    module = parse(text)
+    entry = module.computations[module.entry]
+    before = {}  # of each instruction, all that it waits for
+    for each in entry.instructions:
+        waits = [{name} | before[name] for name in each.operands]
+        before[each.name] = set().union(*waits)
+    hops = [each for each in entry.instructions if has_hop(module, each)]
+    loops = [each for each in hops if each.opcode == "while"]
+    assert len(loops) >= 1 and len(hops) > len(loops) + 2
+    for loop, each in itertools.product(loops, hops):
+        waits = loop.name in before[each.name] or each.name in before[loop.name]
+        assert waits or loop is each
+
+
+def has_hop(module, instruction):
+    return instruction.opcode == "collective-permute" or any(
+        has_hop(module, each)
+        for name in instruction.called
+        for each in module.computations[name].instructions
+    )

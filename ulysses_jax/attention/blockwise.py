@@ -169,22 +169,25 @@ def _backward(plan: _Plan, residuals, upstream):
             query, dblock = queries[i], douts[i]
             logits, seen = tiles.logits(query, key, i, j)
             weights = jnp.where(seen, jnp.exp(logits - logsumexp[i][..., None]), 0)
+            # Sums over queries come out as [H, keys]: no [queries, keys] is transposed.
             dvalue += _product(
-                "BKGqs,BKGqH->BKsH", weights.astype(dblock.dtype), dblock
+                "BKGqH,BKGqs->BKHs", dblock, weights.astype(dblock.dtype)
             )
             dweights = _product("BKGqH,BKsH->BKGqs", dblock, value)
             dlogits = weights * (dweights - shared[i][..., None]) * plan.scale
             dlogits = dlogits.astype(query.dtype)
-            dkey += _product("BKGqs,BKGqH->BKsH", dlogits, query)
+            dkey += _product("BKGqH,BKGqs->BKHs", query, dlogits)
             dquery = dqueries[i] + _product("BKGqs,BKsH->BKGqH", dlogits, key)
             dqueries = lax.dynamic_update_index_in_dim(dqueries, dquery, i, 0)
             return dqueries, dkey, dvalue
 
         order, count = _nonempty(tiles.bounds.tiles(jnp.arange(tiles.num_q), j))
-        zeros = _vary_like(q, jnp.zeros(key.shape, jnp.float32))
+        zeros = jnp.zeros(jnp.matrix_transpose(key).shape, jnp.float32)
+        zeros = _vary_like(q, zeros)
         dqueries, dkey, dvalue = lax.fori_loop(
             0, count, one_tile, (dqueries, zeros, zeros)
         )
+        dkey, dvalue = jnp.matrix_transpose(dkey), jnp.matrix_transpose(dvalue)
         return dqueries, (dkey.astype(k.dtype), dvalue.astype(v.dtype))
 
     dqueries = _vary_like(q, jnp.zeros(queries.shape, jnp.float32))

@@ -86,6 +86,7 @@ def _forward(blocks: Blocks, q, k, v, mask):
 def _backward(blocks: Blocks, residuals, dout):
     q, kv, first, mask, *statistics = residuals
     degree, whole = blocks.degree, (*statistics, dout)
+    first = _after(first, statistics[1])
     dq, own = blocks.own_gradients(q, kv, mask, whole)
 
     def add(dq, dkv, kv, step):
@@ -111,6 +112,17 @@ def _backward(blocks: Blocks, residuals, dout):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _after(x: Array, earlier: Array) -> Array:
+    """x, once `earlier` is computed; NaN if that is.
+
+    Hops that do not wait for one another run in no fixed order in a program that XLA
+    on CPU loads from a compilation cache (jax 0.10.2): it then mixes up their blocks,
+    or aborts ("id < num_threads", "Termination timeout"). A barrier would not do: XLA
+    takes it away before it orders what runs.
+    """
+    return jnp.where(jnp.isnan(earlier.ravel()[0]), jnp.nan, x)
 
 
 def _hop(blocks: Blocks, x: Array) -> Array:

@@ -91,12 +91,7 @@ def find_collectives(
             size = groups.shape[1]
             result_bytes = sum(array.num_bytes for array in results)
             sent = _sent_bytes(kind, result_bytes, size, groups)
-            if kind in ("all-to-all", "ragged-all-to-all"):
-                share = (size - size / num_hosts) / max(size - 1, 1)
-            elif kind == "collective-permute":
-                share = float(num_hosts > 1)
-            else:  # rings: each enters and leaves a host once, spread over its adapters
-                share = num_hosts / size if num_hosts > 1 else 0.0
+            share = share_between_hosts(kind, size, num_hosts)
             if computation.name not in phases:
                 phases[computation.name] = _phase_of_most(computation)
             found.append(
@@ -116,6 +111,16 @@ def find_collectives(
                 )
             )
     return found
+
+
+def share_between_hosts(kind: str, size: int, num_hosts: int) -> float:
+    """The part that its network adapter sends, of what a GPU sends in such a group."""
+    if kind in ("all-to-all", "ragged-all-to-all"):
+        return (size - size / num_hosts) / max(size - 1, 1)
+    if kind == "collective-permute":
+        return float(num_hosts > 1)
+    # Rings: each enters and leaves a host once, spread over its adapters.
+    return num_hosts / size if num_hosts > 1 else 0.0
 
 
 def moving_loops_of_unknown_trips(module: Module, moves: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ulysses_jax.config import Config, place
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan
+from ulysses_jax.plan.reckoning import meshes
 from ulysses_jax.plan.traffic import attention_bytes
 
 
@@ -40,7 +41,8 @@ def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
         accumulation_steps=None,
     )
     found = []
-    for strategy, (ring, seq) in _meshes(shards, cluster, degrees["tensor"]).items():
+    spread = meshes(shards, degrees["tensor"], cluster.gpus_per_host)
+    for strategy, (ring, seq) in ({"unsharded": (1, 1)} | spread).items():
         mesh = base | {"ring": ring, "seq": seq, axis: base[axis] // (ring * seq)}
         chosen = "ulysses" if strategy == "unsharded" else strategy
         run = dataclasses.replace(
@@ -71,18 +73,6 @@ def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _meshes(shards: int, cluster: Cluster, tensor: int) -> dict[str, tuple[int, int]]:
-    """(ring, seq) of every strategy that spreads a sequence over so many devices."""
-    found = {"unsharded": (1, 1)}
-    if shards == 1:
-        return found
-    found |= {"ulysses": (1, shards), "ring": (shards, 1)}
-    hosts = max(shards * tensor // cluster.gpus_per_host, 2)
-    if shards % hosts == 0 and shards > hosts:
-        found["hybrid"] = (hosts, shards // hosts)
-    return found | {"all_gather": (1, shards), "megatron": (1, shards)}
 
 
 def _attention_bytes(rows: list[dict[str, Any]], config: Config) -> float:

@@ -9,6 +9,7 @@ from ulysses_jax.config import Config, Memory, in_pieces, place
 from ulysses_jax.memory.auto import Fit, choose, rungs
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.predict import predict
+from ulysses_jax.plan.reckoning import reckon
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.worker import plan_step
 
@@ -44,7 +45,8 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
       `gpus`, `fits`, `num_devices`, `tokens` (of a sequence), `batch_size`, `mesh`,
       `strategy`; `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the
       compiled program (`compile.analyse`); `predicted`: by formula and schedule
-      (`predict`); `compile_seconds`; `advice`: what to change first where it does not
+      (`predict`); `reckoning`: the strategies side by side, by formula (`reckon`);
+      `compile_seconds`; `advice`: what to change first where it does not
       fit.
       `overlap.exchange_fraction` is None where nothing is exchanged (seq=1). With
       `memory.auto`, `auto`: what was tried (`memory.auto.choose`), and `memory_options`
@@ -75,6 +77,7 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "accumulation_steps": config.training.accumulation_steps,
         "mesh": found["mesh"],
         "strategy": config.model.strategy,
+        "reckoning": reckon(config, cluster.target, cluster.gpus_per_host),
         "predicted": predict(config, cluster.target, found),
         "advice": advice(found["memory"], config, cluster),
     }

@@ -56,12 +56,8 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     attention_rate = peak * target.attention_efficiency
     exposed = total = 0.0
     for each in plan["overlap"]["collectives"]:
-        inside = each["bytes"] - each["between_hosts_bytes"]
-        seconds = max(
-            inside / (target.nvlink_bytes_per_second * target.nvlink_efficiency),
-            each["between_hosts_bytes"]
-            / (target.network_bytes_per_second * target.network_efficiency),
-        )
+        between = each["between_hosts_bytes"]
+        seconds = link_seconds(target, each["bytes"] - between, between)
         hidden = (
             each["matmul_flops_between"] / matmul_rate
             + each["attention_flops_between"] / attention_rate
@@ -111,6 +107,14 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         "hardware_flops": hardware_flops,
         "recomputed_flops_fraction": recomputed / hardware_flops,
     }
+
+
+def link_seconds(target: Target, inside: float, between: float) -> float:
+    """Of what a GPU sends inside its host and, at the same time, between hosts."""
+    return max(
+        inside / (target.nvlink_bytes_per_second * target.nvlink_efficiency),
+        between / (target.network_bytes_per_second * target.network_efficiency),
+    )
 
 
 def step_flops(config: Config, span: int) -> dict[str, float]:

@@ -40,6 +40,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{_parts(plan['accumulation_steps'])}; compiled in "
         f"{plan['compile_seconds']:.0f} s"
     )
+    if plan["reckoning"]:
+        _print_reckoning(plan["reckoning"], console)
     if "auto" in plan:
         _print_auto(plan, console)
     _print_memory(plan["memory"], console)
@@ -74,6 +76,32 @@ def verdict(plan: dict[str, Any]) -> str:
         missing.append(f"{host / GIB:.1f} GiB of memory a host")
     advice = plan["advice"][:1].upper() + plan["advice"][1:]
     return f"It does not fit: {' and '.join(missing)} missing. {advice}."
+
+
+def _print_reckoning(rows: list[dict[str, Any]], console: Console) -> None:
+    table = _table(
+        "Strategies by formula: a layer and row, forward and backward",
+        "strategy",
+        "mesh",
+        "MB a GPU",
+        "of it between hosts",
+        "predicted ms, not hidden",
+        "",
+    )
+    least = min(row["link_seconds"] for row in rows)
+    for row in rows:
+        mesh = (f"{axis}={row[axis]}" for axis in ("ring", "seq") if row[axis] > 1)
+        words = ["taken"] * row["is_taken"]
+        words += ["the least"] * (row["link_seconds"] == least)
+        table.add_row(
+            row["strategy"],
+            " ".join(mesh),
+            f"{row['bytes'] / 1e6:,.1f}",
+            f"{row['between_hosts_bytes'] / 1e6:,.1f}",
+            f"{row['link_seconds'] * 1e3:,.2f}",
+            ", ".join(words),
+        )
+    console.print(table)
 
 
 def _print_auto(plan: dict[str, Any], console: Console) -> None:
