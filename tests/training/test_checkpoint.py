@@ -447,6 +447,8 @@ def test_a_full_disk_surfaces_at_the_next_call(
                 checkpointer.save(2, state, META)
             case "close":
                 checkpointer.close()
+    late = tmp_path / "1.orbax-checkpoint-tmp"  # a writer that was still at it
+    late.mkdir(exist_ok=True)
     checkpointer.close()
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "") and not caplog.records

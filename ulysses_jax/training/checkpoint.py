@@ -52,6 +52,7 @@ class Checkpointer:
         self.keep = keep
         self._newest: int | None = None  # whole: saved or restored by this object
         self._restored = False
+        self._has_failed = False
         self._saving: tuple[int, dict[str, Any]] | None = None
         self._orbax = ocp.StandardCheckpointer(
             async_options=ocp.AsyncOptions(
@@ -170,6 +171,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+            if self._has_failed:
+                self._remove_unfinished()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -190,6 +193,11 @@ class Checkpointer:
     def _unfinished(self) -> Iterator[Path]:
         """Folders that Orbax writes into before the rename: <step>.orbax-..."""
         return self.folder.glob("[0-9]*.orbax-checkpoint-tmp*")
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0:
+            for path in self._unfinished():
+                shutil.rmtree(path, ignore_errors=True)
 
     def _choose(self, on_skipped: Callable[[str], Any]) -> int | None:
         chosen, broken = _NONE, []
@@ -248,12 +256,9 @@ class Checkpointer:
     def _fail(self, error: Exception) -> NoReturn:
         assert self._saving is not None
         step, arrays = self._saving[0], self._saving[1]["arrays"]
-        self._saving = None
-        if jax.process_index() == 0:
-            # It holds the disk's last bytes. What a late writer adds, the next save
-            # removes.
-            for path in self._unfinished():
-                shutil.rmtree(path, ignore_errors=True)
+        self._saving, self._has_failed = None, True
+        # It holds the disk's last bytes. What a late writer adds goes with `close`.
+        self._remove_unfinished()
         why = str(error).strip().splitlines()[0] if str(error) else repr(error)
         full = os.strerror(errno.ENOSPC)
         if full in str(error):
