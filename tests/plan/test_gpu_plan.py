@@ -19,6 +19,7 @@ from ulysses_jax.plan.compile import (
     cluster_devices,
     compile_step,
 )
+from ulysses_jax.plan.hlo import parse
 from ulysses_jax.plan.predict import step_flops
 from ulysses_jax.plan.targets import TARGETS, Target, parse_gpus
 from ulysses_jax.plan.worker import plan_step
@@ -236,18 +237,34 @@ def test_weights_are_gathered_once_a_pass_and_not_once_a_tile(remat):
         (dict(remat="full"), 2),
         (dict(remat="attention"), 1),
         (dict(remat="attention", remat_layers=2), 2),
-        (dict(remat="attention", head_chunks=2), 2),
     ],
     ids=str,
 )
 def test_kept_attention_calls_its_forward_once(options, forwards):
-    """Calls in the program: of one layer, of both layers, of both chunks."""
+    """Calls in the program: of one layer, of both layers."""
     config = tiny(data=2, seq=4, memory=options)
     program = compile_step(config, H100, 1, 8)
     backwards = forwards if options["remat"] == "attention" else 1
     assert program.text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forwards
     name = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
     assert program.text.count(name) == backwards
+    result = analyse(program, H100, 8)
+    assert result["warnings"] == []
+    assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_groups_of_heads_keep_attention_too(remat):
+    """Two calls a group: of each device's tokens with themselves, and those before."""
+    config = tiny(data=2, seq=4, memory=dict(remat=remat, head_chunks=2))
+    program = compile_step(config, H100, 1, 8)
+    calls = [
+        "transpose(jvp())/" in each.op_name
+        for _, each in parse(program.text).top_level()
+        if each.custom_call_target == "__cudnn$fmhaSoftmax"
+    ]
+    assert calls.count(False) >= 4
+    assert (calls.count(True) == 0) == (remat == "attention")
     result = analyse(program, H100, 8)
     assert result["warnings"] == []
     assert exchange(result)["ratio"] == pytest.approx(1, abs=0.01)
