@@ -109,10 +109,10 @@ def test_auto_takes_what_the_mesh_carries_and_the_fewest_bytes(
     "options, tokens",
     [
         (dict(seq=4, tokens=65), 68),
-        (dict(ring=4, tokens=65), 72),  # eight half-blocks
+        (dict(ring=4, tokens=65), 80),  # eight half-blocks of ten
         (dict(ring=4, tokens=65, zigzag=False), 68),
-        (dict(ring=2, seq=3, tokens=65), 72),  # lcm(6, 4)
-        (dict(seq=2, tokens=65), 68),  # all_gather
+        (dict(ring=2, seq=3, tokens=65), 72),  # lcm(6, 8)
+        (dict(seq=2, tokens=65), 72),  # all_gather
     ],
     ids=str,
 )

@@ -185,10 +185,10 @@ class Config:
 
     def padded_tokens(self) -> int:
         """The sequence length on the mesh: rounded up to a multiple of ring x seq, and
-        in zigzag order to whole half-blocks."""
+        in zigzag order to half-blocks of an even length, which cuDNN asks for."""
         shards = self.mesh.ring * self.mesh.seq
         if self.zigzag_members() > 1:
-            shards = math.lcm(shards, 2 * self.zigzag_members())
+            shards = math.lcm(shards, 4 * self.zigzag_members())
         return math.ceil(self.training.sequence_tokens / shards) * shards
 
     def zigzag_members(self) -> int:
