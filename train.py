@@ -24,7 +24,6 @@ from typing import NoReturn
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from ulysses_jax.config import place
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
@@ -35,6 +34,7 @@ from ulysses_jax.mesh import (
     simulate_cpu_devices,
     start_distributed,
 )
+from ulysses_jax.placement import place
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.metrics import RunLog

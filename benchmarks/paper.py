@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config
 from ulysses_jax.config_file import load
+from ulysses_jax.placement import place
 from ulysses_jax.plan.longest import longest
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
 from ulysses_jax.plan.targets import TARGETS

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ulysses_jax"
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"spreading", "config", "mesh", "sharding"}
+BASE = {"spreading", "config", "placement", "mesh", "sharding"}
 LAYERS = {"parallel", "attention", "memory"}
 ALLOWED = {
     "spreading": set(),
     "config": {"spreading"},
-    "config_file": {"config"},
+    "placement": {"spreading", "config"},
+    "config_file": {"config", "placement"},
     "mesh": {"config"},
     "sharding": {"config", "mesh"},
     "parallel": BASE,

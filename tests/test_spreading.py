@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.spreading import (
     STRATEGIES,
     check_strategy,
@@ -76,9 +77,9 @@ def placed(*, memory=None, data=1, fsdp=1, ring=1, seq=1, tensor=1, tokens=64, *
         training=configs.Training(batch_size=data * fsdp, sequence_tokens=tokens),
         memory=configs.Memory(**memory or {}),
     )
-    config = configs.complete(config, name="test")
+    config = placement.complete(config, name="test")
     degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
-    return configs.place(config, degrees)
+    return placement.place(config, degrees)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import yaml
 from jax.sharding import AxisType, NamedSharding
 from matplotlib.image import imread
 
-from ulysses_jax.config import place
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents, split
 from ulysses_jax.mesh import make_mesh
+from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog, read_rows

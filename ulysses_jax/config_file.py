@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
-from ulysses_jax.config import Config, Memory, complete
+from ulysses_jax.config import Config, Memory
+from ulysses_jax.placement import complete
 
 T = TypeVar("T")
 

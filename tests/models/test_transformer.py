@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
-from ulysses_jax import make_mesh
+from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.models.linear import embed, project
 from ulysses_jax.sharding import activation, parameter
@@ -72,8 +72,8 @@ def make_config(family, degrees=None, **memory):
         training=dict(num_steps=5, warmup_steps=1, batch_size=B, sequence_tokens=T),
         memory=dict(loss_tile_tokens=5) | memory,
     )
-    config = configs.complete(from_dict(configs.Config, values), name="test")
-    return configs.place(config, dict(mesh_of(**(degrees or {})).shape))
+    config = placement.complete(from_dict(configs.Config, values), name="test")
+    return placement.place(config, dict(mesh_of(**(degrees or {})).shape))
 
 
 def make_batch():
@@ -282,7 +282,7 @@ def test_shapes_do_not_depend_on_the_mesh(family):
 
 
 def test_positions_are_not_padded_to_the_mesh():
-    """18 rows over tensor=4: `config.place` refuses it, and so does the model."""
+    """18 rows over tensor=4: `placement.place` refuses it, and so does the model."""
     with on_mesh(tensor=4), pytest.raises(ValueError, match="divi"):
         abstract_state(make_config("gpt"))
 
@@ -335,9 +335,9 @@ WIDE = dict(SHAPE, width=256, vocab_size=2048, feed_forward_width=1024, head_siz
 def test_no_device_ever_holds_the_whole_state():
     degrees = MESHES["fsdp x seq x tensor"]
     values = dict(model=WIDE, training=dict(batch_size=B, sequence_tokens=T))
-    config = configs.complete(from_dict(configs.Config, values), name="test")
+    config = placement.complete(from_dict(configs.Config, values), name="test")
     with on_mesh(**degrees) as mesh:
-        config = configs.place(config, dict(mesh.shape))
+        config = placement.place(config, dict(mesh.shape))
         state = abstract_state(config)
         compiled = jax.jit(functools.partial(init_state, config)).lower().compile()
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(state))

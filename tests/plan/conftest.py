@@ -9,9 +9,9 @@ import pytest
 import yaml
 from jax.sharding import AxisType
 
-from ulysses_jax.config import place
 from ulysses_jax.config_file import load
 from ulysses_jax.mesh import make_mesh
+from ulysses_jax.placement import place
 from ulysses_jax.plan import plan as plan_module
 from ulysses_jax.plan.compile import analyse, compile_on
 from ulysses_jax.plan.targets import TARGETS

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.mesh import AXES
 from ulysses_jax.plan import compare as compare_module
 from ulysses_jax.plan.compare import compare
@@ -31,7 +32,7 @@ def run(*, batch_size=4, steps=1, num_heads=8, **degrees):
         ),
         mesh=configs.Mesh(**degrees),
     )
-    return configs.complete(config, name="run")
+    return placement.complete(config, name="run")
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_strategies_on_the_same_batch(compiled, config, gpus, unsharded, ulysses
         )
         # One sequence of each (data, fsdp) at a time, whole parts of the batch.
         degrees = vars(each.mesh)
-        placed = configs.place(each, degrees).training
+        placed = placement.place(each, degrees).training
         assert placed.accumulation_steps
         rows_a_part = degrees["data"] * degrees["fsdp"]
         assert placed.batch_size == placed.accumulation_steps * rows_a_part

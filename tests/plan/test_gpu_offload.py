@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.plan.compile import analyse, compile_step
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
@@ -38,7 +39,7 @@ def make_config(*, tokens=32768, batch_size=1, steps=1, seq=8, **memory):
         mesh=configs.Mesh(seq=seq),
         memory=configs.Memory(**memory),
     )
-    return configs.complete(config, name="tiny")
+    return placement.complete(config, name="tiny")
 
 
 @cache
@@ -136,7 +137,7 @@ def test_all_of_it_trains_on_one_gpu_as_on_eight():
         tokens=1024, seq=1, offload=("inputs", "optimizer", "parameters")
     )
     result = plan(config)
-    config = configs.place(config, result["mesh"])
+    config = placement.place(config, result["mesh"])
     predicted = predict(config, H100, result)
     assert 0 < predicted["exposed_host_seconds"] < predicted["host_seconds"]
     moves = result["host_moves"]

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.attention.cudnn import cudnn_gradients
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.plan import compile as plan_compile
@@ -55,7 +56,7 @@ def tiny(
         mesh=configs.Mesh(**degrees),
         memory=configs.Memory(**(memory or {})),
     )
-    return configs.complete(config, name="tiny")
+    return placement.complete(config, name="tiny")
 
 
 def plan(config: configs.Config, gpus: str = "h100:1x8"):

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.plan import longest as longest_module
 from ulysses_jax.plan.longest import MAX_TOKENS, longest
 from ulysses_jax.plan.plan import Cluster
@@ -55,7 +56,7 @@ def run(tokens, *, seq=8, **model):
         training=configs.Training(batch_size=8, sequence_tokens=tokens),
         mesh=configs.Mesh(seq=seq),
     )
-    return configs.complete(config, name="run")
+    return placement.complete(config, name="run")
 
 
 def find(tokens=131_072, **options):

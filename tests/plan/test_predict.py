@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.plan import predict as prediction
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
@@ -41,8 +42,8 @@ def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model)
         mesh=configs.Mesh(**mesh or dict(fsdp=2, seq=4)),
         memory=configs.Memory(remat=remat),
     )
-    config = configs.complete(config, name="run")
-    return configs.place(config, dataclasses.asdict(config.mesh))
+    config = placement.complete(config, name="run")
+    return placement.place(config, dataclasses.asdict(config.mesh))
 
 
 def step_flops(config):

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from ulysses_jax.config import Config, Mesh, Model, Training, place
+from ulysses_jax.config import Config, Mesh, Model, Training
+from ulysses_jax.placement import place
 from ulysses_jax.plan.reckoning import meshes, reckon
 from ulysses_jax.plan.targets import TARGETS
 

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan import compile as plan_compile
 from ulysses_jax.plan.compile import analyse, compile_on
@@ -39,8 +40,8 @@ def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
         mesh=configs.Mesh(**degrees),
         memory=configs.Memory(**(memory or {})),
     )
-    config = configs.complete(config, name="tiny")
-    return configs.place(config, dataclasses.asdict(config.mesh))
+    config = placement.complete(config, name="tiny")
+    return placement.place(config, dataclasses.asdict(config.mesh))
 
 
 def analysed(config):

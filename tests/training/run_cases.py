@@ -12,6 +12,7 @@ from quick import QUICK
 from test_step import B, T, V, mesh_of, put_batch
 
 from ulysses_jax import config as configs
+from ulysses_jax import placement
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
@@ -52,8 +53,8 @@ def make_config(
         | training,
         memory=dict(loss_tile_tokens=6) | (memory or {}),
     )
-    config = configs.complete(from_dict(configs.Config, values), name="test")
-    return configs.place(config, dict(mesh_of(**degrees).shape))
+    config = placement.complete(from_dict(configs.Config, values), name="test")
+    return placement.place(config, dict(mesh_of(**degrees).shape))
 
 
 @functools.cache

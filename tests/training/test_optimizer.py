@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from ulysses_jax import config as configs
-from ulysses_jax import make_mesh
+from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ulysses_jax.training.state import abstract_state
@@ -36,7 +36,7 @@ TRAINING = configs.Training(
 def parameters(family):
     """The names and shapes of a whole model, with values away from 0."""
     values = dict(model=dict(num_layers=2, vocab_size=8, **FAMILIES[family]))
-    config = configs.complete(from_dict(configs.Config, values), name="test")
+    config = placement.complete(from_dict(configs.Config, values), name="test")
     mesh = make_mesh(devices=jax.devices()[:1], axis_type=AxisType.Explicit)
     with jax.set_mesh(mesh):
         shapes = abstract_state(config).parameters

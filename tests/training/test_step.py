@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
 from ulysses_jax import config as configs
-from ulysses_jax import make_mesh
+from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.spreading import zigzag_order
 from ulysses_jax.training.loss import IGNORED
@@ -94,8 +94,8 @@ def make_config(
         ),
         memory=dict(loss_tile_tokens=6) | memory,
     )
-    config = configs.complete(from_dict(configs.Config, values), name="test")
-    return configs.place(config, dict(mesh_of(**degrees).shape))
+    config = placement.complete(from_dict(configs.Config, values), name="test")
+    return placement.place(config, dict(mesh_of(**degrees).shape))
 
 
 def make_batch():
@@ -377,7 +377,7 @@ def test_remat_keeps_only_the_inputs_of_layers():
     """More layers take far less more memory than when everything is kept."""
 
     def temporary_bytes(remat, num_layers):
-        config = configs.complete(
+        config = placement.complete(
             configs.Config(
                 model=configs.Model(
                     vocab_size=V, width=32, num_layers=num_layers, num_heads=4
@@ -387,7 +387,7 @@ def test_remat_keeps_only_the_inputs_of_layers():
             ),
             name="remat",
         )
-        config = configs.place(config, dict(mesh_of(data=1).shape))
+        config = placement.place(config, dict(mesh_of(data=1).shape))
         with jax.set_mesh(mesh_of(data=1)):
             step = jax.jit(make_train_step(config), donate_argnums=0)
             traced = step.trace(abstract_state(config), abstract_batch(config))

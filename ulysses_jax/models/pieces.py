@@ -159,7 +159,7 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
     ):
         raise ValueError(
             f"layers in pieces exchange over seq, as ulysses does, not {model.strategy}"
-            " over a ring: `config.place` refuses this mesh"
+            " over a ring: `placement.place` refuses this mesh"
         )
     leaves, weights = gather(parameters, specs, x.dtype)
 

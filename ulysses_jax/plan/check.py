@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config
 from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
+from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS, Target

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config
+from ulysses_jax.placement import place
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan
 from ulysses_jax.plan.reckoning import meshes
 from ulysses_jax.plan.traffic import attention_bytes

@@ -15,9 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ulysses_jax.config import Config, place
+from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import make_mesh, resolve_degrees
+from ulysses_jax.placement import place
 from ulysses_jax.plan.collectives import (
     find_collectives,
     moving_loops_of_unknown_trips,

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ulysses_jax.config import Config, Memory, place
+from ulysses_jax.config import Config, Memory
 from ulysses_jax.memory.auto import CHUNK_TOKENS, rungs
+from ulysses_jax.placement import place
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
 
 NUM_DEEP_RUNGS = 5

@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_jax.config import Config, Memory, in_pieces, place
+from ulysses_jax.config import Config, Memory, in_pieces
 from ulysses_jax.memory.auto import Fit, choose, rungs
+from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.reckoning import reckon

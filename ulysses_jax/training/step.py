@@ -23,7 +23,7 @@ Metrics = dict[str, Array]
 def batch_shape(config: Config) -> tuple[int, int, int]:
     """The global shape of every array of a batch: [accumulation steps, B, T]."""
     training = config.training
-    assert training.accumulation_steps, "config.place fills it in"
+    assert training.accumulation_steps, "placement.place fills it in"
     rows = training.batch_size // training.accumulation_steps
     return training.accumulation_steps, rows, config.padded_tokens()
 
