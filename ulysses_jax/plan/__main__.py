@@ -21,9 +21,9 @@ from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.longest import longest
+from ulysses_jax.plan.picture import plot_plan
 from ulysses_jax.plan.plan import Cluster, make_plan, with_tokens
 from ulysses_jax.plan.report import (
-    plot_plan,
     print_check,
     print_comparison,
     print_plan,
