@@ -14,10 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from ulysses_jax.memory.offload import HOST
+from ulysses_jax.training.arrays import aside, describe, on_devices, refuse_others
 from ulysses_jax.training.preflight import gb
 from ulysses_jax.training.proof import read_commit, why_broken, write_commit
 
@@ -94,12 +92,12 @@ class Checkpointer:
         body = {
             "step": step,
             "meta": json.loads(json.dumps(meta)),  # as it is now, and as it will read
-            "arrays": _arrays(state),
+            "arrays": describe(state),
         }
         self._make_room(step)
         self._saving = step, body
         try:
-            self._orbax.save(self.folder / str(step), jax.tree.map(_aside, state))
+            self._orbax.save(self.folder / str(step), jax.tree.map(aside, state))
         except Exception as error:
             self._fail(error)
 
@@ -131,8 +129,8 @@ class Checkpointer:
             return None
         folder = self.folder / str(step)
         commit = read_commit(folder)
-        _refuse_other_arrays(commit["arrays"], _arrays(abstract_state), folder)
-        state = self._orbax.restore(folder, jax.tree.map(_on_devices, abstract_state))
+        refuse_others(commit["arrays"], describe(abstract_state), folder)
+        state = self._orbax.restore(folder, jax.tree.map(on_devices, abstract_state))
         self._newest = step
         return step, state, commit["meta"]
 
@@ -274,55 +272,6 @@ class Checkpointer:
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{why}; {before}"
         ) from error
-
-
-def _aside(x: jax.Array) -> jax.Array:
-    """A copy of what lies in host memory: Orbax writes from there, not from a copy, and
-    while it does, the next step changes the array in place."""
-    if x.sharding.memory_kind != HOST:
-        return x
-    # By way of the device, one array at a time, as a step moves them too.
-    on_device = jax.device_put(x, x.sharding.with_memory_kind("device"))
-    return jax.block_until_ready(jax.device_put(on_device, x.sharding))
-
-
-def _arrays(state: Any) -> dict[str, list[Any]]:
-    """The dtype and shape of each array, by its path in the pytree."""
-    leaves, _ = jax.tree.flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path): [str(x.dtype), list(x.shape)] for path, x in leaves
-    }
-
-
-def _on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Given no devices, Orbax would take those of the run that saved, or fail midway.
-    spec = P() if x.sharding is None else getattr(x.sharding, "spec", None)
-    if spec is None or isinstance(getattr(x.sharding, "mesh", None), Mesh):
-        return x
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        raise ValueError(
-            "abstract_state says no devices and no mesh is set: call restore under "
-            "jax.set_mesh(mesh), or give its leaves shardings on a mesh"
-        )
-    kind = getattr(x.sharding, "memory_kind", None)
-    sharding = NamedSharding(mesh, spec, memory_kind=kind)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _refuse_other_arrays(saved: dict, wanted: dict, folder: Path) -> None:
-    # Orbax would cast a dtype in silence, and report a shape from a dying event loop.
-    differ = [
-        f"state{path} was {saved.get(path, 'absent')}, is {wanted.get(path, 'absent')}"
-        for path in {**saved, **wanted}
-        if saved.get(path) != wanted.get(path)
-    ]
-    if differ:
-        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ValueError(
-            f"{folder} holds other arrays than this run ({'; '.join(differ[:5])}{more})"
-            ": use another --run.folder, or the config it was made with"
-        )
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
