@@ -31,6 +31,7 @@ RUNS = {
     "64 GPUs, 4 head chunks": (8, ["--memory.head-chunks=4"]),
     "64 GPUs, ring=8": (8, RING),
 }
+KINDS = ("all-to-all", "all-gather", "reduce-scatter")
 GIB_BYTES = str(2**30)
 IN_FLIGHT = "experimental_parallel_collective_overlap_limit"
 OPTIONS = {
@@ -64,18 +65,12 @@ def row(run: str, option: str) -> dict[str, Any]:
         return {"run": run, "option": option, "error": str(error)}
     finally:
         os.environ["XLA_FLAGS"] = before
-    under: dict[str, float] = {}
-    for kind in ("all-to-all", "all-gather", "reduce-scatter"):
-        rows = [r for r in plan["overlap"]["collectives"] if r["collective"] == kind]
-        sent = [r["count"] * r["bytes"] for r in rows]
-        flops = [r["attention_flops_between"] + r["matmul_flops_between"] for r in rows]
-        hidden = sum(n for n, each in zip(sent, flops, strict=True) if each)
-        under[kind] = hidden / sum(sent)
+    shares = plan["overlap"]["fractions"]  # of a kind over its axes, one in each run
     return {
         "run": run,
         "option": option,
-        "total_bytes": plan["memory"]["device_bytes"],
-        "under_compute": under,
+        "device_bytes": plan["memory"]["device_bytes"],
+        "under_compute": {name.split(" over ")[0]: shares[name] for name in shares},
         "exposed_seconds": plan["predicted"]["exposed_communication_seconds"],
         "communication_seconds": plan["predicted"]["communication_seconds"],
         "step_seconds": plan["predicted"]["step_seconds"],
@@ -106,8 +101,8 @@ def main() -> None:
         table.add_row(
             each["run"],
             each["option"],
-            f"{each['total_bytes'] / 2**30:.1f}",
-            *(f"{share:.0%}" for share in each["under_compute"].values()),
+            f"{each['device_bytes'] / 2**30:.1f}",
+            *(f"{each['under_compute'][kind]:.0%}" for kind in KINDS),
             f"{each['exposed_seconds']:.3f}",
             f"{each['step_seconds']:.2f}",
         )

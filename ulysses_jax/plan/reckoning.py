@@ -6,7 +6,8 @@ from ulysses_jax.config import Config
 from ulysses_jax.plan.collectives import share_between_hosts
 from ulysses_jax.plan.predict import link_seconds
 from ulysses_jax.plan.targets import Target
-from ulysses_jax.spreading import Strategy, received_bytes
+from ulysses_jax.plan.traffic import received_by
+from ulysses_jax.spreading import Strategy
 
 
 def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str, Any]]:
@@ -22,23 +23,12 @@ def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str,
       Empty where one GPU has the sequence.
     """
     model, mesh = config.model, config.mesh
-    assert model.num_kv_heads and model.head_size
     spread = meshes(mesh.ring * mesh.seq, mesh.tensor, gpus_per_host)
     if model.strategy == "hybrid":
         spread["hybrid"] = (mesh.ring, mesh.seq)
     rows = []
     for strategy, (ring, seq) in spread.items():
-        received = received_bytes(
-            strategy,
-            tokens=config.padded_tokens(),
-            num_heads=model.num_heads // mesh.tensor,
-            num_kv_heads=model.num_kv_heads // mesh.tensor,
-            head_size=model.head_size,
-            itemsize=2 if model.compute_dtype == "bfloat16" else 4,
-            ring=ring,
-            seq=seq,
-            width=model.width,
-        )
+        received = received_by(config, strategy, ring=ring, seq=seq)
         total = between = seconds = 0.0
         for (kind, axis), both_ways in received.items():
             size, stride = {

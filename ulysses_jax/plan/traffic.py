@@ -7,7 +7,7 @@ from typing import Any
 from ulysses_jax.config import Config, in_pieces
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
-from ulysses_jax.spreading import received_bytes
+from ulysses_jax.spreading import Strategy, received_bytes
 
 BF16_BYTES, F32_BYTES = 2, 4
 
@@ -78,22 +78,31 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     return sum(known) if known else None
 
 
+def received_by(
+    config: Config, strategy: Strategy, *, ring: int, seq: int
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """`spreading.received_bytes` of a run's model, under any strategy and degrees."""
+    model, tensor = config.model, config.mesh.tensor
+    assert model.num_kv_heads and model.head_size
+    return received_bytes(
+        strategy,
+        tokens=config.padded_tokens(),
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=model.num_kv_heads // tensor,
+        head_size=model.head_size,
+        itemsize=BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES,
+        ring=ring,
+        seq=seq,
+        width=model.width,
+    )
+
+
 def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
     """Bytes that a GPU sends a step so that attention reaches all tokens (and, of
     megatron, so that each feed-forward does); by kind and axis."""
     model, training, mesh = config.model, config.training, config.mesh
-    assert model.num_kv_heads and model.head_size and model.strategy != "auto"
-    received = received_bytes(
-        model.strategy,
-        tokens=config.padded_tokens(),
-        num_heads=model.num_heads // mesh.tensor,
-        num_kv_heads=model.num_kv_heads // mesh.tensor,
-        head_size=model.head_size,
-        itemsize=BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES,
-        ring=mesh.ring,
-        seq=mesh.seq,
-        width=model.width,
-    )
+    assert model.strategy != "auto"
+    received = received_by(config, model.strategy, ring=mesh.ring, seq=mesh.seq)
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     found = {}
     for key, (forward, backward) in received.items():
