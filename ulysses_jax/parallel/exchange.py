@@ -37,7 +37,10 @@ def seq_to_heads(
             f"{degree}: use a degree that divides them, or ulysses_attention, which "
             "pads heads"
         )
-    return _all_to_all(x, axis_name, split_axis=2, concat_axis=1)
+    batch, tokens, heads, size = x.shape
+    x = x.reshape(batch, tokens, degree, heads // degree, size)
+    x = _all_to_all(jnp.moveaxis(x, 2, 0), axis_name)  # [P, B, t, n, H]
+    return jnp.moveaxis(x, 0, 1).reshape(batch, degree * tokens, -1, size)
 
 
 def heads_to_seq(
@@ -69,13 +72,18 @@ def heads_to_seq(
             f"degree {degree}: pad the sequence to "
             f"{-(-x.shape[1] // degree) * degree} tokens"
         )
-    return _all_to_all(x, axis_name, split_axis=1, concat_axis=2)
+    batch, tokens, heads, size = x.shape
+    x = x.reshape(batch, degree, tokens // degree, heads, size)
+    x = _all_to_all(jnp.moveaxis(x, 1, 0), axis_name)
+    return jnp.moveaxis(x, 0, 2).reshape(batch, -1, degree * heads, size)
 
 
-def _all_to_all(x: Array, axis_name: str, *, split_axis: int, concat_axis: int):
+def _all_to_all(x: Shaped[Array, "P ..."], axis_name: str) -> Shaped[Array, "P ..."]:
+    """Piece i goes to device i. A dim of its own for the devices, outermost, is how an
+    exchange lies in memory: what makes x can write it so, without a copy."""
     if lax.axis_size(axis_name) == 1:
         return x
-    return lax.all_to_all(x, axis_name, split_axis, concat_axis, tiled=True)
+    return lax.all_to_all(x, axis_name, 0, 0, tiled=True)
 
 
 @dataclass(frozen=True)
