@@ -15,8 +15,8 @@ class Pieces(NamedTuple):
     """A layer taken apart, as functions of one device's arrays; t tokens a chunk.
 
     Attention's arrays hold P pieces of t tokens each, one from every device of the
-    exchange: piece p of chunk i is block `p c + i` of the sequence, of c chunks. The
-    heads of a device are attended in groups: every group g has n query heads.
+    exchange: piece p of chunk i is block `p c + i` of the sequence, of c chunks. Where
+    one chunk is all there is, P is 1 here, and the piece the whole sequence. The heads of a device are attended in groups: every group g has n query heads.
 
     leaves are what gradients are taken of: float32 arrays.
 
@@ -220,6 +220,10 @@ def _block(pieces, keys, block, g) -> tuple[Array, Array]:
     return jax.tree.map(lambda k: k[:, :, pieces.key_slots[g]], found)
 
 
+def _is_one_block(keys: tuple[Array, Array]) -> bool:
+    return keys[0].shape[:2] == (1, 1)
+
+
 def _cut_block(x: Shaped[Array, "c P ..."], block: Array) -> Shaped[Array, "..."]:
     number = x.shape[0]
     start = (block % number, block // number) + (0,) * (x.ndim - 2)
@@ -271,6 +275,8 @@ def _attend(pieces, q, keys, i, g) -> tuple[Array, Array]:
         out, logsumexp = pieces.attend(
             query, *_block(pieces, keys, own, g), own, own, True
         )
+        if _is_one_block(keys):
+            return out, logsumexp
 
         def step(joined, k, v, block):
             return pieces.join(joined, pieces.attend(query, k, v, own, block, False))
@@ -310,7 +316,10 @@ def _pull(pieces, q, keys, out, logsumexp, dout, dkeys, i, g):
             own,
             is_own=True,
         )
-        dquery, dkeys = _over_earlier_blocks(pieces, keys, own, g, step, start)
+        if _is_one_block(keys):
+            dquery, dkeys = start
+        else:
+            dquery, dkeys = _over_earlier_blocks(pieces, keys, own, g, step, start)
         return dkeys, dquery.astype(query.dtype)
 
     dkeys, dq = lax.scan(

@@ -184,9 +184,15 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
         layout.group // group_chunks,
     )
 
+    tokens, window = x.shape[1], model.window
+    chunk_tokens = min(memory.sequence_chunk_tokens or tokens, tokens)
+    # A chunk is P blocks of the sequence, one from each device; all of it is one block.
+    num_blocks = degree if chunk_tokens < tokens else 1
+    size = chunk_tokens * degree // num_blocks
+
     def exchange(x: Float[Array, "B t N H"]) -> Float[Array, "P B t n H"]:
         x = seq_to_heads(x)
-        x = x.reshape(x.shape[0], degree, -1, *x.shape[2:])
+        x = x.reshape(x.shape[0], num_blocks, -1, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
     def keys_values(leaves, x, angles):
@@ -226,9 +232,6 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
         layer = block(leaves)
         return layer.add_feed_forward(x + layer.attention.project_out(out))
 
-    tokens, window = x.shape[1], model.window
-    size = min(memory.sequence_chunk_tokens or tokens, tokens)
-
     def mask(q_block, kv_block, is_own) -> Mask:
         def ids(block):
             assert segment_ids is not None
@@ -237,7 +240,8 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
         def positions(block):
             return jnp.broadcast_to(block * size + jnp.arange(size), (x.shape[0], size))
 
-        packed, narrow = segment_ids is not None, window is not None
+        packed = segment_ids is not None
+        narrow = window is not None and size < tokens * degree  # else by index
         return Mask(
             causal=is_own,
             window=window,
@@ -279,7 +283,7 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
             for row in range(kv_chunks)
             for _ in range(group_chunks)
         ),
-        chunk_tokens=size,
-        tile_tokens=_tile_tokens(memory.mlp_tile_tokens, size, x.shape[0]),
+        chunk_tokens=chunk_tokens,
+        tile_tokens=_tile_tokens(memory.mlp_tile_tokens, chunk_tokens, x.shape[0]),
         keys_on_host="keys" in memory.offload,
     ), leaves
