@@ -29,12 +29,14 @@ from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
+    devices_per_host,
     make_mesh,
     platform_of,
     simulate_cpu_devices,
     start_distributed,
 )
-from ulysses_jax.placement import place
+from ulysses_jax.plan.head_chunks import place_on
+from ulysses_jax.plan.targets import target_of
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.metrics import RunLog
@@ -51,7 +53,7 @@ from ulysses_jax.training.step import (
     abstract_batch,
     batch_shape,
     batch_spec,
-    make_train_step,
+    jit_train_step,
     make_validation_step,
 )
 
@@ -65,7 +67,8 @@ def main(argv: list[str]) -> None:
         simulate_cpu_devices(config.run.simulated_cpu_devices)
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
-        config = place(config, dict(mesh.shape))
+        target = target_of(mesh.local_devices[0])
+        config = place_on(config, dict(mesh.shape), target, devices_per_host())
         training = config.training
         data = open_data(config)
         if config.memory.auto:
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> None:
         check_host_memory(config.memory.offload, mesh.local_devices[0])
         with jax.set_mesh(mesh):
             shapes = abstract_state(config)
-            step = jax.jit(make_train_step(config), donate_argnums=0)
+            step = jit_train_step(config, platform_of(mesh))
             step = step.trace(shapes, abstract_batch(config))
         assert config.run.folder is not None
         folder = Path(config.run.folder)

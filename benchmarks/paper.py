@@ -24,9 +24,8 @@ from rich.table import Table
 
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import load
-from ulysses_jax.placement import place
 from ulysses_jax.plan.longest import longest
-from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
+from ulysses_jax.plan.plan import Cluster, make_plan, placed_on, with_tokens
 from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.plan.traffic import attention_bytes
 
@@ -87,7 +86,7 @@ def run(
 def row(name: str, config: Config, cluster: Cluster) -> dict[str, Any]:
     """Plans one run."""
     plan = make_plan(config, cluster)
-    config = place(config, degrees_on(config, cluster))
+    config = placed_on(config, cluster)
     memory, predicted = plan["memory"], plan["predicted"]
     formulas = attention_bytes(config)
     # Megatron's count, which the paper's figures are taken to be: recomputation

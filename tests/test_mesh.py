@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ulysses_jax.mesh import AXES, make_mesh, platform_of, resolve_degrees
+from ulysses_jax import mesh as meshes
+from ulysses_jax.mesh import (
+    AXES,
+    devices_per_host,
+    make_mesh,
+    platform_of,
+    resolve_degrees,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +115,21 @@ def test_platform():
     assert platform_of(mesh) == platform_of(mesh.abstract_mesh) == "cpu"
     with jax.set_mesh(mesh):
         assert platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "names, counts, least",
+    [([7, 7, 9, 9], [1, 1, 1, 1], 2), ([7, 9], [8, 8], 8), ([7, 9, 9], [4, 1, 1], 2)],
+    ids=str,
+)
+def test_devices_of_a_host_over_its_processes(names, counts, least, monkeypatch):
+    def gathered(_):
+        return np.asarray([*zip(names, counts, strict=True)], np.uint32)
+
+    monkeypatch.setattr(jax, "process_count", lambda: len(names))
+    monkeypatch.setattr(meshes.multihost_utils, "process_allgather", gathered)
+    assert devices_per_host() == least
+
+
+def test_one_process_has_all_devices_of_its_host():
+    assert devices_per_host() == 8

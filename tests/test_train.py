@@ -1,6 +1,5 @@
 """The trainer from its command line: a run, its folder, resumption, every refusal."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from files import ROOT, module_of
 from jax.sharding import AxisType, NamedSharding
 from matplotlib.image import imread
 
@@ -27,11 +27,7 @@ from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.metrics import RunLog, read_rows
 from ulysses_jax.training.state import abstract_state, bind
 
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-assert spec is not None and spec.loader is not None
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+train = module_of("train.py")
 
 CONFIG = {
     "run": {"simulated_cpu_devices": 8},

@@ -137,8 +137,10 @@ class Memory:
     mlp_tile_tokens: int | None = None
     """Tokens of a device whose feed-forward activations exist at once; default: all.
     Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
-    head_chunks: int = 1
-    """Groups in which a device's heads are projected, exchanged and attended."""
+    head_chunks: int | None = None
+    """Groups in which a device's heads are projected, exchanged and attended, one
+    group's exchange under another's attention; null: as many as save time, by a model
+    of the links that seq runs over (`plan.head_chunks`)."""
     sequence_chunk_tokens: int | None = None
     """Tokens of a device that go through a layer at a time, attention and feed-forward:
     of all others there are only the layer's input, keys and values; default: all."""
@@ -196,6 +198,6 @@ def in_pieces(model: Model, memory: Memory) -> bool:
     Groups of heads do under the strategy ulysses, where there is rematerialisation;
     else the strategy itself has them.
     """
-    groups = memory.head_chunks > 1 and memory.remat != "none"
+    groups = (memory.head_chunks or 1) > 1 and memory.remat != "none"
     groups &= model.strategy in ("auto", "ulysses")
     return groups or memory.sequence_chunk_tokens is not None

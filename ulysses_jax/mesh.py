@@ -1,11 +1,14 @@
 """The mesh: its axes by name, in one order, with the fastest links innermost."""
 
 import os
+import socket
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "ring", "seq", "tensor")
@@ -92,6 +95,19 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str:
         return mesh.devices.flat[0].platform
     device = mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def devices_per_host() -> int:
+    """Devices of a host, over all of its processes; the least of all hosts.
+
+    Where there are many processes all must call it: each tells its host's name.
+    """
+    here = jax.local_device_count()
+    if jax.process_count() == 1:
+        return here
+    name = zlib.crc32(socket.gethostname().encode())
+    rows = multihost_utils.process_allgather(np.asarray([name, here], np.uint32))
+    return int(min(rows[rows[:, 0] == name, 1].sum() for name in rows[:, 0]))
 
 
 def simulate_cpu_devices(num_devices: int | None) -> None:

@@ -88,9 +88,12 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             f"{degrees['data']} x mesh.fsdp {degrees['fsdp']} x "
             f"training.accumulation_steps {steps}: use a batch_size of {fits}"
         )
+    memory = config.memory
+    memory = dataclasses.replace(memory, head_chunks=memory.head_chunks or 1)
     return dataclasses.replace(
         config,
-        model=_with_strategy(model, config.memory, degrees),
+        model=_with_strategy(model, memory, degrees),
+        memory=memory,
         mesh=Mesh(**degrees),
         training=dataclasses.replace(training, accumulation_steps=steps),
     )
@@ -99,7 +102,7 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
 def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Model:
     """Chooses where the config leaves it to the mesh, and checks what it says."""
     ring, seq, tensor = (degrees[axis] for axis in ("ring", "seq", "tensor"))
-    assert model.num_kv_heads and model.head_size
+    assert model.num_kv_heads and model.head_size and memory.head_chunks
     kv_heads = model.num_kv_heads // tensor
     strategy = model.strategy
     if strategy == "auto":

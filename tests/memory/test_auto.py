@@ -98,7 +98,12 @@ def test_lengths_without_a_fair_chunk_have_no_chunks():
 def test_other_options_are_replaced():
     config = config_of(offload=("inputs",), mlp_tile_tokens=3, loss_tile_tokens=7)
     first = rungs(config)[0][1]
-    assert first == configs.Memory(remat="none", loss_tile_tokens=7)
+    assert first == configs.Memory(remat="none", loss_tile_tokens=7, head_chunks=1)
+
+
+def test_groups_of_heads_stay_where_they_hide_something():
+    found = [memory for _, memory in rungs(config_of(head_chunks=2))]
+    assert [each.head_chunks for each in found] == [1] + [2] * (len(found) - 1)
 
 
 def test_what_is_not_cut_up_has_no_chunks():

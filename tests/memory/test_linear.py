@@ -1,21 +1,14 @@
 """Memory grows with the tokens, not with their square: benchmarks/memory.py, short."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from files import module_of
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 LENGTHS = [128 * 1024, 256 * 1024, 512 * 1024]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_memory", PATH)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/memory.py")
 
 
 def measured(benchmark, rung):

@@ -5,9 +5,10 @@ import json
 import sys
 from functools import partial
 
+import jax
 import pytest
 import yaml
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from ulysses_jax.config_file import load
 from ulysses_jax.mesh import make_mesh
@@ -16,6 +17,8 @@ from ulysses_jax.plan import plan as plan_module
 from ulysses_jax.plan.compile import analyse, compile_on
 from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.plan.worker import plan_step
+from ulysses_jax.training import step as step_module
+from ulysses_jax.training.step import make_train_step
 
 CONFIG = {
     "model": {
@@ -53,6 +56,23 @@ def analysis(config_file):
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     program = compile_on(place(config, dict(mesh.shape)), mesh)
     return analyse(program, TARGETS["h100"], 8)
+
+
+@pytest.fixture
+def plant_needless_gather(monkeypatch):
+    """Called, it makes each step that is compiled gather the whole embedding, too."""
+
+    def wasteful(config):
+        step = make_train_step(config)
+
+        def with_fault(state, batch):
+            whole = jax.sharding.reshard(state.parameters["embedding"], PartitionSpec())
+            state, metrics = step(state, batch)
+            return state, metrics | {"planted": jax.numpy.sort(whole.reshape(-1))[0]}
+
+        return with_fault
+
+    return lambda: monkeypatch.setattr(step_module, "make_train_step", wasteful)
 
 
 @pytest.fixture

@@ -1,25 +1,18 @@
 """benchmarks/paper.py: meshes, bytes beside a hand count, where a ladder ends."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from files import module_of
 from matplotlib.image import imread
 
 from ulysses_jax.plan.plan import Cluster
 from ulysses_jax.plan.targets import TARGETS
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "paper.py"
 CLUSTER = Cluster(TARGETS["a100-40"], 4, 8)
 
 
 @pytest.fixture
 def benchmark():
-    spec = importlib.util.spec_from_file_location("paper_benchmark", PATH)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/paper.py")
 
 
 @pytest.fixture

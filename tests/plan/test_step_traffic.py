@@ -2,19 +2,15 @@
 
 import dataclasses
 
-import jax
 import pytest
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.plan import compile as plan_compile
 from ulysses_jax.plan.compile import analyse, compile_on
 from ulysses_jax.plan.targets import TARGETS
-from ulysses_jax.training.step import make_train_step
 
 
 def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
@@ -178,23 +174,13 @@ def test_memory_of_the_state():
     assert memory["fits"]
 
 
-def test_a_needless_all_gather_is_reported(monkeypatch):
+def test_a_needless_all_gather_is_reported(plant_needless_gather):
     config = tiny(fsdp=2, seq=4, memory=dict(remat="none"))
     clean = analysed(config)
     assert not [w for w in clean["warnings"] if "all-gather" in w]
     assert row(clean, "all-gather", "fsdp+seq")["ratio"] == pytest.approx(1)
 
-    def wasteful(config):
-        step = make_train_step(config)
-
-        def with_fault(state, batch):
-            whole = jax.sharding.reshard(state.parameters["embedding"], P())
-            state, metrics = step(state, batch)
-            return state, metrics | {"planted": jax.numpy.sort(whole.reshape(-1))[0]}
-
-        return with_fault
-
-    monkeypatch.setattr(plan_compile, "make_train_step", wasteful)
+    plant_needless_gather()
     faulty = analysed(config)
     (warning,) = [w for w in faulty["warnings"] if "all-gather over fsdp+seq" in w]
     assert "times what the formula says" in warning

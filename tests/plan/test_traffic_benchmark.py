@@ -1,21 +1,13 @@
 """benchmarks/traffic.py: a strategy's bytes, off the program, beside a hand count."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from files import module_of
 from matplotlib.image import imread
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("traffic_benchmark", PATH)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/traffic.py")
 
 
 @pytest.mark.parametrize(

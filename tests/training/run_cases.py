@@ -2,24 +2,28 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import QUICK
-from test_step import B, T, V, mesh_of, put_batch
 
 from ulysses_jax import config as configs
-from ulysses_jax import placement
+from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.spreading import zigzag_order
+from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
-from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.training.step import abstract_batch, batch_spec, make_train_step
 
+B, T, V = 8, 32, 24
 NUM_STEPS = 3
 FAMILIES = {
     "llama": dict(num_heads=8),
+    "grouped": dict(num_heads=8, num_kv_heads=4),
     # Over seq they are padded and repeated, or keys are gathered; over tensor refused.
     "uneven": dict(num_heads=6, num_kv_heads=2),
     "gpt": dict(
@@ -31,6 +35,13 @@ FAMILIES = {
         tied_embeddings=True,
     ),
 }
+
+
+@functools.cache
+def mesh_of(**degrees):
+    num = math.prod(degrees.values())
+    devices = jax.devices()[:num]
+    return make_mesh(**degrees, devices=devices, axis_type=AxisType.Explicit)
 
 
 def make_config(
@@ -55,6 +66,44 @@ def make_config(
     )
     config = placement.complete(from_dict(configs.Config, values), name="test")
     return placement.place(config, dict(mesh_of(**degrees).shape))
+
+
+def make_batch():
+    """Rows packed differently, their labels as unequal as can be.
+
+    Row 0 (a shard of data=8) and the last T/8 tokens (a shard of seq=8) have no label;
+    of the other rows, from most to a few of the tokens have one.
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, (B, T + 1))
+    first = rng.random((B, T)) < np.linspace(0, 0.3, B)[:, None]
+    first[:, 0] = True
+    starts = np.maximum.accumulate(np.where(first, np.arange(T), 0), axis=1)
+    ignored = rng.random((B, T)) < np.linspace(0.1, 0.8, B)[:, None]
+    ignored[0], ignored[:, -T // 8 :] = True, True
+    ignored[:, :-1] |= first[:, 1:]  # a document's last token predicts nothing
+    batch = dict(
+        tokens=tokens[:, :-1],
+        labels=np.where(ignored, IGNORED, tokens[:, 1:]),
+        positions=np.arange(T) - starts,
+        segment_ids=np.cumsum(first, axis=1),
+    )
+    return {name: values.astype(np.int32) for name, values in batch.items()}
+
+
+BATCH = make_batch()
+NUM_VALID = int((BATCH["labels"] != IGNORED).sum())
+
+
+def put_batch(mesh, config):
+    """As the loader would: tokens in the order that the strategy wants."""
+    sharding = NamedSharding(mesh, batch_spec(mesh))
+    order = zigzag_order(T, config.zigzag_members())
+    steps = config.training.accumulation_steps
+    return {
+        name: jax.device_put(values.reshape(steps, -1, T)[..., order], sharding)
+        for name, values in BATCH.items()
+    }
 
 
 @functools.cache

@@ -8,35 +8,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+import run_cases
 from quick import QUICK
+from run_cases import (
+    BATCH,
+    NUM_VALID,
+    V,
+    compiled,
+    first_state,
+    mesh_of,
+    put_batch,
+    put_state,
+)
 
 from ulysses_jax import config as configs
-from ulysses_jax import make_mesh, placement
-from ulysses_jax.config_file import from_dict
-from ulysses_jax.spreading import zigzag_order
+from ulysses_jax import placement
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
     abstract_batch,
-    batch_spec,
     make_train_step,
     make_validation_step,
+    xla_options,
 )
 
-B, T, V = 8, 32, 24
 NUM_STEPS = 5
-FAMILIES = {
-    "llama": dict(num_kv_heads=4),
-    "gpt": dict(
-        norm="layer",
-        feed_forward="gelu",
-        positions="learned",
-        biases=True,
-        tied_embeddings=True,
-    ),
-}
+FAMILIES = ("grouped", "gpt")
 ONE = {}
 MESHES = {
     "data 8": dict(data=8),
@@ -53,118 +50,16 @@ SHARDED = MESHES["fsdp 2, seq 4"]
 TOLERANCE = 1e-5
 
 
-@functools.cache
-def mesh_of(**degrees):
-    num = math.prod(degrees.values())
-    devices = jax.devices()[:num]
-    return make_mesh(**degrees, devices=devices, axis_type=AxisType.Explicit)
-
-
-def make_config(
-    family,
-    degrees,
-    *,
-    dtype="float32",
-    accumulation_steps=1,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    model=(),
-    **memory,
-):
-    values = dict(
-        model=dict(
-            vocab_size=V,
-            width=16,
-            num_layers=2,
-            num_heads=8,
-            head_size=4,
-            compute_dtype=dtype,
-            **FAMILIES[family],
-            **dict(model),
-        ),
-        training=dict(
-            num_steps=NUM_STEPS,
-            warmup_steps=1,
-            learning_rate=0.01,
-            batch_size=B,
-            sequence_tokens=T,
-            accumulation_steps=accumulation_steps,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        ),
-        memory=dict(loss_tile_tokens=6) | memory,
+def make_config(family, degrees, *, dtype="float32", model=(), memory=(), **training):
+    return run_cases.make_config(
+        degrees,
+        family=family,
+        dtype=dtype,
+        model=dict(model),
+        memory=dict(memory),
+        num_steps=NUM_STEPS,
+        **training,
     )
-    config = placement.complete(from_dict(configs.Config, values), name="test")
-    return placement.place(config, dict(mesh_of(**degrees).shape))
-
-
-def make_batch():
-    """Rows packed differently, their labels as unequal as can be.
-
-    Row 0 (a shard of data=8) and the last T/8 tokens (a shard of seq=8) have no label;
-    of the other rows, from most to a few of the tokens have one.
-    """
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, (B, T + 1))
-    first = rng.random((B, T)) < np.linspace(0, 0.3, B)[:, None]
-    first[:, 0] = True
-    starts = np.maximum.accumulate(np.where(first, np.arange(T), 0), axis=1)
-    ignored = rng.random((B, T)) < np.linspace(0.1, 0.8, B)[:, None]
-    ignored[0], ignored[:, -T // 8 :] = True, True
-    ignored[:, :-1] |= first[:, 1:]  # a document's last token predicts nothing
-    batch = dict(
-        tokens=tokens[:, :-1],
-        labels=np.where(ignored, IGNORED, tokens[:, 1:]),
-        positions=np.arange(T) - starts,
-        segment_ids=np.cumsum(first, axis=1),
-    )
-    return {name: values.astype(np.int32) for name, values in batch.items()}
-
-
-BATCH = make_batch()
-NUM_VALID = int((BATCH["labels"] != IGNORED).sum())
-
-
-def put_batch(mesh, config):
-    """As the loader would: tokens in the order that the strategy wants."""
-    sharding = NamedSharding(mesh, batch_spec(mesh))
-    order = zigzag_order(T, config.zigzag_members())
-    steps = config.training.accumulation_steps
-    return {
-        name: jax.device_put(values.reshape(steps, -1, T)[..., order], sharding)
-        for name, values in BATCH.items()
-    }
-
-
-@functools.cache
-def first_state(family):
-    """Made on one device; parameters grown until the layers matter."""
-    with jax.set_mesh(mesh_of()):
-        init = functools.partial(init_state, make_config(family, ONE))
-        state = jax.jit(init, compiler_options=QUICK)()
-    grown = jax.tree.map(
-        lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
-    )
-    return jax.tree.map(np.asarray, dataclasses.replace(state, parameters=grown))
-
-
-def put_state(family, config, mesh):
-    def put(values, leaf):
-        spec = P() if leaf.sharding is None else leaf.sharding.spec
-        return jax.device_put(values, NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, first_state(family), abstract_state(config))
-
-
-@functools.cache
-def compiled(family, degrees, options):
-    """The step, compiled from shapes alone, as a plan does, and a run too."""
-    config = make_config(family, dict(degrees), **dict(options))
-    with jax.set_mesh(mesh_of(**dict(degrees))):
-        traced = jax.jit(make_train_step(config), donate_argnums=0).trace(
-            abstract_state(config), abstract_batch(config)
-        )
-        return config, traced.lower().compile(QUICK)
 
 
 def norm_of(tree):
@@ -176,10 +71,10 @@ def norm_of(tree):
 
 @functools.cache
 def _train(family, degrees, options):
-    config, step = compiled(family, degrees, options)
-    mesh = mesh_of(**dict(degrees))
+    config = make_config(family, dict(degrees), **dict(options))
+    step, mesh = compiled(config), mesh_of(**dict(degrees))
     with jax.set_mesh(mesh):
-        state = put_state(family, config, mesh)
+        state = put_state(first_state(family), config, mesh)
         batch = put_batch(mesh, config)
         rows, moments = [], []
         for _ in range(NUM_STEPS):
@@ -207,7 +102,7 @@ def assert_same_curves(got, want):
 # All factorisations, of a llama, are in test_factorisations.
 @pytest.mark.parametrize(
     "family, mesh_name",
-    [("llama", "data 8"), ("llama", "seq 8"), *(("gpt", name) for name in MESHES)],
+    [("grouped", "data 8"), ("grouped", "seq 8"), *(("gpt", name) for name in MESHES)],
 )
 def test_same_curve_on_every_mesh(family, mesh_name):
     got, first_moment, _ = train(family, MESHES[mesh_name])
@@ -232,15 +127,19 @@ def test_the_curve_is_one_that_a_fault_would_change(family):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(accumulation_steps=4), dict(remat="none"), dict(head_chunks=2)],
+    [
+        dict(accumulation_steps=4),
+        dict(memory=(("remat", "none"),)),
+        dict(memory=(("head_chunks", 2),)),
+    ],
     ids=str,
 )
 def test_same_curve_however_it_is_computed(options):
     """The four parts of a batch hold unequal numbers of labels: no mean of means."""
     by_part = (BATCH["labels"] != IGNORED).reshape(4, -1).sum(axis=1)
     assert by_part.max() > 2 * by_part.min()
-    got, _, _ = train("llama", SHARDED, **options)
-    assert_same_curves(got, train("llama", SHARDED)[0])
+    got, _, _ = train("grouped", SHARDED, **options)
+    assert_same_curves(got, train("grouped", SHARDED)[0])
 
 
 OTHER_OBJECTIVE = dict(label_smoothing=0.2, z_loss=0.01)
@@ -249,12 +148,12 @@ OTHER_OBJECTIVE = dict(label_smoothing=0.2, z_loss=0.01)
 @pytest.mark.parametrize("mesh_name", ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"])
 def test_another_objective_reports_the_plain_loss_too(mesh_name):
     got, _, _ = train(
-        "llama", MESHES[mesh_name], accumulation_steps=2, **OTHER_OBJECTIVE
+        "grouped", MESHES[mesh_name], accumulation_steps=2, **OTHER_OBJECTIVE
     )
-    want, _, _ = train("llama", ONE, **OTHER_OBJECTIVE)
+    want, _, _ = train("grouped", ONE, **OTHER_OBJECTIVE)
     assert_same_curves(got, want)
     np.testing.assert_allclose(got["objective"], want["objective"], TOLERANCE)
-    plain, _, _ = train("llama", ONE)
+    plain, _, _ = train("grouped", ONE)
     assert "objective" not in plain
     # The first two steps have the same parameters; what they minimise is another.
     np.testing.assert_allclose(got["loss"][:2], plain["loss"][:2], 2e-6)
@@ -275,25 +174,25 @@ def test_another_objective_reports_the_plain_loss_too(mesh_name):
     ids=str,
 )
 def test_same_curve_by_every_strategy(degrees, model):
-    got, _, _ = train("llama", degrees, model=model)
+    got, _, _ = train("grouped", degrees, model=model)
     window = tuple(each for each in model if each[0] == "window")
-    assert_same_curves(got, train("llama", ONE, model=window)[0])
+    assert_same_curves(got, train("grouped", ONE, model=window)[0])
 
 
 def test_tokens_in_the_wrong_order_are_seen(monkeypatch):
     config = configs.Config
-    want, _, _ = train("llama", ONE)
+    want, _, _ = train("grouped", ONE)
     _train.cache_clear()
     monkeypatch.setattr(config, "zigzag_members", lambda self: 1)
-    got, _, _ = train("llama", MESHES["ring 4, seq 2"])
+    got, _, _ = train("grouped", MESHES["ring 4, seq 2"])
     _train.cache_clear()
     assert abs(got["loss"][0] / want["loss"][0] - 1) > 20 * TOLERANCE
 
 
 def test_bfloat16_follows_float32():
     """Losses within 1 %, the first gradients within 3 %; the state stays float32."""
-    got, _, state = train("llama", SHARDED, dtype="bfloat16")
-    want, _, _ = train("llama", SHARDED)
+    got, _, state = train("grouped", SHARDED, dtype="bfloat16")
+    want, _, _ = train("grouped", SHARDED)
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=0.01)
     norms, want_norms = got["gradient_norm"], want["gradient_norm"]
     np.testing.assert_allclose(norms[:2], want_norms[:2], rtol=0.03)
@@ -304,7 +203,7 @@ def test_bfloat16_follows_float32():
 
 def test_learning_rates_are_those_of_the_schedule():
     """Warmup of one step from 0, then a cosine from 0.01 to 3e-5 at step 5."""
-    rates = train("llama", ONE)[0]["learning_rate"]
+    rates = train("grouped", ONE)[0]["learning_rate"]
     low = 3e-5
     cosine = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     want = [0.0, *(low + (0.01 - low) * part for part in cosine)]
@@ -312,14 +211,14 @@ def test_learning_rates_are_those_of_the_schedule():
 
 
 def test_a_batch_without_labels_changes_nothing_but_the_step():
-    config, step = compiled("llama", tuple(SHARDED.items()), ())
-    mesh = mesh_of(**SHARDED)
+    config, mesh = make_config("grouped", SHARDED), mesh_of(**SHARDED)
+    step = compiled(config)
     with jax.set_mesh(mesh):
         batch = put_batch(mesh, config)
         batch["labels"] = jnp.full_like(batch["labels"], IGNORED)
-        state, metrics = step(put_state("llama", config, mesh), batch)
+        state, metrics = step(put_state(first_state("grouped"), config, mesh), batch)
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
-    before = first_state("llama").parameters
+    before = first_state("grouped").parameters
     jax.tree.map(np.testing.assert_array_equal, state.parameters, before)
     assert int(state.step) == 1
 
@@ -328,8 +227,8 @@ def test_a_batch_without_labels_changes_nothing_but_the_step():
 def test_compiled_from_shapes_for_real_state_and_batch(mesh_name):
     """The program takes and gives arrays where a made state and a batch lie."""
     degrees = MESHES[mesh_name]
-    config, step = compiled("llama", tuple(degrees.items()), ())
-    mesh = mesh_of(**degrees)
+    config, mesh = make_config("grouped", degrees), mesh_of(**degrees)
+    step = compiled(config)
     with jax.set_mesh(mesh):
         init = jax.jit(functools.partial(init_state, config), compiler_options=QUICK)
         state, batch = init(), put_batch(mesh, config)
@@ -353,7 +252,7 @@ def abstract_batch_on(config, mesh):
 
 
 def test_batch_without_segment_ids():
-    config = make_config("llama", ONE)
+    config = make_config("grouped", ONE)
     config = dataclasses.replace(config, data=configs.Data(mask_documents=False))
     names = set(abstract_batch_on(config, mesh_of()))
     assert names == {"tokens", "labels", "positions"}
@@ -363,13 +262,13 @@ def test_batch_without_segment_ids():
 @pytest.mark.parametrize("degrees", [ONE, SHARDED], ids=str)
 def test_validation_gives_a_plain_sum_and_a_count(degrees, options):
     mesh = mesh_of(**degrees)
-    config = make_config("llama", degrees, **options)
+    config = make_config("grouped", degrees, **options)
     with jax.set_mesh(mesh):
-        parameters = put_state("llama", config, mesh).parameters
+        parameters = put_state(first_state("grouped"), config, mesh).parameters
         step = jax.jit(make_validation_step(config), compiler_options=QUICK)
         total, count = step(parameters, put_batch(mesh, config))
     assert count.dtype == jnp.int32 and int(count) == NUM_VALID
-    mean = train("llama", ONE)[0]["loss"][0]
+    mean = train("grouped", ONE)[0]["loss"][0]
     np.testing.assert_allclose(float(total), mean * NUM_VALID, rtol=2e-6)
 
 
@@ -399,3 +298,19 @@ def test_remat_keeps_only_the_inputs_of_layers():
         for remat in ("none", "full")
     }
     assert growth["full"] < growth["none"] / 2
+
+
+def test_xla_options(monkeypatch):
+    """On GPUs alone, but for chunks of the sequence; XLA knows them; XLA_FLAGS win."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    config = make_config("grouped", ONE)
+    (name, value), *_ = xla_options(config, "gpu").items()
+    assert xla_options(config, "cuda") == {name: value}
+    assert xla_options(config, "cpu") == {}
+    jax.jit(lambda x: x, compiler_options={name: value})(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x, compiler_options={f"{name}_not": value})(1.0)
+    memory = configs.Memory(sequence_chunk_tokens=8)
+    assert xla_options(dataclasses.replace(config, memory=memory), "gpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=1")
+    assert xla_options(config, "gpu") == {}

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from quick import QUICK
 from run_cases import (
+    NUM_VALID,
     assert_same,
     compiled,
     first_state,
     make_config,
+    mesh_of,
     on_one_device,
+    put_batch,
     put_state,
     train,
 )
-from test_step import NUM_VALID, mesh_of, put_batch
 
 from ulysses_jax import config as configs
 from ulysses_jax.config_file import from_dict

@@ -114,12 +114,15 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
     may_wait = {"inputs", "attention", "optimizer"}
     may_wait |= {"keys"} if chunk else set()
     may_wait |= {"parameters"} if config.training.zero_stage == 3 else set()
-    memory = Memory(loss_tile_tokens=config.memory.loss_tile_tokens)
+    given = config.memory
+    memory = Memory(loss_tile_tokens=given.loss_tile_tokens)
     found: list[tuple[str, Memory]] = []
     for name, changes in RUNGS:
         memory = dataclasses.replace(memory, **changes)
         offload = tuple(word for word in memory.offload if word in may_wait)
-        rung = dataclasses.replace(memory, offload=offload)
+        # Without remat, groups of heads hide nothing.
+        head_chunks = 1 if memory.remat == "none" else given.head_chunks
+        rung = dataclasses.replace(memory, offload=offload, head_chunks=head_chunks)
         if memory.sequence_chunk_tokens:
             rung = dataclasses.replace(rung, sequence_chunk_tokens=chunk)
         if rung not in [each for _, each in found]:

@@ -16,7 +16,8 @@ class Pieces(NamedTuple):
 
     Attention's arrays hold P pieces of t tokens each, one from every device of the
     exchange: piece p of chunk i is block `p c + i` of the sequence, of c chunks. Where
-    one chunk is all there is, P is 1 here, and the piece the whole sequence. The heads of a device are attended in groups: every group g has n query heads.
+    one chunk is all there is, P is 1 here, and the piece the whole sequence. The heads
+    of a device are attended in groups: every group g has n query heads.
 
     leaves are what gradients are taken of: float32 arrays.
 

@@ -126,7 +126,7 @@ class Attention(nnx.Module):
             strategy=None if strategy == "auto" else strategy,
             attention=self.model.attention,
             zigzag=bool(self.model.zigzag),
-            head_chunks=self.memory.head_chunks,
+            head_chunks=self.memory.head_chunks or 1,
         )
         return self.project_out(out)
 

@@ -93,16 +93,18 @@ def split_head_chunks(head_chunks: int, num_kv: int, group: int) -> tuple[int, i
     kv_chunks = math.gcd(head_chunks, num_kv)
     group_chunks = head_chunks // kv_chunks
     if head_chunks < 1 or group % group_chunks:
-        fits = [
-            n
-            for n in range(1, num_kv * group + 1)
-            if group % (n // math.gcd(n, num_kv)) == 0
-        ]
         raise ValueError(
             f"head_chunks {head_chunks} does not divide the {num_kv * group} query "
-            f"heads of a device ({num_kv} KV heads x {group}): use one of {fits}"
+            f"heads of a device ({num_kv} KV heads x {group}): use one of "
+            f"{head_chunk_counts(num_kv, group)}"
         )
     return kv_chunks, group_chunks
+
+
+def head_chunk_counts(num_kv: int, group: int) -> list[int]:
+    """All that `split_head_chunks` can split into."""
+    counts = range(1, num_kv * group + 1)
+    return [n for n in counts if group % (n // math.gcd(n, num_kv)) == 0]
 
 
 def _merge_heads(x: Array) -> Array:

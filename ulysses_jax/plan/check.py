@@ -13,12 +13,12 @@ from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.config import Config
 from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
-from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
+from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.predict import predict
-from ulysses_jax.plan.targets import TARGETS, Target
+from ulysses_jax.plan.targets import TARGETS, target_of
 from ulysses_jax.training.state import init_state
-from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
 def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
@@ -38,11 +38,10 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
     """
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
-    config = place(config, dict(mesh.shape))
     device = mesh.devices.flat[0]
-    target = _target_of(device)
+    target, gpus_per_host = target_of(device), jax.local_device_count()
+    config = place_on(config, dict(mesh.shape), target, gpus_per_host)
     program = compile_on(config, mesh)
-    gpus_per_host = jax.local_device_count()
     plan = analyse(program, target or TARGETS["h100"], gpus_per_host)
     if target is None:  # what fits here is not for an H100 to say
         for name in (
@@ -65,7 +64,7 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
             for shard in array.addressable_shards
             if shard.device == device
         )
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        step = jit_train_step(config, device.platform)
         seconds = []
         for _ in range(num_steps + 1):
             started = time.monotonic()
@@ -107,12 +106,6 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
             },
         ],
     }
-
-
-def _target_of(device: Any) -> Target | None:
-    """The target that describes a device that is there, by its name."""
-    names = (t for t in TARGETS.values() if t.description == device.device_kind)
-    return next(names, None)
 
 
 def _high_water(mesh: Mesh) -> int:

@@ -5,8 +5,7 @@ import math
 from typing import Any
 
 from ulysses_jax.config import Config
-from ulysses_jax.placement import place
-from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan
+from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, placed_on
 from ulysses_jax.plan.reckoning import meshes
 from ulysses_jax.plan.traffic import attention_bytes
 
@@ -53,7 +52,7 @@ def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
             mesh=dataclasses.replace(config.mesh, **mesh),
         )
         try:
-            run = place(run, mesh)
+            run = placed_on(run, cluster)
         except ValueError:
             if chosen == "ulysses":
                 raise

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import make_mesh, resolve_degrees
-from ulysses_jax.placement import place
 from ulysses_jax.plan.collectives import (
     find_collectives,
     moving_loops_of_unknown_trips,
 )
+from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
 from ulysses_jax.plan.host import host_moves
 from ulysses_jax.plan.memory import memory
@@ -35,7 +35,7 @@ from ulysses_jax.training.state import (
     abstract_state,
     host_bytes,
 )
-from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
 class PlanError(ValueError):
@@ -78,7 +78,7 @@ def compile_step(
         does), a config that does not fit its mesh.
     """
     degrees = mesh_degrees(config, target, hosts, gpus_per_host)
-    config = place(config, degrees)
+    config = place_on(config, degrees, target, gpus_per_host)
     started = time.monotonic()
     mesh = make_mesh(
         **degrees,
@@ -118,7 +118,7 @@ def compile_on(
         state = jax.tree.map(on_mesh, abstract_state(config))
         gradients = abstract_gradients(config, state)
         batch = abstract_batch(config)
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        step = jit_train_step(config, platform)
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
         try:
             compiled = lowered.compile(compiler_options)

@@ -7,8 +7,7 @@ from typing import Any
 
 from ulysses_jax.config import Config, Memory
 from ulysses_jax.memory.auto import CHUNK_TOKENS, rungs
-from ulysses_jax.placement import place
-from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, with_tokens
+from ulysses_jax.plan.plan import Cluster, make_plan, placed_on, with_tokens
 
 NUM_DEEP_RUNGS = 5
 """Of `memory.auto`, from the end: one of them reaches farthest."""
@@ -42,7 +41,7 @@ def longest(
         tokens a device fits.
     """
     if config.memory.auto:
-        config = place(config, degrees_on(config, cluster))
+        config = placed_on(config, cluster)
         found = longest(
             dataclasses.replace(config, memory=_farthest(config, cluster, on_trial)),
             cluster,

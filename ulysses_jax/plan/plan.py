@@ -9,6 +9,7 @@ from ulysses_jax.config import Config, Memory, in_pieces
 from ulysses_jax.memory.auto import Fit, choose, rungs
 from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import mesh_degrees
+from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.reckoning import reckon
 from ulysses_jax.plan.targets import Target
@@ -44,10 +45,10 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
 
     Returns:
       `gpus`, `fits`, `num_devices`, `tokens` (of a sequence), `batch_size`, `mesh`,
-      `strategy`; `memory`, `traffic`, `overlap`, `copies`, `warnings`: read off the
-      compiled program (`compile.analyse`); `predicted`: by formula and schedule
-      (`predict`); `reckoning`: the strategies side by side, by formula (`reckon`);
-      `compile_seconds`; `advice`: what to change first where it does not
+      `strategy`, `head_chunks`; `memory`, `traffic`, `overlap`, `copies`, `warnings`:
+      read off the compiled program (`compile.analyse`); `predicted`: by formula and
+      schedule (`predict`); `reckoning`: the strategies side by side, by formula
+      (`reckon`); `compile_seconds`; `advice`: what to change first where it does not
       fit.
       `overlap.exchange_fraction` is None where nothing is exchanged (seq=1). With
       `memory.auto`, `auto`: what was tried (`memory.auto.choose`), and `memory_options`
@@ -57,7 +58,7 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
       ValueError: with `memory.auto`, nothing fits.
       PlanError, ValueError: as `worker.plan_step`, and `degrees_on`.
     """
-    config = place(config, degrees_on(config, cluster))  # or refuse, before compiling
+    config = placed_on(config, cluster)  # or refuse, before compiling
     if config.memory.auto:
         return _choose_memory(config, cluster)
     found = plan_step(
@@ -78,6 +79,7 @@ def make_plan(config: Config, cluster: Cluster) -> dict[str, Any]:
         "accumulation_steps": config.training.accumulation_steps,
         "mesh": found["mesh"],
         "strategy": config.model.strategy,
+        "head_chunks": config.memory.head_chunks,
         "reckoning": reckon(config, cluster.target, cluster.gpus_per_host),
         "predicted": predict(config, cluster.target, found),
         "advice": advice(found["memory"], config, cluster),
@@ -106,6 +108,16 @@ def _choose_memory(config: Config, cluster: Cluster) -> dict[str, Any]:
             trial["step_seconds"] = plans[memory]["predicted"]["step_seconds"]
     options = dataclasses.asdict(chosen.memory)
     return plans[chosen.memory] | {"auto": trials, "memory_options": options}
+
+
+def placed_on(config: Config, cluster: Cluster) -> Config:
+    """`head_chunks.place_on` a cluster.
+
+    Raises:
+      ValueError: as `degrees_on` and `place`.
+    """
+    degrees = degrees_on(config, cluster)
+    return place_on(config, degrees, cluster.target, cluster.gpus_per_host)
 
 
 def degrees_on(config: Config, cluster: Cluster) -> dict[str, int]:
@@ -140,7 +152,7 @@ def matching_mesh(config: Config, num_devices: int) -> str:
     for tensor in _divisors(num_devices):
         for ring, seq in _pairs(num_devices // tensor):
             heads = config.model.num_heads / (tensor * seq)
-            if heads % config.memory.head_chunks:  # nor is one cut in two
+            if heads % (config.memory.head_chunks or 1):  # nor is one cut in two
                 continue
             rows = num_devices // (tensor * ring * seq)
             data = rows if mesh.data == -1 else math.gcd(rows, max(mesh.data, 1))

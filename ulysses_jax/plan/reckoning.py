@@ -31,13 +31,11 @@ def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str,
         received = received_by(config, strategy, ring=ring, seq=seq)
         total = between = seconds = 0.0
         for (kind, axis), both_ways in received.items():
-            size, stride = {
-                "seq": (seq, mesh.tensor),
-                "ring": (ring, mesh.tensor * seq),
-            }[axis]
-            num_hosts = len({i * stride // gpus_per_host for i in range(size)})
             sent = sum(both_ways)
-            outside = sent * share_between_hosts(kind, size, num_hosts)
+            size, stride = (
+                (seq, mesh.tensor) if axis == "seq" else (ring, mesh.tensor * seq)
+            )
+            outside = sent * share_outside(kind, size, stride, gpus_per_host)
             total, between = total + sent, between + outside
             seconds += link_seconds(target, sent - outside, outside)
         rows.append(
@@ -52,6 +50,17 @@ def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str,
             }
         )
     return rows
+
+
+def share_outside(kind: str, size: int, stride: int, gpus_per_host: int) -> float:
+    """The part that goes between hosts, of what a GPU sends over an axis.
+
+    Args:
+      kind: of the collective.
+      size, stride: of the axis; neighbours on it are `stride` devices apart.
+    """
+    num_hosts = len({i * stride // gpus_per_host for i in range(size)})
+    return share_between_hosts(kind, size, num_hosts)
 
 
 def meshes(

@@ -31,8 +31,11 @@ TIMES = (
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Prints a plan; each table's title says where its figures come from."""
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
+    chunks = plan["head_chunks"]
+    groups = f", heads in {chunks} groups" if chunks > 1 else ""
     console.print(
-        f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  {plan['strategy']}  "
+        f"[bold]{plan['gpus']}[/bold]  {mesh or 'one device'}  {plan['strategy']}"
+        f"{groups}  "
         f"{plan['batch_size']} x {plan['tokens']:,} tokens a step in "
         f"{_parts(plan['accumulation_steps'])}; compiled in "
         f"{plan['compile_seconds']:.0f} s"

@@ -3,6 +3,7 @@
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 GB, TB = 10**9, 10**12
 GIB = 2**30
@@ -242,3 +243,9 @@ def parse_gpus(text: str) -> tuple[Target, int, int]:
             f"{name or 'h100'}:1x8 or {name or 'h100'}:128x8"
         )
     return TARGETS[name], int(match[2]), int(match[3])
+
+
+def target_of(device: Any) -> Target | None:
+    """The target that describes a device that is there, by its name."""
+    names = (t for t in TARGETS.values() if t.description == device.device_kind)
+    return next(names, None)

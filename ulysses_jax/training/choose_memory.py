@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from ulysses_jax.config import Config
 from ulysses_jax.memory.auto import Fit, choose, describe
+from ulysses_jax.mesh import platform_of
 from ulysses_jax.training.state import abstract_state
-from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
 def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
@@ -31,7 +32,7 @@ def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
 
     def compiled(candidate: Config) -> Fit:
         with jax.set_mesh(mesh):
-            step = jax.jit(make_train_step(candidate), donate_argnums=0)
+            step = jit_train_step(candidate, platform_of(mesh))
             step = step.trace(abstract_state(candidate), abstract_batch(candidate))
             try:
                 stats = step.lower().compile().memory_analysis()

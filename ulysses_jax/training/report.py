@@ -23,7 +23,9 @@ def describe(config: Config, state: TrainState) -> list[str]:
     ]
     if mesh.ring * mesh.seq > 1:
         order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
-        lines[0] += f"; strategy {model.strategy}{order}"
+        chunks = config.memory.head_chunks or 1
+        groups = f", heads in {chunks} groups" if chunks > 1 else ""
+        lines[0] += f"; strategy {model.strategy}{order}{groups}"
     padding = config.padded_tokens() - training.sequence_tokens
     if padding:
         halves = "half-blocks of " if config.zigzag_members() > 1 else ""

@@ -1,5 +1,6 @@
 """The train step: one function from a state and a batch to the next state."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,10 +48,40 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(names, array)
 
 
+def jit_train_step(config: Config, platform: str) -> jax.stages.Wrapped:
+    """`make_train_step` jitted as a run has it: the state donated, XLA's options set.
+
+    Args:
+      platform: of the devices that it is for, "gpu", "cuda" or "cpu".
+    """
+    return jax.jit(
+        make_train_step(config),
+        donate_argnums=0,
+        compiler_options=xla_options(config, platform),
+    )
+
+
+# By default one collective is in flight at a time: a sum of gradients between hosts
+# holds up every exchange inside them.
+_IN_FLIGHT = "xla_gpu_experimental_parallel_collective_overlap_limit"
+
+
+def xla_options(config: Config, platform: str) -> dict[str, int]:
+    """The options of XLA that a run's step is compiled with; XLA_FLAGS win over them.
+
+    On GPUs two collectives may be in flight; not in chunks of the sequence, where that
+    hides no more and takes memory. `docs/gpu.md` has the figures.
+    """
+    is_gpu = platform in ("gpu", "cuda")
+    if not is_gpu or config.memory.sequence_chunk_tokens:
+        return {}
+    return {} if _IN_FLIGHT in os.environ.get("XLA_FLAGS", "") else {_IN_FLIGHT: 2}
+
+
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the step of a run; the caller jits it, donating the state.
+    """Makes the step of a run, not jitted: `jit_train_step` does.
 
     A batch holds `tokens`, `labels`, `positions` and, where documents are masked,
     `segment_ids`, each int32, global, of `batch_shape` and sharded as `batch_spec`.

@@ -1,0 +1,90 @@
+"""Groups of heads by default: what the links, the length and the heads say."""
+
+import dataclasses
+
+import pytest
+
+from ulysses_jax.config import Config, Memory, Mesh, Model, Training
+from ulysses_jax.plan.head_chunks import GROUP_SECONDS, LEAST_SAVING, place_on
+from ulysses_jax.plan.targets import TARGETS
+
+H100 = TARGETS["h100"]
+
+
+def chunks(tokens, *, gpus_per_host=8, target=H100, memory=None, model=None, **degrees):
+    shape = dict(num_heads=32, num_kv_heads=8, num_layers=2, strategy="ulysses")
+    config = Config(
+        model=Model(
+            width=4096,
+            head_size=128,
+            feed_forward_width=14336,
+            compute_dtype="bfloat16",
+            **shape | (model or {}),
+        ),
+        training=Training(sequence_tokens=tokens, batch_size=1),
+        memory=Memory(**(memory or {})),
+    )
+    degrees = dataclasses.asdict(Mesh()) | degrees
+    return place_on(config, degrees, target, gpus_per_host).memory.head_chunks
+
+
+def test_within_a_host_one_group_at_long_sequences():
+    assert chunks(2**17, seq=8) == chunks(2**20, seq=8) == 1
+
+
+def test_between_hosts_several():
+    assert chunks(2**17, seq=16) == 2  # all the heads that a GPU has
+    assert chunks(2**17, seq=8, gpus_per_host=4) == 4
+    assert chunks(2**17, seq=8, tensor=1, gpus_per_host=8) == 1
+
+
+def test_where_devices_of_one_host_are_tensors():
+    """seq=2 strides over hosts of 4 where tensor=4 fills them."""
+    apart = chunks(2**17, seq=2, tensor=4, gpus_per_host=4)
+    assert apart > chunks(2**17, seq=2, tensor=4, gpus_per_host=8) == 1
+
+
+def test_short_sequences_and_very_long_ones_need_none():
+    """Between hosts: of 8K tokens a group costs more than it hides; of 4M the exchange
+    is a hundredth of attention."""
+    assert chunks(2**12, seq=16) == 1
+    assert chunks(2**22, seq=16) == 1
+
+
+def test_the_saving_is_worth_it():
+    """At the length where the choice changes, by hand: E is an exchange's seconds, A
+    attention's, M the matrix products'; two groups save E/2 less another group."""
+    flops = H100.bf16_flops_per_second
+    found = set()
+    for tokens in (2**13, 2**15, 2**17, 2**19, 2**20, 2**21):
+        # q, k, v and out: 2 x (32 + 16 KV slots) x 128 features, half of 15/16 outside.
+        sent = 2 * (32 + 16) * 128 * tokens / 16 * 2
+        outside = sent * 8 / 16 / (H100.network_bytes_per_second * 0.9)
+        attention = 2 * tokens**2 * 4096 / 16 / (flops * H100.attention_efficiency)
+        weights = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336
+        matmul = 2 * weights * tokens / 16 / (flops * H100.matmul_efficiency)
+        saves = outside / 2 - max(outside - attention, 0) / 2 - GROUP_SECONDS
+        worth = saves >= LEAST_SAVING * (attention + matmul)
+        assert chunks(tokens, seq=16) == (2 if worth else 1), tokens
+        found.add(worth)
+    assert found == {True, False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(memory=dict(remat="none")),
+        dict(model=dict(attention="reference")),
+        dict(model=dict(strategy="all_gather")),
+        dict(target=None),
+        dict(memory=dict(head_chunks=1)),
+    ],
+    ids=str,
+)
+def test_one_where_groups_hide_nothing_or_are_given(changes):
+    assert chunks(2**17, seq=8, gpus_per_host=4) == 4
+    assert chunks(2**17, seq=8, gpus_per_host=4, **changes) == 1
+
+
+def test_what_is_given_stays():
+    assert chunks(2**17, seq=8, memory=dict(head_chunks=4)) == 4
