@@ -2,9 +2,10 @@
 
     .venv-plan/bin/python benchmarks/xla_options.py [--json FILE] [--quick]
 
-Rows are Llama-3-8B at 131,072 tokens on H100, each compiled with one option in
-XLA_FLAGS and with none: memory, what is under compute in the schedule, and the
-predicted time that communication adds to a step.
+Rows are Llama-3-8B at 131,072 tokens on H100, each compiled as the trainer does, which
+lets two collectives be in flight, and with one option more in XLA_FLAGS: memory, what
+is under compute in the schedule, and the predicted time that communication adds to a
+step.
 """
 
 import argparse
@@ -23,20 +24,28 @@ from ulysses_jax.plan.plan import Cluster, make_plan
 from ulysses_jax.plan.targets import TARGETS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama3_8b.yaml"
-RING = ["--mesh.ring=8", "--mesh.fsdp=1", "--training.batch-size=1"]
+ONE_SEQUENCE = ["--mesh.fsdp=1", "--training.batch-size=1"]
 RUNS = {
     "8 GPUs": (1, []),
     "8 GPUs, 4 head chunks": (1, ["--memory.head-chunks=4"]),
     "64 GPUs": (8, []),
     "64 GPUs, 4 head chunks": (8, ["--memory.head-chunks=4"]),
-    "64 GPUs, ring=8": (8, RING),
+    "64 GPUs, ring=8": (8, [*ONE_SEQUENCE, "--mesh.ring=8"]),
+    "16 GPUs, seq=16": (
+        2,
+        [*ONE_SEQUENCE, "--mesh.seq=16", "--memory.head-chunks=1"],
+    ),
+    "16 GPUs, seq=16, 2 head chunks": (
+        2,
+        [*ONE_SEQUENCE, "--mesh.seq=16", "--memory.head-chunks=2"],
+    ),
 }
 KINDS = ("all-to-all", "all-gather", "reduce-scatter")
 GIB_BYTES = str(2**30)
 IN_FLIGHT = "experimental_parallel_collective_overlap_limit"
 OPTIONS = {
-    "none": {},
-    "two collectives in flight": {IN_FLIGHT: "2"},
+    "as the trainer": {},
+    "one collective in flight": {IN_FLIGHT: "1"},
     "four": {IN_FLIGHT: "4"},
     "pipelined gathers": {"enable_pipelined_all_gather": "true"},
     "pipelined scatters": {"enable_pipelined_reduce_scatter": "true"},

@@ -243,6 +243,21 @@ def test_no_exchange_has_no_fraction(module):
     assert overlap(module, [])["exchange_fraction"] is None
 
 
+def test_a_synchronous_exchange_has_copies_too():
+    """Nothing runs between its start and its done, but its result is the done's."""
+    is_sync = 'backend_config={"collective_backend_config":{"is_sync":true}}'
+    lines = [
+        f"{line}, {is_sync}" if line.startswith("  %other =") else line
+        for line in PROGRAM.splitlines()
+    ]
+    module = parse("\n".join(lines))
+    found = find_collectives(module, DEGREES, gpus_per_host=4)
+    rows = {row["name"]: row for row in overlap(module, found)["collectives"]}
+    assert [rows[name]["is_asynchronous"] for name in ("a2a", "other")] == [True, False]
+    result = copies(module, found, num_layer_runs=3)
+    assert {c["name"] for c in result["copies"]} == {"pack", "copied"}
+
+
 def test_copies(module, found):
     """The transpose before the first and the copy after the second; no arithmetic."""
     result = copies(module, found, num_layer_runs=3)

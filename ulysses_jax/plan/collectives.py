@@ -34,8 +34,10 @@ class Collective:
     kind: str
     instruction: Instruction
     computation: Computation
-    done: Instruction | None
-    """Where it is waited for; None: it is synchronous."""
+    end: Instruction
+    """Where its result is: its done, or the instruction itself."""
+    is_asynchronous: bool
+    """Whether anything may run between the two."""
     count: int
     """Runs a step."""
     results: tuple[Array, ...]
@@ -56,10 +58,10 @@ class Collective:
 
     def between(self) -> tuple[Instruction, ...]:
         """What is scheduled between its start and its done."""
-        if self.done is None:
+        if not self.is_asynchronous:
             return ()
         index = self.computation.index
-        first, last = index[self.instruction.name] + 1, index[self.done.name]
+        first, last = index[self.instruction.name] + 1, index[self.end.name]
         return self.computation.instructions[first:last]
 
 
@@ -83,8 +85,7 @@ def find_collectives(
             else:
                 groups = replica_groups(inner.attributes, num_devices)
             done = _done(computation, start)
-            if '"is_sync":true' in start.attributes:
-                done = None
+            is_sync = done is None or '"is_sync":true' in start.attributes
             axes = axes_of(groups, degrees, paired=kind == "collective-permute")
             hosts = np.sort(groups // gpus_per_host, axis=1)
             num_hosts = 1 + int((np.diff(hosts, axis=1) > 0).sum(axis=1).max(initial=0))
@@ -99,7 +100,8 @@ def find_collectives(
                     kind=kind,
                     instruction=start,
                     computation=computation,
-                    done=done,
+                    end=done or start,
+                    is_asynchronous=not is_sync,
                     count=module.runs[computation.name],
                     results=results,
                     sent_bytes=sent,

@@ -47,7 +47,7 @@ def overlap(module: Module, collectives: Iterable[Collective]) -> dict[str, Any]
                 "count": each.count,
                 "bytes": each.sent_bytes,
                 "between_hosts_bytes": each.between_hosts_bytes,
-                "is_asynchronous": each.done is not None,
+                "is_asynchronous": each.is_asynchronous,
                 "attention_flops_between": attention,
                 "matmul_flops_between": matmul,
             }
@@ -92,10 +92,9 @@ def copies(
         if not exchange.is_exchange:
             continue
         computation = exchange.computation
-        end = exchange.done or exchange.instruction
         for copy in (
             *_copies_before(module, computation, exchange.instruction),
-            *_copies_after(module, computation, end),
+            *_copies_after(module, computation, exchange.end),
         ):
             # A copy of a value and its exchange belong to the same phase.
             phase = phase_of(copy) or exchange.phase
