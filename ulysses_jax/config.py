@@ -177,19 +177,26 @@ class Config:
 
     def padded_tokens(self) -> int:
         """The sequence length on the mesh: rounded up to a multiple of ring x seq, and
-        in zigzag order to half-blocks of an even length, which cuDNN asks for."""
+        where attention goes by blocks to blocks (in zigzag order half-blocks) of an
+        even length, which cuDNN asks for."""
         shards = self.mesh.ring * self.mesh.seq
-        if self.zigzag_members() > 1:
-            shards = math.lcm(shards, 4 * self.zigzag_members())
+        members = self._members()
+        if members > 1:
+            halves = 2 if self.zigzag_members() > 1 else 1
+            shards = math.lcm(shards, 2 * halves * members)
         return math.ceil(self.training.sequence_tokens / shards) * shards
 
     def zigzag_members(self) -> int:
         """Of a placed config: over how many members a row's tokens lie in zigzag order
         (`spreading.zigzag_ranges`); 1: they lie in the sequence's own."""
-        model, mesh = self.model, self.mesh
-        if not model.zigzag or model.strategy == "auto":
+        return self._members() if self.model.zigzag else 1
+
+    def _members(self) -> int:
+        """Over how many members attention goes block by block."""
+        strategy, mesh = self.model.strategy, self.mesh
+        if strategy == "auto":
             return 1
-        return num_members(model.strategy, mesh.ring, mesh.seq)
+        return num_members(strategy, mesh.ring, mesh.seq)
 
 
 def in_pieces(model: Model, memory: Memory) -> bool:

@@ -13,7 +13,7 @@ from ulysses_jax.attention.select import ATTENTIONS, local_attention
 BF16 = jnp.bfloat16
 
 
-def shaped(tokens=13, size=64, dtype=BF16):
+def shaped(tokens=14, size=64, dtype=BF16):
     return jax.ShapeDtypeStruct((2, tokens, 4, size), dtype)
 
 
@@ -26,7 +26,7 @@ def test_cudnn_on_gpus(platform, mask):
         for size in (8, 64, 128):
             q = shaped(size=size, dtype=dtype)
             assert local_attention(platform, q, q, mask) is cudnn_attention
-    q, k = shaped(tokens=5), shaped(tokens=13)
+    q, k = shaped(tokens=6), shaped(tokens=14)
     assert local_attention(platform, q, k, mask) is cudnn_attention
 
 
@@ -41,6 +41,7 @@ def test_cudnn_on_gpus(platform, mask):
         ("cuda", shaped(), Mask(causal=True, **PACKED)),
         ("cuda", shaped(), Mask(causal=True, **SHUFFLED)),
         ("cuda", shaped(), Mask(window=4)),
+        ("cuda", shaped(tokens=13), Mask(causal=True)),
     ],
 )
 def test_blockwise_everywhere_else(platform, q, mask):
@@ -49,7 +50,7 @@ def test_blockwise_everywhere_else(platform, q, mask):
 
 def test_blockwise_for_a_window_with_more_queries_than_keys():
     mask = Mask(causal=True, window=4)
-    chosen = local_attention("cuda", shaped(tokens=17), shaped(tokens=5), mask)
+    chosen = local_attention("cuda", shaped(tokens=18), shaped(tokens=6), mask)
     assert chosen is blockwise_attention
 
 

@@ -13,11 +13,12 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def cudnn_can(q: Array, k: Array, mask: Mask) -> bool:
-    """Whether cuDNN through jax.nn has this dtype, head size and mask."""
+    """Whether cuDNN through jax.nn has this dtype, head size, length and mask."""
     return (
         q.dtype in DTYPES
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
+        and q.shape[1] % 2 == k.shape[1] % 2 == 0  # odd ones have no gradient there
         and mask.is_by_index
         and (mask.window is None or (mask.causal and q.shape[1] <= k.shape[1]))
     )
