@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
         simulate_cpu_devices(config.run.simulated_cpu_devices)
         start_distributed(**dataclasses.asdict(config.distributed))
         mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
-        target = target_of(mesh.local_devices[0])
+        # Of the same device on every process: all must compile one program.
+        target = target_of(mesh.devices.flat[0])
         config = place_on(config, dict(mesh.shape), target, devices_per_host())
         training = config.training
         data = open_data(config)
