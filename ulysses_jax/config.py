@@ -114,8 +114,8 @@ class Mesh:
 @dataclass(frozen=True)
 class Memory:
     auto: bool = False
-    """The cheapest of the options below that fit, in place of what they say; as a whole
-    section, `memory: auto`."""
+    """The cheapest of the options below that fit, in place of what they say, but for
+    loss_tile_tokens and head_chunks; as a whole section, `memory: auto`."""
     remat: Literal["none", "full", "attention"] = "full"
     """What the backward pass recomputes: nothing; each layer from its input; or all of
     it but attention, whose output and logsumexp are kept (the memory of a second input,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -157,3 +158,16 @@ def test_tolerance_and_progress(compiled):
     assert {tokens: plan["fits"] for tokens, plan in seen} == {
         trial["tokens"]: trial["fits"] for trial in result["trials"]
     }
+
+
+def test_groups_of_heads_that_are_left_open_are_chosen_at_each_length(compiled):
+    """Not once, at the config's own length: a run of the longest chooses at that."""
+    runs = compiled(lambda tokens: 2e4 * tokens)
+    config = run(2**15)
+    config = replace(config, memory=replace(config.memory, auto=True))
+    longest(config, Cluster(H100, 1, 8))
+    assert all(each.memory.head_chunks is None for each in runs)
+    runs.clear()
+    given = replace(config.memory, head_chunks=1)
+    longest(replace(config, memory=given), Cluster(H100, 1, 8))
+    assert all(each.memory.head_chunks == 1 for each in runs)

@@ -41,7 +41,9 @@ def longest(
         tokens a device fits.
     """
     if config.memory.auto:
-        config = placed_on(config, cluster)
+        given = config.memory
+        # Groups of heads stay open, where they are: each length has its own.
+        config = dataclasses.replace(placed_on(config, cluster), memory=given)
         found = longest(
             dataclasses.replace(config, memory=_farthest(config, cluster, on_trial)),
             cluster,
