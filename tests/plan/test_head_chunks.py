@@ -11,7 +11,17 @@ from ulysses_jax.plan.targets import TARGETS
 H100 = TARGETS["h100"]
 
 
-def chunks(tokens, *, gpus_per_host=8, target=H100, memory=None, model=None, **degrees):
+def chunks(
+    tokens,
+    *,
+    gpus_per_host=8,
+    target=H100,
+    memory=None,
+    model=None,
+    batch_size=1,
+    accumulation_steps=1,
+    **degrees,
+):
     shape = dict(num_heads=32, num_kv_heads=8, num_layers=2, strategy="ulysses")
     config = Config(
         model=Model(
@@ -21,7 +31,11 @@ def chunks(tokens, *, gpus_per_host=8, target=H100, memory=None, model=None, **d
             compute_dtype="bfloat16",
             **shape | (model or {}),
         ),
-        training=Training(sequence_tokens=tokens, batch_size=1),
+        training=Training(
+            sequence_tokens=tokens,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+        ),
         memory=Memory(**(memory or {})),
     )
     degrees = dataclasses.asdict(Mesh()) | degrees
@@ -49,6 +63,13 @@ def test_short_sequences_and_very_long_ones_need_none():
     is a hundredth of attention."""
     assert chunks(2**12, seq=16) == 1
     assert chunks(2**22, seq=16) == 1
+
+
+def test_rows_share_the_cost_of_a_group():
+    assert chunks(2**13, seq=16) == 1
+    assert chunks(2**13, seq=16, batch_size=8) == 2
+    parts = dict(batch_size=8, accumulation_steps=8)
+    assert chunks(2**13, seq=16, **parts) == 1
 
 
 def test_the_saving_is_worth_it():

@@ -56,12 +56,15 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
         or model.attention == "reference"
     ):
         return 1
+    training = config.training
+    assert training.accumulation_steps
+    rows = training.batch_size // (training.accumulation_steps * mesh.data * mesh.fsdp)
     (sent,) = received_by(config, "ulysses", ring=1, seq=mesh.seq).values()
     share = share_outside("all-to-all", mesh.seq, mesh.tensor, gpus_per_host)
-    exchange = link_seconds(target, sent[0] * (1 - share), sent[0] * share)
-    # Forward is a third of a step; a sequence and layer on one GPU.
+    exchange = rows * link_seconds(target, sent[0] * (1 - share), sent[0] * share)
+    # Forward is a third of a step; a layer's part of it on one GPU, of its rows.
     flops = step_flops(config, config.padded_tokens())
-    part = 3 * config.training.batch_size * model.num_layers * mesh.seq * mesh.tensor
+    part = 3 * training.batch_size / rows * model.num_layers * mesh.seq * mesh.tensor
     peak = target.peak_flops_per_second(model.compute_dtype)
     attention = flops["attention"] / part / (peak * target.attention_efficiency)
     layer = attention + flops["matmul"] / part / (peak * target.matmul_efficiency)
