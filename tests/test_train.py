@@ -315,8 +315,8 @@ REFUSALS = {
     ),
     "heads over tensor": (
         ["--mesh.data=1", "--mesh.tensor=8", "--mesh.seq=1"],
-        "model.num_heads 4 does not divide over mesh.tensor 8: use mesh.tensor 1 or 2 "
-        "or 4, or a num_heads of 8",
+        "model.num_heads 4 does not divide over mesh.tensor 8: use mesh.tensor 2, "
+        "mesh.fsdp 4; or mesh.tensor 1, mesh.fsdp 8",
     ),
     "batch over data": (["--training.batch-size=7"], "use a batch_size of 8"),
     "kv heads": (["--model.num-kv-heads=3"], "does not divide model.num_heads 4"),

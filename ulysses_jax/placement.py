@@ -52,15 +52,21 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     """
     model, training = config.model, config.training
     tensor = degrees["tensor"]
-    split = ("num_heads", "num_kv_heads", "feed_forward_width", "vocab_size")
-    for name in (*split, "max_positions"):
-        size = getattr(model, name) or 0
+    heads = ("num_heads", "num_kv_heads")
+    split = (*heads, "feed_forward_width", "vocab_size", "max_positions")
+    sizes = {name: getattr(model, name) or 0 for name in split}
+    for name, size in sizes.items():
         if size % tensor:
-            fits = [n for n in range(1, tensor) if size % n == 0]
+            fits = [
+                f"mesh.tensor {n}, mesh.fsdp {degrees['fsdp'] * tensor // n}"
+                for n in range(tensor - 1, 0, -1)
+                if tensor % n == 0 and not any(each % n for each in sizes.values())
+            ][:2]
+            if name not in heads:  # whose numbers depend on each other
+                fits.append(f"a {name} of {math.ceil(size / tensor) * tensor}")
             raise ValueError(
                 f"model.{name} {size} does not divide over mesh.tensor {tensor}: use "
-                f"mesh.tensor {' or '.join(map(str, fits))}, or a {name} of "
-                f"{math.ceil(size / tensor) * tensor}"
+                + "; or ".join(fits)
             )
     chunk, shards = (
         config.memory.sequence_chunk_tokens,

@@ -82,16 +82,18 @@ def check_strategy(strategy: Strategy, ring: int, seq: int) -> None:
     """
     if _carries(strategy, ring, seq):
         return
+    shards = ring * seq
+    fewer = [n for n in range(shards - 1, 0, -1) if shards % n == 0]
     fits = [
         f"ring={r}, seq={num // r}"
-        for num in (ring * seq * times for times in (1, 2, 4, 8))
+        for num in (shards, *fewer, 2 * shards, 4 * shards, 8 * shards)
         for r in range(1, num + 1)
         if num % r == 0 and _carries(strategy, r, num // r)
     ]
     raise ValueError(
         f"strategy {strategy} spreads tokens over {_OVER[strategy]}, but the mesh has "
         f"ring={ring}, seq={seq}: use {fits[0]} or {fits[1]}, or strategy "
-        f"{strategy_of(ring, seq)}"
+        f"{strategy_of(ring, seq)}; data and fsdp share the devices that are left"
     )
 
 

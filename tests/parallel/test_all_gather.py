@@ -126,7 +126,7 @@ def test_bad_input_is_refused_with_numbers():
     run = functools.partial(attend, q, k, v, mask=Mask(causal=True))
     with pytest.raises(
         ValueError,
-        match="all_gather .* ring=2, seq=2: use ring=1, seq=4 or ring=1, seq=8",
+        match="all_gather .* ring=2, seq=2: use ring=1, seq=4 or ring=1, seq=2",
     ):
         run(mesh=mesh_of(ring=2, seq=2), strategy="all_gather")
     with pytest.raises(

@@ -288,17 +288,26 @@ def test_the_tolerance_catches_faults():
         (
             ((2, 16, 6, 4), (2, 16, 6, 4)),
             dict(tensor=4),
-            "heads, 6, .* tensor degree 4",
+            "heads, 6, .* tensor degree 4: use a degree of 2$",
         ),
-        (((2, 16, 8, 4), (2, 16, 2, 4)), dict(tensor=4), "key/value heads, 2"),
+        (
+            ((2, 16, 8, 4), (2, 16, 2, 4)),
+            dict(tensor=4),
+            "key/value heads, 2, .* a degree of 2, or repeat each 2 times$",
+        ),
         (((2, 16, 8, 4), (2, 16, 3, 4)), dict(seq=2), "num_kv_heads 3 does not divide"),
         (((2, 16, 8, 4), (1, 16, 8, 4)), dict(seq=2), "differ in batch or head size"),
         (((2, 16, 8), (2, 16, 8)), dict(seq=2), r"q is \[B, T, N, H\]"),
         (
             ((2, 12, 8, 4), (2, 12, 8, 4)),
             dict(ring=2, seq=4),
-            "12, .* ring 2 x seq 4.* pad it to 16, or use ring=2, seq=2, or ring=1, "
-            "seq=4",
+            "12, .* ring 2 x seq 4.* use ring=2, seq=2, or ring=1, seq=4, or pad it to "
+            "16",
+        ),
+        (
+            ((2, 31, 8, 4), (2, 31, 8, 4)),
+            dict(ring=2, seq=4),
+            "31, .* use ring=1, seq=1, or pad it to 32",
         ),
     ],
 )

@@ -156,15 +156,20 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         ("number of key/value heads", k.shape[2], "tensor", axes.get("tensor", 1)),
     ):
         if size % degree:
-            more = -(-size // degree) * degree
             fits = math.gcd(size, degree)
             use = f"a degree of {fits}"
             if over == _TOKENS and ring > 1:
                 over = f"ring {ring} x seq {seq}, in all"
                 r = math.gcd(size, ring)
                 s = math.gcd(size // r, seq)
-                use = f"ring={r}, seq={s}, or ring=1, seq={fits}"
+                meshes = (f"ring={r}, seq={s}", f"ring=1, seq={fits}")
+                use = ", or ".join(dict.fromkeys(meshes))
+            if name == "number of key/value heads":
+                use = f"{use}, or repeat each {degree // fits} times"
+            elif name != "number of query heads":
+                # Heads padded by themselves would read other key/value heads.
+                use = f"{use}, or pad it to {-(-size // degree) * degree}"
             raise ValueError(
                 f"the {name}, {size}, does not divide over {over} degree {degree}: "
-                f"pad it to {more}, or use {use}"
+                f"use {use}"
             )
