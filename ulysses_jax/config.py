@@ -186,6 +186,13 @@ class Config:
             shards = math.lcm(shards, 2 * halves * members)
         return math.ceil(self.training.sequence_tokens / shards) * shards
 
+    def residual_tokens(self) -> int:
+        """Of a placed config: the tokens of a row that a device has of the residual
+        stream (`sharding.residual`)."""
+        mesh = self.mesh
+        tokens = self.padded_tokens() // (mesh.ring * mesh.seq)
+        return tokens if tokens % mesh.tensor else tokens // mesh.tensor
+
     def zigzag_members(self) -> int:
         """Of a placed config: over how many members a row's tokens lie in zigzag order
         (`spreading.zigzag_ranges`); 1: they lie in the sequence's own."""

@@ -55,6 +55,20 @@ def activation(letters: str, axes: Mapping[str, int], table: Table = ACTIVATION)
     return P(*(each or None for each in spread))
 
 
+def residual(num_tokens: int, axes: Mapping[str, int]) -> P:
+    """The spec of the residual stream, `[B, T, D]`: of what is not inside attention or
+    feed-forward, and so of what is kept of a layer.
+
+    Tokens lie over tensor too, where it divides a device's (arXiv 2205.05198, section
+    4.2.2, over tensor); else as `activation` says.
+    """
+    spec = activation("BTD", axes)
+    over = ("ring", "seq", "tensor")
+    if axes.get("tensor", 1) == 1 or num_tokens % math.prod(axes[a] for a in over):
+        return spec
+    return P(spec[0], over, None)
+
+
 def parameter(
     letters: str,
     shape: tuple[int, ...],

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.memory.remat import run_layers
+from ulysses_jax.models import transformer
 from ulysses_jax.models.linear import embed, project
 from ulysses_jax.sharding import activation, parameter
 from ulysses_jax.training.loss import cross_entropy
@@ -191,9 +193,12 @@ def oracle(family):
     return loss, x, gradients
 
 
-def sharded_batch(mesh):
+def sharded_batch(mesh, num_tokens=T):
     sharding = NamedSharding(mesh, activation("BT", mesh.shape))
-    return {k: jax.device_put(v, sharding) for k, v in make_batch().items()}
+    return {
+        name: jax.device_put(values[:, :num_tokens], sharding)
+        for name, values in make_batch().items()
+    }
 
 
 def sharded_parameters(config, mesh):
@@ -207,7 +212,7 @@ def sharded_parameters(config, mesh):
 
 
 @functools.cache
-def library(family, mesh_name, remat="full"):
+def library(family, mesh_name, remat="full", num_tokens=T):
     config = make_config(family, MESHES[mesh_name], remat=remat)
     mesh = mesh_of(**MESHES[mesh_name])
 
@@ -219,7 +224,7 @@ def library(family, mesh_name, remat="full"):
     with jax.set_mesh(mesh):
         parameters = sharded_parameters(config, mesh)
         grad = jax.jit(jax.value_and_grad(function, has_aux=True))
-        (loss, x), gradients = grad(parameters, sharded_batch(mesh))
+        (loss, x), gradients = grad(parameters, sharded_batch(mesh, num_tokens))
     return loss, x, gradients, parameters
 
 
@@ -411,3 +416,23 @@ def test_embed_sums_the_table_gradient_in_float32():
     want = np.zeros_like(values)
     want[5] = 2056
     np.testing.assert_array_equal(np.asarray(gradient), want)
+
+
+@pytest.mark.parametrize("num_tokens, over_tensor", [(T, True), (14, False)])
+def test_the_residual_stream_lies_over_tensor_too(num_tokens, over_tensor, monkeypatch):
+    """Where tensor divides a device's tokens: 8, not 7."""
+    seen = []
+
+    def spy(layer, x, stacked, memory):
+        seen.append(jax.typeof(x).sharding.spec[1])
+        return run_layers(layer, x, stacked, memory)
+
+    monkeypatch.setattr(transformer, "run_layers", spy)
+    loss, x, gradients, _ = library.__wrapped__(
+        "llama", "fsdp x seq x tensor", num_tokens=num_tokens
+    )
+    tokens = ("ring", "seq", "tensor") if over_tensor else ("ring", "seq")
+    assert set(seen) == {tokens}
+    want = library("llama", "one device", num_tokens=num_tokens)
+    np.testing.assert_allclose(float(loss), float(want[0]), rtol=TOLERANCE)
+    assert_close((x, gradients), want[1:3])

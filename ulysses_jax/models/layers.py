@@ -14,6 +14,7 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.config import Memory, Model
 from ulysses_jax.models.linear import constant, project, project_each, weight
 from ulysses_jax.models.megatron import lies_over_seq
+from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.models.rope import apply_rope
 from ulysses_jax.models.tiled import NAMES, activate, tiled_feed_forward
 from ulysses_jax.models.weights import inside_shard_map
@@ -172,7 +173,8 @@ class FeedForward(nnx.Module):
         if self._is_tiled(x):
             named = {name: getattr(self, name) for name in NAMES}
             weights = {name: w[...] for name, w in named.items() if w is not None}
-            y: Array = tiled_feed_forward(x, weights, self.tile_tokens)
+            y: Array = tiled_feed_forward(to_layer(x), weights, self.tile_tokens)
+            y = to_residual(y)
         else:
             inputs = [self.up] if self.gate is None else [self.up, self.gate]
             weights = tuple(each[...] for each in inputs)

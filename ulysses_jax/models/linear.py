@@ -24,7 +24,14 @@ from ulysses_jax.models.weights import (
     inside_shard_map,
     value_of,
 )
-from ulysses_jax.sharding import ACTIVATION, Table, activation, parameter, zero_cut
+from ulysses_jax.sharding import (
+    ACTIVATION,
+    Table,
+    activation,
+    parameter,
+    residual,
+    zero_cut,
+)
 
 
 def weight(
@@ -114,13 +121,13 @@ def project_each(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project_global(equation: str, x: Array, w: Weight) -> Array:
-    _, w_letters, y_letters = re.split(",|->", equation)
+    x_letters, w_letters, y_letters = re.split(",|->", equation)
     axes = get_abstract_mesh().shape
     return jnp.einsum(
         equation,
-        x,
+        reshard(x, activation(x_letters, axes)),
         reshard(value_of(w).astype(x.dtype), activation(w_letters, axes)),
-        out_sharding=activation(y_letters, axes),
+        out_sharding=_spec(y_letters, x.shape[1]),
     )
 
 
@@ -132,11 +139,16 @@ def _project_backward(equation, residuals, dy):
     x, w = residuals
     x_letters, w_letters, y_letters = re.split(",|->", equation)
     axes = get_abstract_mesh().shape
+    num_tokens = x.shape[1]
+    x, dy = (
+        reshard(each, activation(letters, axes))
+        for each, letters in ((x, x_letters), (dy, y_letters))
+    )
     dx = jnp.einsum(
         f"{y_letters},{w_letters}->{x_letters}",
         dy,
         reshard(value_of(w).astype(x.dtype), activation(w_letters, axes)),
-        out_sharding=activation(x_letters, axes),
+        out_sharding=_spec(x_letters, num_tokens),
     )
     dw = jnp.einsum(
         f"{x_letters},{y_letters}->{w_letters}",
@@ -149,6 +161,12 @@ def _project_backward(equation, residuals, dy):
 
 
 _project_global.defvjp(_project_forward, _project_backward)
+
+
+def _spec(letters: str, num_tokens: int) -> P:
+    """Of an activation; without heads or features it is of the residual stream."""
+    axes = get_abstract_mesh().shape
+    return residual(num_tokens, axes) if letters == "BTD" else activation(letters, axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,7 +11,7 @@ from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float
 
 from ulysses_jax.models.weights import Weight, as_cotangent, gradient_spec, value_of
-from ulysses_jax.sharding import MEGATRON, activation
+from ulysses_jax.sharding import MEGATRON, activation, residual
 
 
 def lies_over_seq(letters: str, w: Weight) -> bool:
@@ -152,14 +152,17 @@ def _summed_to_tokens(
         for each, w in zip(letters, weights, strict=True)
     ]
 
+    spec = residual(xs[0].shape[1], axes)
+    over = tuple(axis for axis in ("seq", "tensor") if axis in (spec[1] or ()))
+
     def local(xs, weights):
         products = [
             jnp.einsum(equation, x, w)
             for equation, x, w in zip(equations, xs, weights, strict=True)
         ]
         total = sum(products[1:], products[0])
-        total = lax.psum_scatter(total, "seq", scatter_dimension=1, tiled=True)
-        return lax.psum(total, "tensor")
+        total = lax.psum_scatter(total, over, scatter_dimension=1, tiled=True)
+        return total if "tensor" in over else lax.psum(total, "tensor")
 
     def specs(of: int) -> list:
         return [activation(each[of], axes, MEGATRON) for each in letters]
@@ -167,6 +170,6 @@ def _summed_to_tokens(
     return jax.shard_map(
         local,
         in_specs=(specs(0), specs(1)),
-        out_specs=activation("BTD", axes),
+        out_specs=spec,
         check_vma=False,
     )(list(xs), gathered)

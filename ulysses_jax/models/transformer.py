@@ -10,6 +10,7 @@ from ulysses_jax.memory.remat import run_layers
 from ulysses_jax.models.layers import Block, Norm, letter_sizes
 from ulysses_jax.models.linear import embed, weight
 from ulysses_jax.models.pieces import Layer, layer_in_pieces
+from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.models.rope import rope_angles
 from ulysses_jax.models.weights import Gathered
 from ulysses_jax.sharding import activation
@@ -61,11 +62,11 @@ class Transformer(nnx.Module):
         """
         model, axes = self.model, get_abstract_mesh().shape
         dtype = jnp.dtype(model.compute_dtype)
-        x: Array = embed(self.embedding[...], tokens, dtype)
+        x: Array = to_residual(embed(self.embedding[...], tokens, dtype))
         angles = None
         if self.position_table is not None:
             where: Array = embed(self.position_table[...], positions, dtype)
-            x = x + where
+            x = x + to_residual(where)
         else:
             assert model.head_size
             if model.strategy == "megatron":  # its heads turn over whole rows
@@ -81,8 +82,10 @@ class Transformer(nnx.Module):
 
         def layer(x, parameters) -> Array:
             if in_pieces(model, self.memory):
-                y: Array = layer_in_pieces(pieces, x, parameters, angles, segment_ids)
-                return y
+                y: Array = layer_in_pieces(
+                    pieces, to_layer(x), parameters, angles, segment_ids
+                )
+                return to_residual(y)
             return nnx.merge(graph, parameters)(x, angles, segment_ids)
 
-        return self.norm(run_layers(layer, x, stacked, self.memory))
+        return to_layer(self.norm(run_layers(layer, x, stacked, self.memory)))

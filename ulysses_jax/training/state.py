@@ -121,7 +121,8 @@ def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
     if "inputs" in offload:
         blocks = model.num_layers // config.memory.remat_layers
         kept = config.memory.kept_features(model.width)
-        sizes["inputs"] = blocks * feature * (model.width - kept)
+        inputs = rows * config.residual_tokens() * size
+        sizes["inputs"] = blocks * inputs * (model.width - kept)
     if "attention" in offload:
         heads = model.num_heads // mesh.tensor * model.head_size
         sizes["attention"] = model.num_layers * feature * heads
