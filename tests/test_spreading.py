@@ -200,6 +200,20 @@ def test_the_bytes_of_megatron_need_a_width():
         received_bytes("megatron", tokens=64, ring=1, seq=2, **sizes)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(seq=4), dict(seq=2, strategy="megatron"), dict(strategy="ulysses")],
+    ids=str,
+)
+def test_zigzag_order_without_members_is_refused(options):
+    with pytest.raises(ValueError, match="model.zigzag true .* has none") as error:
+        placed(zigzag=True, **options)
+    meshes = re.findall(r"mesh.ring (\d+), mesh.seq (\d+)", str(error.value))[1:]
+    assert len(set(meshes)) == 2
+    for ring, seq in meshes:
+        assert placed(zigzag=True, ring=int(ring), seq=int(seq)).model.zigzag
+
+
 def test_a_checkpoint_goes_on_under_another_strategy():
     one, other = (placed(**degrees).model for degrees in (dict(seq=8), dict(ring=8)))
     assert one != other

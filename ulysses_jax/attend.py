@@ -81,7 +81,9 @@ def attend(
     if zigzag and not mask.causal:
         raise ValueError(
             f"zigzag order shares out a causal mask over {members} members, but this "
-            "mask is not causal: use the sequence's own order, or causal=True"
+            "mask is not causal: use causal=True, or the sequence's own order, or "
+            f"strategy ulysses with ring=1, seq={ring * seq} or with ring=1, seq="
+            f"{seq if ring > 1 else 1}"
         )
     mask = _with_positions(mask, q, k, members if zigzag else 1)
     if isinstance(attention, str):

@@ -155,6 +155,14 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             "attends block by block: use model.attention auto or blockwise, or "
             f"mesh.ring 1, mesh.seq {ring * seq} and model.strategy ulysses"
         )
+    if model.zigzag and not by_blocks:
+        shards = max(ring * seq, 2)
+        raise ValueError(
+            "model.zigzag true is an order over members that attend by blocks, but "
+            f"strategy {strategy} on mesh.ring {ring}, mesh.seq {seq} has none: leave "
+            f"model.zigzag out, or use model.strategy auto with mesh.ring {shards}, "
+            f"mesh.seq 1, or with mesh.ring 2, mesh.seq {shards}"
+        )
     zigzag = by_blocks if model.zigzag is None else model.zigzag
     return dataclasses.replace(model, strategy=strategy, zigzag=zigzag)
 

@@ -120,8 +120,9 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
     for name, changes in RUNGS:
         memory = dataclasses.replace(memory, **changes)
         offload = tuple(word for word in memory.offload if word in may_wait)
-        # Without remat, groups of heads hide nothing.
-        head_chunks = 1 if memory.remat == "none" else given.head_chunks
+        # Without remat groups of heads hide nothing; the reference has no parts.
+        has_groups = memory.remat != "none" and config.model.attention != "reference"
+        head_chunks = given.head_chunks if has_groups else 1
         rung = dataclasses.replace(memory, offload=offload, head_chunks=head_chunks)
         if memory.sequence_chunk_tokens:
             rung = dataclasses.replace(rung, sequence_chunk_tokens=chunk)
@@ -159,8 +160,9 @@ def kept_bytes(config: Config) -> tuple[int, int]:
     assert training.accumulation_steps
     rows = training.batch_size // training.accumulation_steps // mesh.data // mesh.fsdp
     tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
-    layer = tokens * model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
-    inputs = layer * model.width // memory.remat_layers
+    size = model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
+    layer = tokens * size
+    inputs = rows * config.residual_tokens() * size * model.width // memory.remat_layers
     heads = layer * model.num_heads * model.head_size // mesh.tensor
     attention = 0 if memory.remat == "full" else heads
     hidden = layer * model.feed_forward_width // mesh.tensor
