@@ -223,6 +223,7 @@ def test_bytes_between_hosts(found):
 def test_overlap_and_phases(module, found):
     result = overlap(module, found)
     assert result["exchange_fraction"] == 0.5
+    assert result["exchange_attention_fraction"] == 0.0
     assert result["exchange_phases"] == {"forward": 1.0, "recompute": 0.0}
     assert result["fractions"]["all-to-all over seq"] == 0.5
     assert result["fractions"]["collective-permute over seq"] == 0.0

@@ -14,6 +14,7 @@ from ulysses_jax.plan.hlo import (
 
 # They move no bytes, or only say which of several arrays is meant.
 _FREE = {"bitcast", "get-tuple-element", "tuple", "reshape", "parameter", "constant"}
+_ATTENTION, _MATMUL = "attention_flops_between", "matmul_flops_between"
 _MOVES = {"copy", "transpose", "concatenate", "slice", "pad", "broadcast"}
 
 
@@ -24,8 +25,9 @@ def overlap(module: Module, collectives: Iterable[Collective]) -> dict[str, Any]
     is scheduled between its start and its done; how long each takes is not looked at.
 
     Returns:
-      `exchange_fraction` (None without exchanges), `exchange_phases` (the same for each
-      phase), `fractions` (for each kind and axis, "all-gather over fsdp"), and
+      `exchange_fraction` (None without exchanges), `exchange_attention_fraction` (under
+      attention alone), `exchange_phases` (the first for each phase), `fractions` (for
+      each kind and axis, "all-gather over fsdp"), and
       `collectives`: for each one its bytes a run, runs, and the FLOPs between its start
       and done.
     """
@@ -48,8 +50,8 @@ def overlap(module: Module, collectives: Iterable[Collective]) -> dict[str, Any]
                 "bytes": each.sent_bytes,
                 "between_hosts_bytes": each.between_hosts_bytes,
                 "is_asynchronous": each.is_asynchronous,
-                "attention_flops_between": attention,
-                "matmul_flops_between": matmul,
+                _ATTENTION: attention,
+                _MATMUL: matmul,
             }
         )
     exchanges = [row for row in rows if (row["collective"], row["axis"]) == _EXCHANGE]
@@ -57,6 +59,7 @@ def overlap(module: Module, collectives: Iterable[Collective]) -> dict[str, Any]
     phases = dict.fromkeys(row["phase"] for row in exchanges)
     return {
         "exchange_fraction": _fraction(exchanges),
+        "exchange_attention_fraction": _fraction(exchanges, (_ATTENTION,)),
         "exchange_phases": {
             phase: _fraction(row for row in exchanges if row["phase"] == phase)
             for phase in phases
@@ -170,11 +173,14 @@ def _copies_after(
         yield from _copies_after(module, computation, user)
 
 
-def _fraction(rows: Iterable[dict[str, Any]]) -> float | None:
+def _fraction(
+    rows: Iterable[dict[str, Any]], what: tuple[str, ...] = (_ATTENTION, _MATMUL)
+) -> float | None:
+    """The share of the bytes under any of these; None: there are none."""
     under = total = 0.0
     for row in rows:
         sent = row["count"] * row["bytes"]
         total += sent
-        if row["attention_flops_between"] or row["matmul_flops_between"]:
+        if any(row[each] for each in what):
             under += sent
     return under / total if total else None
