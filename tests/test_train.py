@@ -321,9 +321,9 @@ REFUSALS = {
     "batch over data": (["--training.batch-size=7"], "use a batch_size of 8"),
     "kv heads": (["--model.num-kv-heads=3"], "does not divide model.num_heads 4"),
     "head chunks": (["--memory.head-chunks=3"], "use one of"),
-    "cuDNN with documents": (
+    "cuDNN without a GPU": (
         ["--model.attention=cudnn", "--model.compute-dtype=bfloat16"],
-        "segment ids",
+        "attention cudnn needs GPUs, and these are cpu devices",
     ),
     "negative": (["--training.learning-rate=-1"], "not negative, not -1"),
     "no corpus": (["--data.files=/nowhere/at/all"], "/nowhere/at/all"),
@@ -403,7 +403,6 @@ DRIVER = """
 import sys
 sys.path.insert(0, {root!r})
 import jax
-jax.config.update("jax_compilation_cache_dir", {cache!r})
 {prelude}
 import ulysses_jax.data.rows as rows
 read_bytes, num_bytes = rows.read_bytes, 0
@@ -419,11 +418,7 @@ print("bytes read:", num_bytes, "processes:", jax.process_count())
 
 
 def run_process(config_file, folder, *overrides, env=None, prelude=""):
-    driver = DRIVER.format(
-        root=str(ROOT),
-        cache=str(jax.config.jax_compilation_cache_dir),
-        prelude=prelude,
-    )
+    driver = DRIVER.format(root=str(ROOT), prelude=prelude)
     options = ["--config", str(config_file), "--run.folder", str(folder), "--quiet"]
     return run_script(driver, *options, *overrides, env=env or {})
 
@@ -578,3 +573,13 @@ def test_xla_flags_say_how_many_devices(config_file, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "takes 8 devices, but there are 4" in err
+
+
+@pytest.mark.parametrize(
+    "word, value", [("False", False), ("true", True), ("null", None)]
+)
+def test_a_field_that_may_be_null_on_the_command_line(word, value):
+    config = ROOT / "configs" / "tiny.yaml"
+    for words in (["--model.zigzag", word], [f"--model.zigzag={word}"]):
+        assert load(config, words).model.zigzag is value
+    assert load(config, ["--quiet", "--data.mask-documents", "false"]).quiet

@@ -64,6 +64,11 @@ def attend(
         strategy = strategy_of(ring, seq)
     check_strategy(strategy, ring, seq)
     platform = platform_of(mesh)
+    if attention == "cudnn" and platform not in ("gpu", "cuda"):
+        raise ValueError(
+            f"attention cudnn needs GPUs, and these are {platform} devices: use "
+            "model.attention auto, or blockwise"
+        )
     members = num_members(strategy, ring, seq)
     if members == 1:
         if isinstance(attention, str):

@@ -70,13 +70,19 @@ def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
                 words.pop()
             section, _, name = option.removeprefix("--").rpartition(".")
             dot = "." if section else ""
-            word = {
-                "null": f"{option}=None",
-                "true": option,
-                "false": f"--{section}{dot}no-{name}",
-            }[value]
+            if value == "null" or _may_be_null(section, name):
+                value = {"null": "None"}.get(value, value.capitalize())
+                word = f"{option}={value}"
+            else:
+                word = option if value == "true" else f"--{section}{dot}no-{name}"
         words.append(word)
     return words
+
+
+def _may_be_null(section: str, name: str) -> bool:
+    """Whether a field, as the command line writes it, is of a type with None."""
+    owner: Any = get_type_hints(Config).get(section, Config)
+    return type(None) in get_args(get_type_hints(owner).get(name.replace("-", "_")))
 
 
 def from_dict(cls: type[T], values: Any, *, where: str = "") -> T:

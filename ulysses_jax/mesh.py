@@ -113,11 +113,14 @@ def devices_per_host() -> int:
 def simulate_cpu_devices(num_devices: int | None) -> None:
     """Makes JAX run on the CPU as this many devices; call it before JAX has devices.
 
-    None leaves JAX as it is. A device count in XLA_FLAGS wins over `num_devices`.
+    None leaves JAX as it is. A device count in XLA_FLAGS wins over `num_devices`. A
+    compilation cache on disk is not used: XLA on the CPU (jax 0.10.2) runs collectives
+    of a program from there in no fixed order, and devices wait for each other for ever.
     """
     if num_devices is None:
         return
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", num_devices)
 

@@ -67,6 +67,7 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             raise ValueError(
                 f"model.{name} {size} does not divide over mesh.tensor {tensor}: use "
                 + "; or ".join(fits)
+                + "; training.batch_size must divide over mesh.data x mesh.fsdp"
             )
     chunk, shards = (
         config.memory.sequence_chunk_tokens,
@@ -161,7 +162,8 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             "model.zigzag true is an order over members that attend by blocks, but "
             f"strategy {strategy} on mesh.ring {ring}, mesh.seq {seq} has none: leave "
             f"model.zigzag out, or use model.strategy auto with mesh.ring {shards}, "
-            f"mesh.seq 1, or with mesh.ring 2, mesh.seq {shards}"
+            f"mesh.seq 1, or with mesh.ring 2, mesh.seq {max(shards // 2, 2)}; "
+            "mesh.data and mesh.fsdp share the devices that are left"
         )
     zigzag = by_blocks if model.zigzag is None else model.zigzag
     return dataclasses.replace(model, strategy=strategy, zigzag=zigzag)

@@ -158,9 +158,11 @@ def check_head_chunks(
     """Refuses groups of heads that would send keys more than once, or not at all.
 
     Raises:
-      ValueError: a strategy by blocks and head_chunks that do not divide the key/value
-        heads (`num_kv_heads`, of a part of `tensor`) of a device.
+      ValueError: fewer than one; a strategy by blocks and head_chunks that do not
+        divide the key/value heads (`num_kv_heads`, of a part of `tensor`) of a device.
     """
+    if head_chunks < 1:
+        raise ValueError(f"head_chunks {head_chunks}: use 1 or more")
     if strategy in ("all_gather", "megatron") and head_chunks > 1:
         raise ValueError(
             f"head_chunks {head_chunks} are groups of an exchange, and strategy "

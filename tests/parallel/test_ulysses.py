@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import make_mesh, ulysses_attention
+from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.reference import reference_attention
 
@@ -331,3 +332,27 @@ def test_bad_arguments_are_refused():
             jax.shard_map(
                 lambda x: ulysses_attention(x, x, x), in_specs=spec, out_specs=spec
             )(q)
+
+
+@pytest.mark.parametrize("degrees", [dict(seq=2), dict(ring=2, seq=2), dict(ring=2)])
+def test_no_groups_of_heads(degrees):
+    q = jnp.zeros((2, 8, 4, 4))
+    with pytest.raises(ValueError, match="head_chunks 0.* use (1 or more|one of)"):
+        ulysses_attention(q, q, q, mesh=mesh_of(**degrees), head_chunks=0)
+
+
+def test_what_is_no_attention():
+    q, mesh = jnp.zeros((2, 8, 4, 4)), mesh_of(seq=2)
+    for returned in (lambda out: out[:, :4], lambda out: out[:, :, :1]):
+
+        def attention(q, k, v, *, mask, scale, returned=returned):
+            return returned(q)
+
+        with pytest.raises(ValueError, match=r"returned \(2.* of q's shape"):
+            ulysses_attention(q, q, q, mesh=mesh, attention=attention)
+    with pytest.raises(ValueError, match="floating-point numbers, not int32"):
+        ulysses_attention(*[q.astype(jnp.int32)] * 3, mesh=mesh)
+    with pytest.raises(ValueError, match="a number of tokens, not 5.5"):
+        ulysses_attention(q, q, q, mesh=mesh, window=5.5)
+    with pytest.raises(ValueError, match="cudnn needs GPUs, and these are cpu devices"):
+        attend(q, q, q, mesh=mesh, mask=Mask(causal=True), attention="cudnn")

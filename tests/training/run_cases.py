@@ -128,7 +128,8 @@ def put_state(values, config, mesh):
     return jax.tree.map(put, values, abstract_state(config))
 
 
-@functools.cache
+# Not all of them: a process may map only so many pieces of memory, programs have many.
+@functools.lru_cache(maxsize=48)
 def compiled(config):
     """The step, compiled from shapes alone."""
     with jax.set_mesh(mesh_of(**dataclasses.asdict(config.mesh))):

@@ -84,8 +84,8 @@ def _through_cudnn(q, k, mask, scale):
     mask.check(q, k)
     if q.dtype not in DTYPES:
         raise ValueError(
-            f"cuDNN attends in bfloat16 or float16, not {q.dtype}: cast q, k and v, or "
-            "use blockwise_attention"
+            f"cuDNN attends in bfloat16 or float16, not {q.dtype}: cast q, k and v "
+            "(model.compute_dtype), or use blockwise_attention"
         )
     if mask.window is not None and not mask.causal:
         raise ValueError(
@@ -139,7 +139,8 @@ def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:
     if not mask.is_by_index:
         raise ValueError(
             "cuDNN through jax.nn has neither segment ids nor positions: use "
-            "blockwise_attention, or one document a sequence"
+            "blockwise_attention, or one document a sequence (data.mask_documents "
+            "false)"
         )
     if mask.window is not None and q.shape[1] > k.shape[1]:
         # cuDNN has no such plan, and jax.nn averages all values for a query past the

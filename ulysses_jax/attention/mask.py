@@ -1,6 +1,7 @@
 """A mask as data: causal, window, segments, positions; never a [T, S] array."""
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Mask:
         compare; None is 0, 1, 2, ... for both.
 
     Raises:
-      ValueError: a window below 1, or only one array of a pair.
+      ValueError: a window below 1 or no integer, or only one array of a pair.
     """
 
     causal: bool = field(default=False, metadata=dict(static=True))
@@ -32,6 +33,8 @@ class Mask:
     kv_positions: Int[Array, "B S"] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.window, Integral | None):
+            raise ValueError(f"window is a number of tokens, not {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} hides every key: use 1 or more")
         for name in ("segment_ids", "positions"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -146,6 +147,8 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"
         )
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k and v are floating-point numbers, not {q.dtype}")
     batch = math.prod(axes.get(axis, 1) for axis in ("data", "fsdp"))
     ring, seq = axes.get("ring", 1), axes.get("seq", 1)
     for name, size, over, degree in (

@@ -58,11 +58,20 @@ def ulysses(
         head_chunks, layout.num_kv_slots // degree, layout.group
     )
 
+    def attend(q, k, v, mask):
+        out = attention(q, k, v, mask=mask, scale=scale)
+        if out.shape != q.shape:
+            raise ValueError(
+                f"attention returned {out.shape} for a q of {q.shape}: it must return "
+                "an array of q's shape"
+            )
+        return out
+
     def local(q, k, v, mask):
         q = layout.spread_q(q)
         k, v = layout.spread_kv(k), layout.spread_kv(v)
         if degree == 1:
-            return attention(q, k, v, mask=mask, scale=scale)
+            return attend(q, k, v, mask)
         # Slots as [device, KV slot of the device, query of the slot].
         q = q.reshape(*q.shape[:2], degree, -1, layout.group, q.shape[-1])
         k = k.reshape(*k.shape[:2], degree, -1, k.shape[-1])
@@ -80,7 +89,7 @@ def ulysses(
             cells = []
             for q_cell in jnp.split(q_row, group_chunks, axis=4):
                 q_all = seq_to_heads(_merge_heads(q_cell))
-                out = attention(q_all, k_all, v_all, mask=mask, scale=scale)
+                out = attend(q_all, k_all, v_all, mask)
                 cells.append(heads_to_seq(out).reshape(q_cell.shape))
             rows.append(jnp.concatenate(cells, axis=4))
         return layout.gather_q(_merge_heads(jnp.concatenate(rows, axis=3)))

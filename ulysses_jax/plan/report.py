@@ -102,6 +102,11 @@ def _print_reckoning(rows: list[dict[str, Any]], console: Console) -> None:
             ", ".join(words),
         )
     console.print(table)
+    if not any(row["is_taken"] and row["link_seconds"] == least for row in rows):
+        console.print(
+            "The least on the links alone: what hides under compute differs, and "
+            "--compare compiles each."
+        )
 
 
 def _print_auto(plan: dict[str, Any], console: Console) -> None:
@@ -208,7 +213,8 @@ def _print_traffic(plan: dict[str, Any], console: Console) -> None:
     if plan["overlap"]["exchange_fraction"] is not None:
         copied = plan["copies"]["bytes_per_layer"]
         console.print(
-            f"Layout-only copies around the exchanges: {copied / 1e6:,.0f} MB a layer."
+            f"Layout-only copies around the exchanges: {copied / 1e6:,.0f} MB a layer, "
+            f"in {' and '.join(plan['copies']['phases']) or 'none of its passes'}."
         )
 
 
