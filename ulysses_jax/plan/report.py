@@ -212,9 +212,10 @@ def _print_traffic(plan: dict[str, Any], console: Console) -> None:
     console.print(table)
     if plan["overlap"]["exchange_fraction"] is not None:
         copied = plan["copies"]["bytes_per_layer"]
+        forward = plan["copies"]["phases"].get("forward", 0)
         console.print(
             f"Layout-only copies around the exchanges: {copied / 1e6:,.0f} MB a layer, "
-            f"in {' and '.join(plan['copies']['phases']) or 'none of its passes'}."
+            f"{forward / 1e6:,.0f} of them forward."
         )
 
 
