@@ -149,9 +149,9 @@ OFFLOADED = ("--memory.offload", "inputs", "optimizer", "parameters")
 @pytest.mark.parametrize(
     "first, second",
     [
-        ((), ("--mesh.data=8", "--mesh.seq=1")),
+        pytest.param((), ("--mesh.data=8", "--mesh.seq=1"), marks=pytest.mark.slow),
         ((), ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.seq=2", "--mesh.tensor=2")),
-        (OFFLOADED, OFFLOADED),
+        pytest.param(OFFLOADED, OFFLOADED, marks=pytest.mark.slow),
         (OFFLOADED, ()),
     ],
     ids=str,
@@ -232,7 +232,7 @@ def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, cor
     "override, measured",
     [
         ("--training.validation-interval-steps=0", [2]),
-        ("--training.validation-batches=0", []),
+        pytest.param("--training.validation-batches=0", [], marks=pytest.mark.slow),
         ("--data.validation-fraction=0", []),
     ],
 )

@@ -125,9 +125,9 @@ def test_same_steps(mesh_name, offload):
     "family, steps, options",
     [
         ("gpt", 1, {}),  # tied embeddings, biases
-        ("llama", 2, {}),
+        pytest.param("llama", 2, {}, marks=pytest.mark.slow),
         ("gpt", 2, dict(remat="attention")),
-        ("llama", 1, dict(remat_layers=2)),
+        pytest.param("llama", 1, dict(remat_layers=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -54,7 +54,7 @@ def test_with_every_rematerialisation(mesh_name, options):
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))
 
 
-@pytest.mark.parametrize("window", [7, 8, 20])
+@pytest.mark.parametrize("window", [pytest.param(7, marks=pytest.mark.slow), 8, 20])
 def test_a_window(window):
     """Of a chunk, one more, many."""
     model, mesh, chunk = dict(window=window), dict(seq=2), 7

@@ -46,7 +46,9 @@ def hidden_shapes(config, width):
     return {np.prod(d[:-1]) for d in dims if d[-2:] not in weights}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("none", marks=pytest.mark.slow), "full"]
+)
 def test_hidden_activations_are_a_tile(remat):
     """T F exists in the untiled program, and in the tiled one nothing beyond a tile."""
     options = dict(tokens=776, model=dict(feed_forward_width=136), remat=remat)

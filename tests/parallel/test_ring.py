@@ -268,11 +268,11 @@ def test_bad_input_is_refused_with_numbers():
     run = functools.partial(attend, q, k, v, mesh=mesh)
     with pytest.raises(
         ValueError,
-        match="strategy ring .* ring=2, seq=2: use ring=4, seq=1 or ring=8, seq=1, or "
+        match="strategy ring .* ring=2, seq=2: use ring=4, seq=1 or ring=2, seq=1, or "
         "strategy hybrid",
     ):
         run(mask=Mask(causal=True), strategy="ring")
-    with pytest.raises(ValueError, match="ring=1, seq=4: use ring=4, seq=1 or ring=8"):
+    with pytest.raises(ValueError, match="ring=1, seq=4: use ring=4, seq=1 or ring=2"):
         attend(q, k, v, mesh=mesh_of(seq=4), mask=Mask(causal=True), strategy="ring")
     with pytest.raises(ValueError, match="zigzag .* 2 members, .* not causal"):
         run(mask=Mask(), zigzag=True)

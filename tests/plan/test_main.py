@@ -69,7 +69,7 @@ def plan(config_file, capsys, *args):
         ("--gpus h100:1x8 --training.batch-size 3", "batch_size 3 .* use .* 4"),
         (
             "--gpus h100:1x8 --model.strategy ring",
-            "strategy ring .* ring=1, seq=4: use ring=4, seq=1 or ring=8, seq=1",
+            "strategy ring .* ring=1, seq=4: use ring=4, seq=1 or ring=2, seq=1",
         ),
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
         ("--gpus h100:1x8 --config nowhere.yaml", "cannot read the config nowhere"),
