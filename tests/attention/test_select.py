@@ -57,7 +57,7 @@ def test_blockwise_for_a_window_with_more_queries_than_keys():
 @pytest.mark.parametrize(
     "dtype, keys, mask, message",
     [
-        (jnp.float32, 13, Mask(causal=True), "not float32: cast q, k and v, or use"),
+        (jnp.float32, 13, Mask(causal=True), "not float32: cast q, k and v .*, or use"),
         (BF16, 13, Mask(**PACKED), "neither segment ids nor positions: use blockwise"),
         (BF16, 13, Mask(**SHUFFLED), "neither segment ids nor positions: use"),
         (BF16, 13, Mask(window=4), "a window only with causal=True: use blockwise"),
