@@ -37,6 +37,11 @@ OFFLOADS = {
     "optimizer, parameters": ("optimizer", "parameters"),
     "all": ("inputs", "optimizer", "parameters"),
 }
+OFFLOAD_PARAMS = [
+    "optimizer",
+    pytest.param("optimizer, parameters", marks=pytest.mark.slow),
+    "all",
+]
 
 
 def with_training(config, **changes):
@@ -112,7 +117,7 @@ def assert_same_training(got, want):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("offload", OFFLOAD_PARAMS)
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_same_steps(mesh_name, offload):
     want = train(make_run("llama", mesh_name))
@@ -153,7 +158,7 @@ def traced(config):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("offload", OFFLOAD_PARAMS)
 def test_nothing_is_computed_in_host_memory(offload, steps):
     """Only cuts, writes and moves: XLA would run anything else on the CPU."""
     config = make_run("llama", "seq 8", steps, offload=OFFLOADS[offload])
@@ -177,7 +182,7 @@ def test_nothing_is_computed_in_host_memory(offload, steps):
     assert moves <= names <= moves | free
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("offload", OFFLOAD_PARAMS)
 def test_made_saved_and_restored_in_host_memory(offload, tmp_path):
     """Saved from host memory, changed in place at once; restored there, on any mesh."""
     config = make_run("llama", "data 2, seq 4", offload=OFFLOADS[offload])

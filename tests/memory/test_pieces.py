@@ -28,9 +28,12 @@ ALL = dict(
 @pytest.mark.parametrize(
     ("family", "mesh_name", "packed"),
     [
-        *(("llama", name, True) for name in MESHES),
+        ("llama", "one device", True),
+        ("llama", "seq 8", True),
+        pytest.param("llama", "data 2, seq 4", True, marks=pytest.mark.slow),
+        ("llama", "fsdp 2, seq 2, tensor 2", True),
         ("llama", "seq 8", False),
-        ("gpt", "one device", False),
+        pytest.param("gpt", "one device", False, marks=pytest.mark.slow),
         ("gpt", "fsdp 2, seq 2, tensor 2", True),
     ],
 )
@@ -86,6 +89,7 @@ def wide(tokens, **memory):
     )
 
 
+@pytest.mark.slow
 def test_memory_of_a_chunk():
     """What is as wide as the heads or the feed-forward exists of a chunk alone."""
 
