@@ -117,14 +117,17 @@ def test_a_step_sends_what_the_formulas_say(degrees):
         (
             "none",
             dict(data=2, seq=2, tensor=2, strategy="megatron"),
-            {"all-gather": "seq", "reduce-scatter": "seq"},
+            {"all-gather": "seq+tensor", "reduce-scatter": "seq+tensor"},
         ),
     ],
     ids=str,
 )
 def test_every_strategy_sends_its_formula_and_attends_half(remat, degrees, attention):
     """cuDNN in every block, and what a causal mask hides is not computed."""
-    result = plan(tiny(memory=dict(remat=remat), **degrees))
+    config = tiny(memory=dict(remat=remat), **degrees)
+    # Tables large beside the positions, which megatron gathers too.
+    config = replace(config, model=replace(config.model, vocab_size=4096))
+    result = plan(config)
     keys = {(row["collective"], row["axis"]) for row in result["traffic"]}
     assert keys >= set(attention.items())
     for row in result["traffic"]:
@@ -176,8 +179,8 @@ def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes,
         else:
             assert rows[key]["ratio"] == pytest.approx(1, abs=0.01), key
     if stage == 1:  # of sums, XLA scatters those that it then cuts
-        scatters = [axis for collective, axis in rows if collective == "reduce-scatter"]
-        assert scatters == ([] if has_data else [zero])
+        scatters = {axis for kind, axis in rows if kind == "reduce-scatter"}
+        assert scatters - {"tensor"} == (set() if has_data else {zero})
     once = rows["all-gather", zero]["phases"]
     assert (set(once) == {"update"}) == (stage < 3)
 
@@ -198,6 +201,8 @@ def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes,
 def test_each_stage_with_every_strategy(degrees, stage):
     """Sent and kept; a part of megatron's layers is one over seq too."""
     config = tiny(**degrees)
+    # Tables large beside the positions, which megatron gathers too.
+    config = replace(config, model=replace(config.model, vocab_size=4096))
     result = plan(replace(config, training=replace(config.training, zero_stage=stage)))
     assert result["warnings"] == []
     gathers = 0
@@ -209,7 +214,7 @@ def test_each_stage_with_every_strategy(degrees, stage):
     tensor, seq = degrees.get("tensor", 1), degrees.get("seq", 1)
     is_megatron = degrees.get("strategy") == "megatron"
     layers = 2 * (256 * 64 * 2 * (8 + 4) + 3 * 256 * 512) // tensor
-    tables, vectors = 2 * 512 * 256 // tensor, (2 * 2 + 1) * 256
+    tables, vectors = 2 * 4096 * 256 // tensor, (2 * 2 + 1) * 256
     shards = math.prod(degrees.get(axis, 1) for axis in ("fsdp", "ring", "seq"))
     cut = 4 * ((layers + tables) // shards + vectors)
     whole = 4 * (layers // (seq if is_megatron else 1) + tables + vectors)

@@ -108,6 +108,12 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
     model, training, mesh = config.model, config.training, config.mesh
     assert model.strategy != "auto"
     received = received_by(config, model.strategy, ring=mesh.ring, seq=mesh.seq)
+    parts = mesh.seq * mesh.tensor
+    if model.strategy == "megatron" and parts > mesh.seq:
+        if config.residual_tokens() * parts == config.padded_tokens():
+            # Tokens lie over tensor too, and are gathered and scattered over both.
+            both = received_by(config, "megatron", ring=1, seq=parts)
+            received = {(kind, "seq+tensor"): n for (kind, _), n in both.items()}
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     found = {}
     for key, (forward, backward) in received.items():
