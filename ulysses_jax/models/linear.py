@@ -87,7 +87,9 @@ def project(
 
     Costs, where w is cut, an all-gather of w forward, and one backward; a
     reduce-scatter of its gradient where that is cut, else an all-reduce; where a letter
-    of the tensor axis is contracted, an all-reduce of the result. Of a weight whose
+    of the tensor axis is contracted, a reduce-scatter of the result to the residual
+    stream, which the next product gathers (on the CPU, and where `sharding.residual`
+    does not cut it, an all-reduce). Of a weight whose
     heads or features lie over seq: as `models.megatron` says.
     """
     if inside_shard_map():

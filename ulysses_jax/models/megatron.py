@@ -78,9 +78,10 @@ def project_scattered(equation: str, x: Array, w: Weight) -> Float[Array, "B T D
       w: a global float32 parameter, N or F over (tensor, seq).
 
     Returns:
-      `[B, T, D]`, global, T over (ring, seq).
+      `[B, T, D]`, global, as `sharding.residual` says.
 
-    Cost: one reduce-scatter over seq (and an all-reduce of its result over tensor);
+    Cost: one reduce-scatter over seq and tensor (where `sharding.residual` does not cut
+    over tensor, over seq, and an all-reduce of its result over tensor);
     backward, one all-gather of the result's gradient.
 
     Source: arXiv 2205.05198, section 4.2.2, g-bar.

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import attention_parts, join
 from ulysses_jax.config import Memory, Model
-from ulysses_jax.memory.pieces import Pieces, backward, forward
+from ulysses_jax.memory.passes import backward, forward
+from ulysses_jax.memory.pieces import Pieces
 from ulysses_jax.memory.remat import ATTENTION
 from ulysses_jax.mesh import platform_of
 from ulysses_jax.models.gathered import gather, gradient_specs, scatter, specs_of
