@@ -1,11 +1,27 @@
-"""Eight simulated CPU devices in one process.
+"""Eight simulated CPU devices in one process, and programs that compile quickly.
 
 No compilation cache on disk: XLA on the CPU (jax 0.10.2) runs collectives of a program
 from there in no fixed order, so that devices wait for each other for ever.
 """
 
-import jax
-import pytest
+import importlib.metadata
+import importlib.util
+import os
+
+# A sixth of the time to compile. Tests ask for a program's values, collectives and
+# memory, not for its speed. Where programs are compiled for GPUs they are a run's own.
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jax") < "0.11":
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")  # later XLA has no others
+if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

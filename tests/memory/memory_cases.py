@@ -7,7 +7,6 @@ import math
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
-from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
@@ -119,9 +118,7 @@ def loss_and_gradients(config, *, packed=True):
         )
         batch = make_batch(config.padded_tokens(), packed=packed)
         batch = {k: put(v, activation("BT", mesh.shape)) for k, v in batch.items()}
-        loss, gradients = jax.jit(jax.value_and_grad(function), compiler_options=QUICK)(
-            parameters, batch
-        )
+        loss, gradients = jax.jit(jax.value_and_grad(function))(parameters, batch)
         jax.tree.map(_assert_lies_alike, gradients, parameters)
     return float(loss), jax.tree.map(np.asarray, gradients)
 

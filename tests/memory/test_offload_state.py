@@ -14,7 +14,6 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from memory_cases import (
     MESHES,
-    QUICK,
     TOLERANCE,
     assert_same,
     first_parameters,
@@ -66,7 +65,7 @@ def first_state(config, mesh):
     plain_config = dataclasses.replace(config, mesh=Mesh())
     values = first_parameters(plain_config)
     shapes = abstract_state(config)
-    state = jax.jit(functools.partial(init_state, config), compiler_options=QUICK)()
+    state = jax.jit(functools.partial(init_state, config))()
 
     def put(x, shape):
         kind = shape.sharding.memory_kind
@@ -94,7 +93,7 @@ def train(config):
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(config), donate_argnums=0)
         traced = step.trace(abstract_state(config), abstract_batch(config))
-        step = traced.lower().compile(QUICK)
+        step = traced.lower().compile()
         state, batch, rows = first_state(config, mesh), put_batch(config, mesh), []
         kinds = jax.tree.map(lambda x: x.sharding.memory_kind, state)
         for _ in range(NUM_STEPS):
@@ -198,7 +197,7 @@ def test_made_saved_and_restored_in_host_memory(offload, tmp_path):
             }
             assert kinds == {HOST if name in config.memory.offload else "device"}
         step = jax.jit(make_train_step(config), donate_argnums=0)
-        step = step.trace(shapes, abstract_batch(config)).lower().compile(QUICK)
+        step = step.trace(shapes, abstract_batch(config)).lower().compile()
         before = jax.tree.map(np.array, state)
         with Checkpointer(tmp_path, interval_steps=1) as checkpointer:
             checkpointer.save(0, state, {})

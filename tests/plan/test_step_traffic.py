@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 from jax.sharding import AxisType
-from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
@@ -43,7 +42,7 @@ def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
 def analysed(config):
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     return analyse(
-        compile_on(config, mesh, compiler_options=QUICK),
+        compile_on(config, mesh),
         TARGETS["h100"],
         gpus_per_host=8,
     )

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
@@ -111,7 +110,7 @@ def first_state(family) -> Any:
     """Made on one device; parameters grown until the layers matter."""
     with jax.set_mesh(mesh_of()):
         init = functools.partial(init_state, make_config({}, family=family))
-        state = jax.jit(init, compiler_options=QUICK)()
+        state = jax.jit(init)()
     grown = jax.tree.map(
         lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
     )
@@ -136,7 +135,7 @@ def compiled(config):
         traced = jax.jit(make_train_step(config), donate_argnums=0).trace(
             abstract_state(config), abstract_batch(config)
         )
-        return traced.lower().compile(QUICK)
+        return traced.lower().compile()
 
 
 @dataclasses.dataclass

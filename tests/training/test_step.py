@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_cases
-from quick import QUICK
 from run_cases import (
     BATCH,
     NUM_VALID,
@@ -230,7 +229,7 @@ def test_compiled_from_shapes_for_real_state_and_batch(mesh_name):
     config, mesh = make_config("grouped", degrees), mesh_of(**degrees)
     step = compiled(config)
     with jax.set_mesh(mesh):
-        init = jax.jit(functools.partial(init_state, config), compiler_options=QUICK)
+        init = jax.jit(functools.partial(init_state, config))
         state, batch = init(), put_batch(mesh, config)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_batch_on(config, mesh))
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
@@ -265,7 +264,7 @@ def test_validation_gives_a_plain_sum_and_a_count(degrees, options):
     config = make_config("grouped", degrees, **options)
     with jax.set_mesh(mesh):
         parameters = put_state(first_state("grouped"), config, mesh).parameters
-        step = jax.jit(make_validation_step(config), compiler_options=QUICK)
+        step = jax.jit(make_validation_step(config))
         total, count = step(parameters, put_batch(mesh, config))
     assert count.dtype == jnp.int32 and int(count) == NUM_VALID
     mean = train("grouped", ONE)[0]["loss"][0]
@@ -290,7 +289,7 @@ def test_remat_keeps_only_the_inputs_of_layers():
         with jax.set_mesh(mesh_of(data=1)):
             step = jax.jit(make_train_step(config), donate_argnums=0)
             traced = step.trace(abstract_state(config), abstract_batch(config))
-            program = traced.lower().compile(compiler_options=QUICK)
+            program = traced.lower().compile()
             return program.memory_analysis().temp_size_in_bytes
 
     growth = {
