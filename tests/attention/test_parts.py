@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES
+from slow import slow_but_for
 
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_parts, join
@@ -38,7 +39,13 @@ def parts_of(case, k, v):
         )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    slow_but_for(
+        ["causal window", "all at once", "cross causal, few keys", "blind by segment"],
+        CASES,
+    ),
+)
 def test_parts_are_the_whole(name):
     case, parts = CASES[name], PARTS["blockwise"]
     q, k, v, weights = case.inputs()

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 from memory_cases import MESHES, assert_same, loss_and_gradients, make_config
+from slow import slow_but_for
 
 HEADS = dict(num_heads=16, num_kv_heads=8)
 # By degree of seq: chunks and tiles of a device's 56, 28, 14, 7 tokens of four rows.
@@ -16,8 +17,9 @@ def plain(*, packed):
     return loss_and_gradients(config, packed=packed)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
-@pytest.mark.parametrize("seq", CHUNKS)
+@pytest.mark.parametrize(
+    "seq, packed", slow_but_for([(1, False), (4, True)], CHUNKS, [True, False])
+)
 def test_all_at_once(seq, packed):
     config = make_config(
         "llama",
@@ -35,8 +37,14 @@ def test_all_at_once(seq, packed):
     assert_same(got, plain(packed=packed))
 
 
-@pytest.mark.parametrize("remat", ["full", "attention"])
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name, remat",
+    slow_but_for(
+        [("data 2, seq 4", "full"), ("fsdp 2, seq 2, tensor 2", "attention")],
+        MESHES,
+        ["full", "attention"],
+    ),
+)
 def test_head_chunks_alone(mesh_name, remat):
     config = make_config(
         "llama", MESHES[mesh_name], model=HEADS, head_chunks=2, remat=remat

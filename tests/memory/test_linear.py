@@ -15,6 +15,7 @@ def measured(benchmark, rung):
     return {tokens: benchmark.temp_bytes(rung, tokens) for tokens in LENGTHS}
 
 
+@pytest.mark.slow
 def test_the_full_stack_is_linear(benchmark):
     points = measured(benchmark, benchmark.FULL_STACK)
     assert 0.95 < benchmark.exponent(points) <= 1.05
@@ -23,6 +24,7 @@ def test_the_full_stack_is_linear(benchmark):
     assert benchmark.bytes_a_token(points) < 1000
 
 
+@pytest.mark.slow
 def test_a_quadratic_path_is_seen(benchmark):
     assert benchmark.exponent(measured(benchmark, benchmark.CONTROL)) > 1.9
 

@@ -40,12 +40,17 @@ def assert_plain(family, degrees, model, *, packed=True, **memory):
 @pytest.mark.parametrize(
     "degrees, model, packed, memory",
     [
-        (dict(seq=2), FEW_HEADS, False, dict(remat="none")),
-        (dict(data=2, seq=4), FEW_HEADS, True, dict(remat="full")),
         (dict(fsdp=2, seq=2, tensor=2), FEW_HEADS, True, dict(remat="attention")),
-        (dict(seq=8), LLAMA, True, dict(remat="none")),
-        (dict(fsdp=2, seq=4), FEW_HEADS, True, dict(remat_layers=2)),
         (dict(fsdp=2, seq=4), FEW_HEADS, True, dict(mlp_tile_tokens=9)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (dict(seq=2), FEW_HEADS, False, dict(remat="none")),
+                (dict(data=2, seq=4), FEW_HEADS, True, dict(remat="full")),
+                (dict(seq=8), LLAMA, True, dict(remat="none")),
+                (dict(fsdp=2, seq=4), FEW_HEADS, True, dict(remat_layers=2)),
+            )
+        ),
     ],
     ids=str,
 )
@@ -56,9 +61,14 @@ def test_llama(degrees, model, packed, memory):
 @pytest.mark.parametrize(
     "degrees, packed, memory",
     [
-        (dict(seq=8), False, dict(remat="full")),
         (dict(data=2, seq=2, tensor=2), True, dict(remat="none")),
-        (dict(fsdp=2, seq=2, tensor=2), True, dict(mlp_tile_tokens=9)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (dict(seq=8), False, dict(remat="full")),
+                (dict(fsdp=2, seq=2, tensor=2), True, dict(mlp_tile_tokens=9)),
+            )
+        ),
     ],
     ids=str,
 )

@@ -12,21 +12,28 @@ from memory_cases import (
     mesh_of,
     plain,
 )
+from slow import slow_but_for
 
 from ulysses_jax.memory.offload import check_host_memory
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
 
 
-@pytest.mark.parametrize("remat", ["full", "attention"])
-@pytest.mark.parametrize("mesh_name", ["one device", "data 2, seq 4"])
+@pytest.mark.parametrize(
+    "mesh_name, remat",
+    slow_but_for(
+        [("data 2, seq 4", "attention")],
+        ["one device", "data 2, seq 4"],
+        ["full", "attention"],
+    ),
+)
 def test_same_loss_and_gradients(mesh_name, remat):
     options = dict(offload=("inputs",), remat=remat, mlp_tile_tokens=9)
     config = make_config("llama", MESHES[mesh_name], **options)
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))
 
 
-@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.parametrize("remat", slow_but_for(["full"], ["full", "attention"]))
 def test_a_fraction_of_the_inputs(remat):
     """12 of 16 features are moved; the trace shows both stacks."""
     degrees = MESHES["data 2, seq 4"]

@@ -23,6 +23,7 @@ from memory_cases import (
     mesh_of,
     plain,
 )
+from slow import slow_but_for
 
 from ulysses_jax.config import Mesh
 from ulysses_jax.memory.offload import HOST, check_offload
@@ -116,8 +117,12 @@ def assert_same_training(got, want):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("offload", OFFLOAD_PARAMS)
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name, offload",
+    slow_but_for(
+        [("fsdp 2, seq 2, tensor 2", "optimizer"), ("seq 8", "all")], MESHES, OFFLOADS
+    ),
+)
 def test_same_steps(mesh_name, offload):
     want = train(make_run("llama", mesh_name))
     got = train(make_run("llama", mesh_name, offload=OFFLOADS[offload]))
@@ -128,7 +133,8 @@ def test_same_steps(mesh_name, offload):
 @pytest.mark.parametrize(
     "family, steps, options",
     [
-        ("gpt", 1, {}),  # tied embeddings, biases
+        # Tied embeddings, biases.
+        pytest.param("gpt", 1, {}, marks=pytest.mark.slow),
         pytest.param("llama", 2, {}, marks=pytest.mark.slow),
         ("gpt", 2, dict(remat="attention")),
         pytest.param("llama", 1, dict(remat_layers=2), marks=pytest.mark.slow),
@@ -143,7 +149,7 @@ def test_same_steps_of_other_runs(family, steps, options):
     assert_same_training(got, want)
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("mesh_name", slow_but_for(["data 2, seq 4"], MESHES))
 def test_same_loss_and_gradients(mesh_name):
     config = make_config("llama", MESHES[mesh_name], offload=OFFLOADS["all"])
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))

@@ -13,6 +13,7 @@ from memory_cases import (
     mesh_of,
     plain,
 )
+from slow import slow_but_for
 
 from ulysses_jax.models.linear import project
 from ulysses_jax.models.pieces import _tile_tokens
@@ -29,9 +30,9 @@ ALL = dict(
     ("family", "mesh_name", "packed"),
     [
         ("llama", "one device", True),
-        ("llama", "seq 8", True),
+        pytest.param("llama", "seq 8", True, marks=pytest.mark.slow),
         pytest.param("llama", "data 2, seq 4", True, marks=pytest.mark.slow),
-        ("llama", "fsdp 2, seq 2, tensor 2", True),
+        pytest.param("llama", "fsdp 2, seq 2, tensor 2", True, marks=pytest.mark.slow),
         ("llama", "seq 8", False),
         pytest.param("gpt", "one device", False, marks=pytest.mark.slow),
         ("gpt", "fsdp 2, seq 2, tensor 2", True),
@@ -46,8 +47,9 @@ def test_same_loss_and_gradients(family, mesh_name, packed):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(remat="none"), dict(remat="attention"), dict(remat_layers=2), ALL],
-    ids=["none", "attention", "two layers", "all"],
+    slow_but_for(
+        [ALL], [dict(remat="none"), dict(remat="attention"), dict(remat_layers=2), ALL]
+    ),
 )
 @pytest.mark.parametrize("mesh_name", ["data 2, seq 4"])
 def test_with_every_rematerialisation(mesh_name, options):
@@ -57,7 +59,7 @@ def test_with_every_rematerialisation(mesh_name, options):
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))
 
 
-@pytest.mark.parametrize("window", [pytest.param(7, marks=pytest.mark.slow), 8, 20])
+@pytest.mark.parametrize("window", slow_but_for([8], [7, 8, 20]))
 def test_a_window(window):
     """Of a chunk, one more, many."""
     model, mesh, chunk = dict(window=window), dict(seq=2), 7
@@ -66,7 +68,9 @@ def test_a_window(window):
     assert_same(loss_and_gradients(config), want)
 
 
-@pytest.mark.parametrize("degrees", [dict(seq=4), dict(seq=4, tensor=2)])
+@pytest.mark.parametrize(
+    "degrees", slow_but_for([dict(seq=4)], [dict(seq=4), dict(seq=4, tensor=2)])
+)
 def test_more_devices_than_key_heads(degrees):
     """Keys are repeated, queries are padded to 8 slots."""
     model = dict(num_heads=6, num_kv_heads=2)
@@ -75,6 +79,7 @@ def test_more_devices_than_key_heads(degrees):
     assert_same(loss_and_gradients(config), want)
 
 
+@pytest.mark.slow
 def test_a_chunk_longer_than_a_device_has():
     config = make_config("llama", MESHES["seq 8"], sequence_chunk_tokens=1000)
     assert_same(loss_and_gradients(config), plain("llama", "seq 8"))

@@ -10,6 +10,7 @@ from memory_cases import (
     make_config,
     plain,
 )
+from slow import slow_but_for
 
 OPTIONS = [
     dict(remat="full"),
@@ -19,14 +20,25 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, options",
+    slow_but_for(
+        [("llama", OPTIONS[0]), ("gpt", OPTIONS[1]), ("llama", OPTIONS[3])],
+        FAMILIES,
+        OPTIONS,
+    ),
+)
 def test_same_loss_and_gradients(family, options):
     config = make_config(family, MESHES["data 2, seq 4"], **options)
     assert_same(loss_and_gradients(config), plain(family, "data 2, seq 4"))
 
 
-@pytest.mark.parametrize("mesh_name", ["one device", "fsdp 2, seq 2, tensor 2"])
+@pytest.mark.parametrize(
+    "mesh_name",
+    slow_but_for(
+        ["fsdp 2, seq 2, tensor 2"], ["one device", "fsdp 2, seq 2, tensor 2"]
+    ),
+)
 def test_attention_on_every_mesh(mesh_name):
     config = make_config("llama", MESHES[mesh_name], remat="attention")
     assert_same(loss_and_gradients(config), plain("llama", mesh_name))

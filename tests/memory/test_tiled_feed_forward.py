@@ -17,22 +17,31 @@ from memory_cases import (
     mesh_of,
     plain,
 )
+from slow import slow_but_for
 
 from ulysses_jax.memory.tiles import over_tiles
 from ulysses_jax.models.tiled import tiled_feed_forward
 from ulysses_jax.sharding import activation, parameter
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, mesh_name",
+    slow_but_for(
+        [("llama", "fsdp 2, seq 2, tensor 2"), ("gpt", "data 2, seq 4")],
+        FAMILIES,
+        MESHES,
+    ),
+)
 def test_same_loss_and_gradients(family, mesh_name):
     """A tile of 9 divides no device's tokens (224, 28, 28, 56)."""
     config = make_config(family, MESHES[mesh_name], remat="none", mlp_tile_tokens=9)
     assert_same(loss_and_gradients(config), plain(family, mesh_name))
 
 
-@pytest.mark.parametrize("tile", [1, 7, 8, 56])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "remat, tile",
+    slow_but_for([("none", 7), ("full", 8)], ["none", "full"], [1, 7, 8, 56]),
+)
 def test_any_tile(tile, remat):
     config = make_config("llama", mlp_tile_tokens=tile, remat=remat)
     assert_same(loss_and_gradients(config), plain("llama", "one device"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but_for
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
@@ -240,8 +241,18 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, mesh_name",
+    slow_but_for(
+        [
+            ("llama", "one device"),
+            ("llama, tied, window, biases", "fsdp x seq x tensor"),
+            ("gpt", "fsdp x seq x tensor"),
+        ],
+        FAMILIES,
+        MESHES,
+    ),
+)
 def test_is_the_dense_model(family, mesh_name):
     loss, x, gradients, parameters = library(family, mesh_name)
     want_loss, want_x, want_gradients = oracle(family)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow_but_for
 from strategy_cases import (
     FULL_MASKS,
     MASKS,
@@ -34,30 +35,40 @@ from ulysses_jax.parallel.blocks import Blocks
 from ulysses_jax.spreading import received_bytes
 
 
-@pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("seq", [2, 4, 8])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (7, 7)])
-def test_equals_the_oracle(heads, kv_heads, seq, zigzag):
-    got = spread_results(
-        "all_gather", "causal", heads, kv_heads, zigzag=zigzag, seq=seq
-    )
-    assert_close(got, oracle("causal", heads, kv_heads))
+@pytest.mark.parametrize(
+    "heads, seq, zigzag",
+    slow_but_for(
+        [((6, 2), 8, False), ((7, 7), 4, True)],
+        [(4, 4), (6, 2), (7, 7)],
+        [2, 4, 8],
+        [False, True],
+    ),
+)
+def test_equals_the_oracle(heads, seq, zigzag):
+    got = spread_results("all_gather", "causal", *heads, zigzag=zigzag, seq=seq)
+    assert_close(got, oracle("causal", *heads))
 
 
-@pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("mask", [name for name in MASKS if name != "causal"])
+@pytest.mark.parametrize(
+    "mask, zigzag",
+    slow_but_for(
+        [("segments and window", True), ("positions", False)],
+        [name for name in MASKS if name != "causal"],
+        [False, True],
+    ),
+)
 def test_masks(mask, zigzag):
     got = spread_results("all_gather", mask, 4, 2, zigzag=zigzag, seq=4)
     assert_close(got, oracle(mask, 4, 2))
 
 
-@pytest.mark.parametrize("mask", FULL_MASKS)
+@pytest.mark.parametrize("mask", slow_but_for(["full window"], FULL_MASKS))
 def test_masks_that_are_not_causal(mask):
     got = spread_results("all_gather", mask, 4, 1, seq=4)
     assert_close(got, oracle(mask, 4, 1))
 
 
-@pytest.mark.parametrize("keys", [16, 64])
+@pytest.mark.parametrize("keys", slow_but_for([64], [16, 64]))
 def test_cross_attention(keys):
     arrays, mask = inputs(4, 2, keys=keys), Mask(causal=True)
     want = out_and_gradients(functools.partial(reference_attention, mask=mask), *arrays)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but_for
 from strategy_cases import (
     FULL_MASKS,
     MASKS,
@@ -42,17 +43,35 @@ from ulysses_jax.plan.hlo import parse
 from ulysses_jax.spreading import received_bytes, zigzag_order
 
 
-@pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("ring", [2, 4, 8])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (7, 7)])
-def test_equals_the_oracle(heads, kv_heads, ring, zigzag):
-    got = spread_results("ring", "causal", heads, kv_heads, zigzag=zigzag, ring=ring)
-    assert_close(got, oracle("causal", heads, kv_heads))
+@pytest.mark.parametrize(
+    "heads, ring, zigzag",
+    slow_but_for(
+        [((6, 2), 8, True), ((7, 7), 4, False), ((4, 4), 2, True), ((6, 2), 4, True)],
+        [(4, 4), (6, 2), (7, 7)],
+        [2, 4, 8],
+        [False, True],
+    ),
+)
+def test_equals_the_oracle(heads, ring, zigzag):
+    got = spread_results("ring", "causal", *heads, zigzag=zigzag, ring=ring)
+    assert_close(got, oracle("causal", *heads))
 
 
-@pytest.mark.parametrize("ring", [2, 4])
-@pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("mask", [name for name in MASKS if name != "causal"])
+@pytest.mark.parametrize(
+    "mask, zigzag, ring",
+    slow_but_for(
+        [
+            ("window", True, 4),
+            ("window", False, 4),
+            ("segments", True, 2),
+            ("segments and window", False, 4),
+            ("positions", False, 4),
+        ],
+        [name for name in MASKS if name != "causal"],
+        [False, True],
+        [2, 4],
+    ),
+)
 def test_masks(mask, zigzag, ring):
     got = spread_results("ring", mask, 4, 2, zigzag=zigzag, ring=ring)
     assert_close(got, oracle(mask, 4, 2))
@@ -75,8 +94,9 @@ def test_a_ring_of_one_sends_nothing():
     assert "collective-permute" not in text
 
 
-@pytest.mark.parametrize("keys", [16, 64])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "keys, causal", slow_but_for([(16, True), (64, True)], [16, 64], [False, True])
+)
 def test_cross_attention(keys, causal):
     """Both count from 0, however many tokens a device has of each."""
     arrays = inputs(4, 2, keys=keys)
@@ -131,8 +151,14 @@ def test_under_checkpoint_and_scan_with_other_axes(axis_type):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.parametrize(
+    "ring, dtype",
+    slow_but_for(
+        [(2, jnp.float32), (4, jnp.bfloat16), (8, jnp.float32)],
+        [2, 4, 8],
+        [jnp.float32, jnp.bfloat16],
+    ),
+)
 def test_hops_and_their_bytes(ring, dtype):
     """k and v hop R - 1 times forward and R - 2 backward, where the first block is
     there; their float32 gradients R - 1 times."""

@@ -57,7 +57,9 @@ def row(result, collective, axis):
     "changes",
     [
         dict(fsdp=2, seq=4),
-        dict(data=2, seq=2, tensor=2, accumulation_steps=2),
+        pytest.param(
+            dict(data=2, seq=2, tensor=2, accumulation_steps=2), marks=pytest.mark.slow
+        ),
         dict(seq=8),  # more devices than KV heads
     ],
     ids=str,
@@ -84,7 +86,12 @@ def test_exchange_bytes(changes):
     [
         (dict(ring=2, seq=4), "full", {"all-to-all": 2, "collective-permute": 2}),
         (dict(ring=4, fsdp=2), "attention", {"collective-permute": 1 + 1 / 3}),
-        (dict(ring=4, fsdp=2), "none", {"collective-permute": 1}),
+        pytest.param(
+            dict(ring=4, fsdp=2),
+            "none",
+            {"collective-permute": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -120,8 +127,18 @@ def test_bytes_of_a_gather():
     [
         # Of gathers, of scatters: forward, recomputation, backward.
         (dict(fsdp=4, seq=2), dict(), (2 + 2 + 2, 2 + 1 + 2)),
-        (dict(fsdp=2, seq=4), dict(remat="none"), (2 + 2, 2 + 2)),
-        (dict(fsdp=4, seq=2), dict(remat_layers=3), (2 + 2 + 2, 2 + 5 / 3 + 2)),
+        pytest.param(
+            dict(fsdp=2, seq=4),
+            dict(remat="none"),
+            (2 + 2, 2 + 2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(fsdp=4, seq=2),
+            dict(remat_layers=3),
+            (2 + 2 + 2, 2 + 5 / 3 + 2),
+            marks=pytest.mark.slow,
+        ),
         # A feed-forward in tiles keeps its input alone.
         (dict(fsdp=2, seq=4), dict(mlp_tile_tokens=16), (2 + 1 + 3, 2 + 1 + 2)),
     ],

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from run_cases import assert_same, make_config, on_one_device, train
+from slow import slow_but_for
 
 from ulysses_jax.mesh import AXES
 
@@ -43,19 +44,6 @@ QUICK_ONES = [
 ]
 
 
-def slow_but_for(quick, cases):
-    """All cases, of which those that are not in `quick` are marked slow."""
-    assert all(degrees in cases for degrees in quick)
-    return [
-        pytest.param(
-            degrees,
-            marks=[] if degrees in quick else pytest.mark.slow,
-            id=", ".join(f"{axis} {n}" for axis, n in degrees.items()),
-        )
-        for degrees in cases
-    ]
-
-
 def test_there_are_as_many_as_there_should_be():
     """Three factors of 2 over the axes: stars and bars."""
     assert len(EVEN) == math.comb(3 + len(AXES) - 1, 3) == 35
@@ -78,9 +66,7 @@ def test_float32(degrees):
     assert_same(train(degrees), on_one_device(), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "degrees", slow_but_for([dict(seq=4, tensor=2), dict(ring=2, seq=4)], UNEVEN)
-)
+@pytest.mark.parametrize("degrees", slow_but_for([dict(seq=4, tensor=2)], UNEVEN))
 def test_uneven_heads(degrees):
     assert_same(train(degrees, family="uneven"), on_one_device("uneven"), 1e-5)
 

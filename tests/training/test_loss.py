@@ -1,6 +1,7 @@
 """The loss against a float64 oracle: values and both gradients on each mesh."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from slow import slow_but_for
 
 from ulysses_jax import make_mesh
 from ulysses_jax.sharding import activation, parameter
@@ -132,15 +134,36 @@ def check(
         )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name, case",
+    slow_but_for(
+        [
+            *itertools.product(["one device", "seq x tensor"], CASES),
+            ("data", "shards"),
+            ("seq", "shards"),
+            ("fsdp x ring x seq", "some"),
+        ],
+        MESHES,
+        CASES,
+    ),
+)
 def test_loss_and_gradients(mesh_name, case):
     check(MESHES[mesh_name], make_labels(case))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize(
+    "mesh_name, options, case",
+    slow_but_for(
+        [
+            *itertools.product(["seq x tensor"], OPTIONS, ["some", "shards"]),
+            ("one device", OPTIONS[-1], "tiles"),
+            ("fsdp x ring x seq", OPTIONS[-1], "all"),
+        ],
+        MESHES,
+        OPTIONS,
+        CASES,
+    ),
+)
 def test_smoothing_and_z_loss(mesh_name, options, case):
     check(MESHES[mesh_name], make_labels(case), options=options)
 

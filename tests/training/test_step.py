@@ -19,6 +19,7 @@ from run_cases import (
     put_batch,
     put_state,
 )
+from slow import slow_but_for
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
@@ -101,7 +102,16 @@ def assert_same_curves(got, want):
 # All factorisations, of a llama, are in test_factorisations.
 @pytest.mark.parametrize(
     "family, mesh_name",
-    [("grouped", "data 8"), ("grouped", "seq 8"), *(("gpt", name) for name in MESHES)],
+    slow_but_for(
+        [
+            ("grouped", "data 8"),
+            ("gpt", "fsdp 2, seq 4"),
+            ("gpt", "data 2, seq 2, tensor 2"),
+            ("gpt", "ring 4, seq 2"),
+        ],
+        FAMILIES,
+        MESHES,
+    ),
 )
 def test_same_curve_on_every_mesh(family, mesh_name):
     got, first_moment, _ = train(family, MESHES[mesh_name])
@@ -165,9 +175,15 @@ def test_another_objective_reports_the_plain_loss_too(mesh_name):
     "degrees, model",
     [
         (dict(fsdp=2, seq=4), (("strategy", "all_gather"),)),
-        (dict(data=2, seq=4), (("strategy", "all_gather"), ("zigzag", False))),
+        pytest.param(
+            dict(data=2, seq=4),
+            (("strategy", "all_gather"), ("zigzag", False)),
+            marks=pytest.mark.slow,
+        ),
         (dict(data=2, seq=2, tensor=2), (("strategy", "megatron"),)),
-        (dict(fsdp=2, ring=4), (("zigzag", False),)),
+        pytest.param(
+            dict(fsdp=2, ring=4), (("zigzag", False),), marks=pytest.mark.slow
+        ),
         (dict(fsdp=2, ring=2, seq=2), (("window", 12),)),
     ],
     ids=str,
