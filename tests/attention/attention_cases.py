@@ -44,6 +44,8 @@ def both(name, ids):
     return {f"q_{name}": np.asarray(ids), f"kv_{name}": np.asarray(ids)}
 
 
+LEAST, GREATEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
 # Rows of one batch that are packed differently.
 PACKED = both("segment_ids", [[1] * 4 + [2] * 6 + [3] * 3, [1] * 11 + [2] * 2])
 SHUFFLED = both("positions", np.random.default_rng(0).permuted([range(13)] * 2, axis=1))
@@ -84,6 +86,17 @@ CASES = {
         arrays={
             "q_positions": np.asarray([range(13), range(-13, 0)]),
             "kv_positions": np.asarray([range(4, 17), range(13)]),
+        },
+    ),
+    # Padding at either end of int32, further from the rest than int32 can say.
+    "blind at the ends of int32": Case(
+        causal=True,
+        window=4,
+        arrays={
+            "q_positions": np.asarray(
+                [[LEAST] * 2 + [*range(low, low + 11)] for low in (0, 5)]
+            ),
+            "kv_positions": np.asarray([range(13), [*range(5, 16)] + [GREATEST] * 2]),
         },
     ),
 }

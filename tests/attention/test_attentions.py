@@ -182,5 +182,7 @@ def test_a_mask_may_be_made_of_numpy_arrays():
 def test_what_makes_no_mask_is_refused():
     with pytest.raises(ValueError, match="window 0 hides every key"):
         Mask(window=0)
+    with pytest.raises(ValueError, match="window 2147483648 .*: use window=None"):
+        Mask(window=2**31)
     with pytest.raises(ValueError, match="both q_positions and kv_positions"):
         Mask(q_positions=jnp.zeros((1, 4), jnp.int32))

@@ -75,6 +75,22 @@ def test_no_visible_pair_is_dropped(seed, blocks):
     assert (tiles | ~truth).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 7, np.int64(2**31 - 1)])
+def test_positions_that_are_further_apart_than_int32_can_say(window, causal):
+    ends = np.iinfo(np.int32)
+    near = np.arange(TOKENS // 4)
+    places = [ends.min + near, -near, near, ends.max - near]
+    positions = pair("positions", [np.concatenate(places)])
+    mask = Mask(causal=causal, window=window, **positions)
+    q, kv = (np.asarray(x, np.int64)[0] for x in positions.values())
+    apart = q[:, None] - kv
+    seen = (np.abs(apart) < window) & ((apart >= 0) | (not causal))
+    np.testing.assert_array_equal(mask.visible(0, TOKENS, 0, TOKENS)[0], seen)
+    tiles, truth = tiles_and_truth(mask, 6, 3)
+    assert (tiles | ~truth).all() and not tiles.all()
+
+
 @pytest.mark.parametrize("name", ["causal", "causal window", "causal segments"])
 def test_only_these_tiles_are_computed(name, monkeypatch):
     """Counts what runs, once forward and once backward a tile."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+_INT32 = jnp.iinfo(jnp.int32)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Mask:
         compare; None is 0, 1, 2, ... for both.
 
     Raises:
-      ValueError: a window below 1 or no integer, or only one array of a pair.
+      ValueError: a window below 1, above int32 or no integer, or only one array of a
+        pair.
     """
 
     causal: bool = field(default=False, metadata=dict(static=True))
@@ -37,6 +40,10 @@ class Mask:
             raise ValueError(f"window is a number of tokens, not {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} hides every key: use 1 or more")
+        if self.window is not None and self.window > _INT32.max:
+            raise ValueError(
+                f"window {self.window} exceeds int32: use window=None to see every key"
+            )
         for name in ("segment_ids", "positions"):
             q, kv = getattr(self, f"q_{name}"), getattr(self, f"kv_{name}")
             if (q is None) != (kv is None):
@@ -65,10 +72,7 @@ class Mask:
         q = self._positions("q", q_start, num_q)[:, :, None]
         kv = self._positions("kv", kv_start, num_kv)[:, None, :]
         seen = jnp.ones((1, num_q, num_kv), bool)
-        if self.causal:
-            seen &= kv <= q
-        if self.window is not None:
-            seen &= jnp.abs(q - kv) < self.window
+        seen &= _near(self, (q, q), (kv, kv))
         if self.q_segment_ids is not None:
             q_segments = _cut(self.q_segment_ids, q_start, num_q)[:, :, None]
             seen = seen & (
@@ -148,13 +152,12 @@ class BlockBounds:
         """
         # To one shape first: their bounds have the batch in front of it.
         q, kv = jnp.broadcast_arrays(q, kv)
-        q_low, q_high = self._at(self.q_positions, q, self.q_block)
-        kv_low, kv_high = self._at(self.kv_positions, kv, self.kv_block)
         seen = jnp.ones(q.shape, bool)[None]
-        if self.causal:
-            seen &= kv_low <= q_high
-        if self.window is not None:
-            seen &= (q_low - kv_high < self.window) & (kv_low - q_high < self.window)
+        seen &= _near(
+            self,
+            self._at(self.q_positions, q, self.q_block),
+            self._at(self.kv_positions, kv, self.kv_block),
+        )
         if self.q_segments is not None:
             q_low, q_high = self._at(self.q_segments, q, 0)
             kv_low, kv_high = self._at(self.kv_segments, kv, 0)
@@ -166,6 +169,26 @@ class BlockBounds:
         if bounds is None:
             return (block * size)[None], (block * size + size - 1)[None]
         return bounds[0][:, block], bounds[1][:, block]
+
+
+def _near(
+    mask: Mask | BlockBounds, q: tuple[Array, Array], kv: tuple[Array, Array]
+) -> Bool[Array, "..."] | bool:
+    """What causal and window let pass, of ranges of positions (least, greatest)."""
+    (q_low, q_high), (kv_low, kv_high) = q, kv
+    near = True
+    if mask.causal:
+        near &= kv_low <= q_high
+    if mask.window is not None:
+        near &= ~_is_after(q_low, kv_high, mask.window)
+        if not mask.causal:
+            near &= ~_is_after(kv_low, q_high, mask.window)
+    return near
+
+
+def _is_after(a: Array, b: Array, window: int) -> Bool[Array, "..."]:
+    """Whether a - b >= window: a difference that uint32 holds, and int32 may not."""
+    return (a > b) & (a.astype(jnp.uint32) - b.astype(jnp.uint32) >= int(window))
 
 
 def _cut(ids: Array | None, start: Array | int, size: int) -> Array:
