@@ -1,5 +1,7 @@
 """An attention over some keys at a time is that over all of them, gradients too."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from attention_cases import CASES
 from slow import slow_but_for
 
+from ulysses_jax.attention.blockwise import HIDDEN
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_parts, join
 from ulysses_jax.attention.reference import reference_attention
@@ -48,31 +51,65 @@ def parts_of(case, k, v):
 )
 def test_parts_are_the_whole(name):
     case, parts = CASES[name], PARTS["blockwise"]
-    q, k, v, weights = case.inputs()
-    pieces = list(parts_of(case, k, v))
     blocks = dict(scale=case.scale, block_q=4, block_kv=3)
 
-    (out, logsumexp), *others = (
-        parts.forward(q, k, v, mask=mask, **blocks) for k, v, mask in pieces
-    )
-    for other in others:
-        out, logsumexp = join((out, logsumexp), other)
-    want, pullback = jax.vjp(
-        lambda q, k, v: reference_attention(q, k, v, mask=case.mask, scale=case.scale),
-        q,
-        k,
-        v,
-    )
-    np.testing.assert_allclose(out, want, atol=2e-6)
+    @jax.jit
+    def by_parts(q, k, v, upstream):
+        pieces = list(parts_of(case, k, v))
+        out, logsumexp = functools.reduce(
+            join, (parts.forward(q, k, v, mask=mask, **blocks) for k, v, mask in pieces)
+        )
+        whole = out, logsumexp.sum(axis=0), upstream
+        gradients = [
+            parts.gradients(q, k, v, *whole, mask=mask, **blocks)
+            for k, v, mask in pieces
+        ]
+        dqs, dks, dvs = zip(*gradients, strict=True)
+        return out, sum(dqs), jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1)
 
-    gradients = [
-        parts.gradients(q, k, v, out, logsumexp, weights, mask=mask, **blocks)
-        for k, v, mask in pieces
-    ]
-    dq = sum(each[0] for each in gradients)
-    dk, dv = (jnp.concatenate([each[i] for each in gradients], 1) for i in (1, 2))
-    for got, expected in zip((dq, dk, dv), pullback(weights), strict=True):
-        np.testing.assert_allclose(got, expected, atol=5e-6)
+    @jax.jit
+    def at_once(q, k, v, upstream):
+        attend = functools.partial(
+            reference_attention, mask=case.mask, scale=case.scale
+        )
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(upstream)
+
+    arrays = case.inputs()
+    for got, want in zip(by_parts(*arrays), at_once(*arrays), strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [1, 100, 2000])
+def test_joined_weights_add_up_however_large_the_logits(size):
+    rng = np.random.default_rng(0)
+    logsumexps = size + rng.standard_normal((2, 1, 2, 9)).astype(np.float32)
+    outs, upstream = rng.standard_normal((2, 1, 9, 2, 3)), np.ones((1, 9, 2, 3))
+    logsumexps[:, :, :, 0] = HIDDEN  # a query that sees no key of either
+    outs[:, :, 0] = 0
+    logsumexps[1, :, :, 1] = HIDDEN
+    outs[1, :, 1] = 0
+    outs = outs.astype(np.float32)
+
+    def joined(outs, logsumexps):
+        pairs = jnp.stack((logsumexps, jnp.zeros_like(logsumexps)), axis=1)
+        out, logsumexp = join(*zip(outs, pairs, strict=True))
+        return (out * upstream).sum(), (out, logsumexp)
+
+    gradients, (out, logsumexp) = jax.jit(jax.grad(joined, (0, 1), has_aux=True))(
+        outs, logsumexps
+    )
+    a, b = logsumexps.astype(np.float64)
+    weights = np.exp([a, b] - np.logaddexp(a, b))
+    weights[:, a == b] = 0.5
+    spread = weights.swapaxes(2, 3)[..., None]
+    np.testing.assert_allclose(out, (spread * outs).sum(axis=0), atol=1e-6)
+    exact = np.asarray(logsumexp, np.float64).sum(axis=0)
+    np.testing.assert_allclose(exact, np.logaddexp(a, b), rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(gradients[0], spread * upstream, atol=1e-6)
+    apart = (upstream * (outs[0] - outs[1])).sum(axis=3).swapaxes(1, 2)
+    slope = weights[0] * weights[1] * apart
+    np.testing.assert_allclose(gradients[1], [slope, -slope], atol=1e-6)
 
 
 def test_by_name():

@@ -70,6 +70,26 @@ def blockwise_attention_with_logsumexp(
     return _attend(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
+def blockwise_statistics(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    block_q: int = 256,
+    block_kv: int = 512,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "2 B N T"]]:
+    """As `blockwise_attention_with_logsumexp`, without gradients of its own.
+
+    The logsumexp is the greatest logit and the logarithm of the sum relative to that:
+    as one number it loses the digits of the second where the first is large.
+    """
+    mask.check(q, k)
+    plan = _plan(q, k, scale, block_q, block_kv)
+    return _statistics(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
+
+
 def blockwise_gradients(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -83,11 +103,14 @@ def blockwise_gradients(
     block_q: int = 256,
     block_kv: int = 512,
 ) -> tuple[Array, Array, Array]:
-    """dq, dk, dv of these keys, given out and logsumexp over all keys of a query."""
+    """dq, dk, dv of these keys, given out and logsumexp over all keys of a query.
+
+    In float32: they are summed over parts before they are rounded.
+    """
     plan = _plan(q, k, scale, block_q, block_kv)
     residuals = (q, k, v, jax.tree.map(jnp.asarray, mask), out, logsumexp)
-    dq, dk, dv, _ = _backward(plan, residuals, (dout, jnp.zeros_like(logsumexp)))
-    return dq, dk, dv
+    upstream = dout, jnp.zeros_like(logsumexp)
+    return _gradients(plan, residuals, upstream, (jnp.float32,) * 3)
 
 
 class _Plan(NamedTuple):
@@ -110,6 +133,13 @@ def _attend(plan: _Plan, q, k, v, mask):
 
 
 def _forward(plan: _Plan, q, k, v, mask):
+    out, logsumexp = _statistics(plan, q, k, v, mask)
+    out = checkpoint_name(out, "attention_out")
+    logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
+    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+
+
+def _statistics(plan: _Plan, q, k, v, mask):
     tiles = _Tiles(plan, q, k, mask)
     queries, keys, values = tiles.split_q(q), tiles.split_kv(k), tiles.split_kv(v)
 
@@ -137,20 +167,23 @@ def _forward(plan: _Plan, q, k, v, mask):
         )
         start = jax.tree.map(partial(_vary_like, q), start)
         highest, total, out = lax.fori_loop(0, count, one_tile, start)
-        dead = total == 0
-        total = jnp.where(dead, 1, total)
-        logsumexp = jnp.where(dead, HIDDEN, highest + jnp.log(total))
-        return None, ((out / total[..., None]).astype(q.dtype), logsumexp)
+        total = jnp.where(total == 0, 1, total)  # of a row without keys
+        out = (out / total[..., None]).astype(q.dtype)
+        return None, (out, highest, jnp.log(total))
 
     blocks = jnp.arange(tiles.num_q)
-    _, (out, logsumexp) = lax.scan(one_block_of_queries, None, (blocks, queries))
-    out = checkpoint_name(tiles.join_q(out), "attention_out")
-    logsumexp = checkpoint_name(tiles.join_rows(logsumexp), "attention_logsumexp")
-    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+    _, (out, *logsumexp) = lax.scan(one_block_of_queries, None, (blocks, queries))
+    return tiles.join_q(out), jnp.stack([tiles.join_rows(x) for x in logsumexp])
 
 
 def _backward(plan: _Plan, residuals, upstream):
+    dtypes = tuple(x.dtype for x in residuals[:3])
+    return *_gradients(plan, residuals, upstream, dtypes), None
+
+
+def _gradients(plan: _Plan, residuals, upstream, dtypes):
     q, k, v, mask, out, logsumexp = residuals
+    q_dtype, k_dtype, v_dtype = dtypes
     dout, dlogsumexp = upstream
     tiles = _Tiles(plan, q, k, mask)
     # The part of d(logits) that is the same for all keys of a query.
@@ -188,15 +221,15 @@ def _backward(plan: _Plan, residuals, upstream):
             0, count, one_tile, (dqueries, zeros, zeros)
         )
         dkey, dvalue = jnp.matrix_transpose(dkey), jnp.matrix_transpose(dvalue)
-        return dqueries, (dkey.astype(k.dtype), dvalue.astype(v.dtype))
+        return dqueries, (dkey.astype(k_dtype), dvalue.astype(v_dtype))
 
     dqueries = _vary_like(q, jnp.zeros(queries.shape, jnp.float32))
     blocks = jnp.arange(tiles.num_kv)
     dqueries, (dkeys, dvalues) = lax.scan(
         one_block_of_keys, dqueries, (blocks, keys, values)
     )
-    dq = tiles.join_q(dqueries.astype(q.dtype))
-    return dq, tiles.join_kv(dkeys), tiles.join_kv(dvalues), None
+    dq = tiles.join_q(dqueries.astype(q_dtype))
+    return dq, tiles.join_kv(dkeys), tiles.join_kv(dvalues)
 
 
 _attend.defvjp(_forward, _backward)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.blockwise import (
-    blockwise_attention_with_logsumexp,
     blockwise_gradients,
+    blockwise_statistics,
 )
 from ulysses_jax.attention.cudnn import (
     cudnn_attention_with_logsumexp,
@@ -17,44 +18,59 @@ from ulysses_jax.attention.cudnn import (
 )
 from ulysses_jax.attention.mask import Mask
 
+Statistics = tuple[Float[Array, "B T N H"], Float[Array, "2 B N T"]]
 
-def join(
-    a: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
-    b: tuple[Float[Array, "B T N H"], Float[Array, "B N T"]],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+
+def join(a: Statistics, b: Statistics) -> Statistics:
     """(out, logsumexp) over the keys of both, from those over each; float32.
+
+    Each logsumexp is two arrays that add up to it: float32 knows 1,000 to 6e-5 alone,
+    and weights made of it would be off by as much. The weights are made of the
+    difference, so that they add up to 1.
 
     Source: the online softmax, arXiv 1805.02867.
     """
     (out_a, lse_a), (out_b, lse_b) = a, b
-    logsumexp = jnp.logaddexp(lse_a, lse_b)
+    ahead = (lse_a - lse_b).sum(axis=0)
 
-    def weigh(out, lse):
-        weight = jnp.exp(lse - logsumexp).transpose(0, 2, 1)[..., None]
+    def weigh(out, ahead):
+        weight = jax.nn.sigmoid(ahead).transpose(0, 2, 1)[..., None]
         return out.astype(jnp.float32) * weight
 
-    return weigh(out_a, lse_a) + weigh(out_b, lse_b), logsumexp
+    def grown(lse, ahead):
+        return lse.at[1].add(jax.nn.softplus(-ahead))
+
+    out = weigh(out_a, ahead) + weigh(out_b, -ahead)
+    return out, jnp.where(ahead > 0, grown(lse_a, ahead), grown(lse_b, -ahead))
 
 
 class Parts(NamedTuple):
     """A flash attention taken apart.
 
     forward: `f(q, k, v, mask=, scale=) -> (out, logsumexp)`, out in q's dtype,
-      logsumexp float32 `[B, N, T]`, over the keys that it is given.
+      logsumexp float32 `[B, N, T]`, over the keys that it is given; or `[2, B, N, T]`,
+      two that add up to it, which loses no digits where logits are large.
     gradients: `f(q, k, v, out, logsumexp, dout, mask=, scale=) -> (dq, dk, dv)`. Given
       the out and logsumexp of a query over *all* its keys, it returns these keys' part
-      of dq, and their dk and dv.
+      of dq, and their dk and dv, to be summed over parts in float32.
     join: `f((out, logsumexp), (out, logsumexp)) -> (out, logsumexp)` of two sets of
-      keys, in float32.
+      keys, in float32, each logsumexp as two that add up to it.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     gradients: Callable[..., tuple[Array, Array, Array]]
     join: Callable[..., tuple[Array, Array]] = join
 
+    def statistics(self, q, k, v, *, mask: Mask, scale: float | None) -> Statistics:
+        """Float32, as `join` takes them."""
+        out, logsumexp = self.forward(q, k, v, mask=mask, scale=scale)
+        if logsumexp.ndim == 3:
+            logsumexp = jnp.stack((logsumexp, jnp.zeros_like(logsumexp)))
+        return out.astype(jnp.float32), logsumexp
+
 
 PARTS = {
-    "blockwise": Parts(blockwise_attention_with_logsumexp, blockwise_gradients),
+    "blockwise": Parts(blockwise_statistics, blockwise_gradients),
     "cudnn": Parts(cudnn_attention_with_logsumexp, cudnn_gradients),
 }
 

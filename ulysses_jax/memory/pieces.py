@@ -25,10 +25,11 @@ class Pieces(NamedTuple):
     finish: `f(leaves, x, out [B, t, N, H]) -> [B, t, D]`, the layer's result; token by
       token.
     attend: `f(q, k, v, q_block, kv_block, is_own) -> (out, logsumexp)`, of a piece of
-      queries and a block of keys; is_own: the two are one block.
+      queries and a block of keys, float32, logsumexp `[2, B, n, t]`: two that add up to
+      it; is_own: the two are one block.
     gradients: `f(q, k, v, out, logsumexp, dout, q_block, kv_block, is_own)
       -> (dq, dk, dv)`, given out and logsumexp over all keys.
-    join: two results of attend into one, float32.
+    join: two results of attend into one.
     first_block: `f(q_block) -> kv_block`, the first that a query of it sees.
     key_slots: the slice of K' that each group reads.
     chunk_tokens, tile_tokens: of attention, of finish; each divides the former.
@@ -101,16 +102,15 @@ def attend(pieces, q, keys, i, g) -> tuple[Array, Array]:
         out, logsumexp = pieces.attend(
             query, *_block(pieces, keys, own, g), own, own, True
         )
-        if _is_one_block(keys):
-            return out, logsumexp
 
         def step(joined, k, v, block):
             return pieces.join(joined, pieces.attend(query, k, v, own, block, False))
 
-        out, logsumexp = _over_earlier_blocks(
-            pieces, keys, own, g, step, (out.astype(jnp.float32), logsumexp)
-        )
-        return out.astype(query.dtype), logsumexp
+        if not _is_one_block(keys):
+            out, logsumexp = _over_earlier_blocks(
+                pieces, keys, own, g, step, (out, logsumexp)
+            )
+        return out.astype(query.dtype), logsumexp.sum(axis=0)
 
     return lax.map(one_piece, (jnp.arange(q.shape[0]), q))
 

@@ -258,7 +258,7 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
 
     def attend(q, k, v, *where):
         seen = mask(*where)
-        return parts(q, k, seen).forward(q, k, v, mask=seen)
+        return parts(q, k, seen).statistics(q, k, v, mask=seen, scale=None)
 
     def gradients(q, k, v, out, logsumexp, dout, *where):
         seen = mask(*where)

@@ -79,7 +79,7 @@ def _forward(blocks: Blocks, q, k, v, mask):
     so_far = blocks.own(q, kv, mask)
     so_far, _ = lax.scan(one_block, so_far, jnp.arange(1, blocks.degree))
     out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
-    logsumexp = checkpoint_name(so_far[1], "attention_logsumexp")
+    logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
     return out, (q, gathered, mask, out, logsumexp)
 
 

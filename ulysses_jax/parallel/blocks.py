@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 KeysAndValues = Float[Array, "2 B s K H"]
-Statistics = tuple[Float[Array, "B t N H"], Float[Array, "B N t"]]
+Statistics = tuple[Float[Array, "B t N H"], Float[Array, "2 B N t"]]
 Gradients = tuple[Float[Array, "B t N H"], Float[Array, "2 B s K H"]]
 
 
@@ -27,7 +27,7 @@ class Blocks:
     Where a mask has positions, the attention compares them.
 
     Attributes:
-      parts: the local attention taken apart: `forward`, `gradients`, `join`.
+      parts: the local attention taken apart: `statistics`, `gradients`, `join`.
       scale: handed to it.
       axis_name: of the members.
       zigzag: whether the tokens are in zigzag order over them.
@@ -57,9 +57,11 @@ class Blocks:
         return (self.member(q) - step) % self.degree
 
     def own(self, q: Array, kv: KeysAndValues, mask: Any) -> Statistics:
-        """Float32 out and logsumexp over the keys of the same member."""
-        out, logsumexp = self._forward(q, kv, mask, 0, _ALL, _ALL, mask.causal)
-        return out.astype(jnp.float32), logsumexp
+        """Float32 out and logsumexp over the keys of the same member.
+
+        The logsumexp is two arrays that add up to it.
+        """
+        return self._forward(q, kv, mask, 0, _ALL, _ALL, mask.causal)
 
     def add(
         self, so_far: Statistics, q: Array, kv: KeysAndValues, mask: Any, step: Any
@@ -133,7 +135,7 @@ class Blocks:
     def _forward(self, q, kv, mask, step, rows, keys, causal) -> Statistics:
         between = self._between(q, kv, mask, step, rows, keys, causal)
         k, v = kv[:, :, keys]
-        return self.parts.forward(q[:, rows], k, v, mask=between, scale=self.scale)
+        return self.parts.statistics(q[:, rows], k, v, mask=between, scale=self.scale)
 
     def _gradients(self, q, kv, mask, step, rows, keys, causal, whole) -> Gradients:
         between = self._between(q, kv, mask, step, rows, keys, causal)

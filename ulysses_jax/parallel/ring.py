@@ -37,7 +37,7 @@ def ring_attention(
         `ulysses_jax.attention.mask.Mask` has them; its arrays are of whole rows, in the
         order in which the tokens lie over the axis. A window needs positions.
       scale: of the logits; None: H**-0.5.
-      parts: the attention of one block: `forward`, `gradients`, `join`
+      parts: the attention of one block: `statistics`, `gradients`, `join`
         (`ulysses_jax.attention.parts.Parts`).
       zigzag: the tokens are in zigzag order (`spreading.zigzag_order`). Only under a
         causal mask by index does this matter here: all members then work equally.
@@ -78,7 +78,7 @@ def _forward(blocks: Blocks, q, k, v, mask):
         so_far, last = _repeat(one_step, (so_far, first), range(1, degree - 1))
         so_far = blocks.add(so_far, q, last, mask, degree - 1)
     out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
-    logsumexp = checkpoint_name(so_far[1], "attention_logsumexp")
+    logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
     # The backward round starts with the block that came first.
     return out, (q, kv, first, mask, out, logsumexp)
 

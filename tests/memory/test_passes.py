@@ -1,0 +1,98 @@
+"""Both passes over a layer that is attention alone: float64's out, dq, dk and dv."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from float64 import exact_attention
+
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import PARTS
+from ulysses_jax.memory.passes import backward, forward
+from ulysses_jax.memory.pieces import Pieces
+
+H = 4
+
+
+def split(x):
+    """q, k, v: two query heads and one of keys and values."""
+    heads = x.reshape(*x.shape[:2], 4, H)
+    return jnp.split(heads, (2, 3), axis=2)
+
+
+def join(q, k, v):
+    return jnp.concatenate((q, k, v), axis=2).reshape(*q.shape[:2], 4 * H)
+
+
+def attention_alone(chunk_tokens):
+    """x is q, k and v side by side, and what comes out has out in q's place."""
+
+    def attend(q, k, v, q_block, kv_block, is_own):
+        mask = Mask(causal=is_own)
+        return PARTS["blockwise"].statistics(q, k, v, mask=mask, scale=None)
+
+    def gradients(*arrays_and_blocks):
+        *arrays, _, _, is_own = arrays_and_blocks
+        return PARTS["blockwise"].gradients(*arrays, mask=Mask(causal=is_own))
+
+    def finish(leaves, x, out):
+        return join(out, *split(jnp.zeros_like(x))[1:])
+
+    return Pieces(
+        keys_values=lambda leaves, x, angles: tuple(
+            each[None] for each in split(x)[1:]
+        ),
+        queries=lambda leaves, x, angles, g: split(x)[0][None],
+        back=lambda outs: outs[0][0],
+        finish=finish,
+        attend=attend,
+        gradients=gradients,
+        join=PARTS["blockwise"].join,
+        first_block=lambda q_block: 0,
+        key_slots=(slice(None),),
+        chunk_tokens=chunk_tokens,
+        tile_tokens=chunk_tokens,
+        keys_on_host=False,
+    )
+
+
+def inputs(tokens, dtype):
+    rng = np.random.default_rng(0)
+    x, upstream = rng.standard_normal((2, 1, tokens, 4 * H), np.float32)
+    return jnp.asarray(x, dtype), jnp.asarray(upstream, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def out_and_gradients(x, upstream, chunk_tokens):
+    pieces = attention_alone(chunk_tokens)
+    y, attended = forward(pieces, {}, x, None, keep=True)
+    dx, _ = backward(pieces, {}, x, None, attended, upstream)
+    return split(y)[0], *split(dx)
+
+
+def exact(x, upstream):
+    tokens = x.shape[1]
+    return exact_attention(*split(x), split(upstream)[0], np.tri(tokens, dtype=bool))
+
+
+@pytest.mark.parametrize("size, tolerance", [(1, 1e-6), (100, 3e-5), (2000, 1e-3)])
+def test_large_logits(size, tolerance):
+    """What is left is the rounding of a logit itself."""
+    x, upstream = inputs(16, jnp.float32)
+    q, k, v = split(x)
+    x = join(q.at[..., 0].set(H**0.5), k.at[..., 0].set(size), v)
+    got, want = out_and_gradients(x, upstream, 4), exact(x, upstream)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error < tolerance, name
+
+
+def test_sums_over_chunks_are_float32():
+    """As near as one rounding of each leaves them: 64 chunks add to the first keys."""
+    x, upstream = inputs(256, jnp.bfloat16)
+    got, want = out_and_gradients(x, upstream, 4), exact(x, upstream)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        error = np.square(np.asarray(a, np.float64) - b).mean() ** 0.5
+        assert error < 0.004 * np.square(b).mean() ** 0.5, name
