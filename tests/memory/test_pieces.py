@@ -85,6 +85,24 @@ def test_a_chunk_longer_than_a_device_has():
     assert_same(loss_and_gradients(config), plain("llama", "seq 8"))
 
 
+def test_in_bfloat16():
+    """As near to float32 as whole layers in bfloat16 are."""
+    mesh, model = MESHES["seq 8"], dict(compute_dtype="bfloat16")
+    pieces = make_config("llama", mesh, model=model, sequence_chunk_tokens=1)
+    whole = make_config("llama", mesh, model=model, remat="none")
+    exact = plain("llama", "seq 8")
+
+    def errors(config):
+        """Of the loss and every gradient, root mean squares."""
+        got = jax.tree.leaves(loss_and_gradients(config))
+        for a, b in zip(got, jax.tree.leaves(exact), strict=True):
+            yield np.square(a - b).mean() ** 0.5 / np.square(b).mean() ** 0.5
+
+    for in_pieces, of_whole in zip(errors(pieces), errors(whole), strict=True):
+        print(in_pieces, of_whole)
+        assert in_pieces < 1.2 * of_whole + 1e-4 and of_whole < 0.03
+
+
 def wide(tokens, **memory):
     """The program of a model with many heads and a wide feed-forward."""
     model = dict(num_heads=16, head_size=16, feed_forward_width=512, num_kv_heads=1)

@@ -1,0 +1,55 @@
+"""What a layer does in float32 whatever the compute dtype: norms, biases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from ulysses_jax import make_mesh
+from ulysses_jax.config import Model
+from ulysses_jax.models.layers import Norm, _add_bias
+
+HALVES = [jnp.bfloat16, jnp.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_round_once(kind, dtype):
+    """The result is float64's to half a unit in the last place."""
+    model = Model(
+        width=256, num_kv_heads=8, head_size=32, feed_forward_width=8, norm=kind
+    )
+    mesh = make_mesh(devices=jax.devices()[:1], axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        norm = Norm(model, stacked=False)
+    x = 3 + jax.random.normal(jax.random.key(0), (1, 8, 256))
+    x = x.astype(dtype)
+    exact = np.asarray(x, np.float64)
+    if kind == "layer":
+        exact = exact - exact.mean(axis=-1, keepdims=True)
+    variance = np.square(exact).mean(axis=-1, keepdims=True)
+    exact = exact / np.sqrt(variance + model.norm_epsilon)
+    with jax.set_mesh(mesh):
+        got = norm(x)
+    assert got.dtype == dtype
+    half_a_unit = 0.501 * jnp.finfo(dtype).eps
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), exact, rtol=half_a_unit, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_biases_are_added_in_float32(dtype):
+    """257 units, which bfloat16 does not hold, and 4,097 tokens, which neither does."""
+    y = jnp.full((1, 4097, 2), -256, dtype)
+
+    def add(bias):
+        return _add_bias(y, nnx.Param(bias))
+
+    out, pull = jax.vjp(add, jnp.full(2, 256 + 2**-4))
+    np.testing.assert_array_equal(out, jnp.full_like(y, 2**-4))
+    (gradient,) = pull(jnp.ones_like(y))
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, 4097)
