@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import struct
 from types import SimpleNamespace
 
@@ -12,9 +13,22 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from ulysses_jax.training import metrics
-from ulysses_jax.training.metrics import RunLog, draw_loss, read_rows
+from ulysses_jax.training.metrics import RunLog, read_rows
+from ulysses_jax.training.picture import _smooth, draw_loss
 
 CONTROL = [chr(i) for i in range(32) if chr(i) != "\n"]
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """What was drawn, in place of the picture, which takes its time."""
+    drawn = []
+
+    def draw(rows, path, *, title):
+        drawn.append((rows[-1]["step"], len(rows), title))
+
+    monkeypatch.setattr(metrics, "draw_loss", draw)
+    return drawn
 
 
 def run(folder, steps, *, num_steps=10, validate_every=5, finish=False, **options):
@@ -163,14 +177,14 @@ def terminal(monkeypatch):
 
 
 def test_live_bar(tmp_path, terminal):
-    with RunLog(tmp_path / "tiny", num_steps=10, quiet=False, is_main=True) as log:
+    with RunLog(tmp_path / "lr[a]", num_steps=10, quiet=False, is_main=True) as log:
         for step in range(1, 11):
             log.log_step(step, loss(step), 1000.0, 0.5)
         log.log_validation(10, 0.75)
         log.say("[saved] a line")
         log.finish()
     shown = terminal.getvalue()
-    for part in ("tiny", "10/10", "loss 0.6000", "1,000 tokens/s", "left"):
+    for part in ("lr[a]", "10/10", "loss 0.6000", "1,000 tokens/s", "left"):
         assert part in shown
     assert "[saved] a line" in shown and "validation loss 0.7500" in shown
 
@@ -186,23 +200,76 @@ def test_terminal_is_given_back_on_an_error(tmp_path, terminal):
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_picture_shows_the_whole_resumed_run(tmp_path, capfd, monkeypatch):
-    drawn = []
-
-    def draw(rows, path, *, title):
-        drawn.append(([row["step"] for row in rows], title))
-        draw_loss(rows, path, title=title)
-
-    monkeypatch.setattr(metrics, "draw_loss", draw)
-    run(tmp_path / "tiny", range(1, 8))
-    run(tmp_path / "tiny", range(6, 11), first_step=5, finish=True)
-    assert drawn == [(list(range(1, 11)), "tiny")]
+def test_picture_shows_the_whole_resumed_run(tmp_path, drawn, monkeypatch):
+    """At every validation, when interrupted, and at the end; once for what is new."""
+    with pytest.raises(KeyError):
+        with RunLog(tmp_path / "tiny", num_steps=10, quiet=True, is_main=True) as log:
+            for step in range(1, 8):
+                log.log_step(step, loss(step), 1000.0, 0.5)
+                if step == 5:
+                    log.log_validation(5, 1.45)
+            raise KeyError
+    assert drawn == [(5, 5, "tiny"), (7, 7, "tiny")]
+    run(tmp_path / "tiny", range(6, 10), first_step=5, finish=True)
+    assert drawn[2:] == [(9, 9, "tiny")]
+    monkeypatch.setattr(metrics, "draw_loss", draw_loss)
+    run(tmp_path / "tiny", [10], first_step=9)
     picture = imread(tmp_path / "tiny" / "loss.png")
     assert picture.shape[:2] == (720, 1280)
     blue, orange = (0x2F, 0x6F, 0xB0), (0xD9, 0x62, 0x2B)
     for color in (blue, orange):  # both curves are there
         near = np.abs(picture[..., :3] * 255 - color).max(axis=-1) < 8
         assert near.sum() > 200
+
+
+def test_a_name_is_no_tex(tmp_path):
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    name = "lr$1$ $\\frac$ $a__$ ^_{ 100% \udcff\nnext"
+    draw_loss(rows, tmp_path / "loss.png", title=name)
+    assert imread(tmp_path / "loss.png").shape[:2] == (720, 1280)
+
+
+def test_no_picture_ends_no_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(metrics, "draw_loss", draw_loss)
+    (tmp_path / "loss.png").mkdir()
+    run(tmp_path, range(1, 6), finish=True)
+    said = capfd.readouterr().out
+    assert f"{tmp_path}/loss.png could not be drawn: [Errno 21] Is a directory" in said
+    assert "final loss 1.2000 at step 5" in said
+
+
+def test_rows_of_others_are_passed_over(tmp_path):
+    """Another tool's rows stay; what looks like ours and is not ends nothing."""
+    others = ['{"step": "3"}', '{"step": null}', "[1]", "7", '{"eval": 1.0, "step": 2}']
+    others += ['{"step": 1, "loss": "low"}', '{"step": 2.5, "loss": 1}', '"\u00b2"']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*others, "no JSON", ""]))
+    run(tmp_path, range(1, 6), finish=True)
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert rows_of(tmp_path)[: len(others)] == [json.loads(line) for line in others]
+    run(tmp_path, range(4, 6), first_step=3, finish=True)
+    assert len(rows_of(tmp_path)) == len(others) + 5
+
+
+@pytest.mark.parametrize("which", ["metrics.jsonl", "tensorboard"])
+def test_a_file_that_cannot_grow_is_an_error_at_once(tmp_path, which):
+    """A limit on file sizes, as by a quota; a full disk is alike."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = 20_000
+    if which == "metrics.jsonl":  # events take more room than rows
+        (tmp_path / which).write_text(json.dumps("x" * limit) + "\n")
+    with pytest.raises(
+        OSError, match="step .* could not be written.*too large"
+    ) as error:
+        with RunLog(tmp_path, num_steps=9, quiet=True, is_main=True) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                for step in range(1, 1000):
+                    log.log_step(step, 1.0, 1.0, 1.0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the same command resumes" in str(error.value)
+    files = [p for p in tmp_path.rglob("*") if p.stat().st_size >= limit]
+    assert [p.relative_to(tmp_path).parts[0] for p in files] == [which]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 500])
@@ -217,10 +284,10 @@ def test_picture_of_any_length(tmp_path, num_rows):
 
 def test_smoothing_keeps_a_line_and_takes_noise(tmp_path):
     steps = np.arange(600)
-    ramp = metrics._smooth(steps.astype(float))
+    ramp = _smooth(steps.astype(float))
     np.testing.assert_allclose(ramp[:580], steps[:580])
     noise = np.random.default_rng(0).normal(size=600)
-    assert metrics._smooth(noise)[50:].std() < 0.4
+    assert _smooth(noise)[50:].std() < 0.4
 
 
 def test_no_step_taken(tmp_path, capfd):

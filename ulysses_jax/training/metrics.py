@@ -2,17 +2,19 @@
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-from tensorboardX import SummaryWriter
+
+from ulysses_jax.training.events import Events
+from ulysses_jax.training.picture import draw_loss
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -22,8 +24,9 @@ class RunLog:
 
     `metrics.jsonl` has one row a step, on disk as soon as the step is logged:
     `step, loss, tokens_per_second, seconds`, whatever else was given, and
-    `validation_loss` where measured. `tensorboard/` has the same numbers; `finish`
-    adds `loss.png`. Costs: a line written a step.
+    `validation_loss` where measured. `tensorboard/` has the same numbers;
+    `loss.png` is drawn at every validation and at the end, however that comes. Costs: a
+    line written a step; a picture takes a part of a second, and reads all rows.
 
     Args:
       folder: the run's; its last part is the run's name. Made when missing.
@@ -49,22 +52,23 @@ class RunLog:
         self._is_main = is_main
         if not is_main:
             return
+        self._name = Path(os.path.abspath(folder)).name
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        _cut_rows(self._path, after=first_step)
-        self._file = open(self._path, "r+b")
-        self._row_start = self._file.seek(0, 2)
         self._row: dict[str, float] = {"step": first_step}
-        self._events = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
-        )
+        with self._on_disk():
+            _cut_rows(self._path, after=first_step)
+            self._file = open(self._path, "r+b")
+            self._row_start = self._file.seek(0, 2)
+            self._events = Events(folder / "tensorboard", first_step=first_step + 1)
+        self._is_drawn = True
         self._clock: tuple[int, float] | None = None  # the first step logged, and when
         self._last_line = -math.inf
         console = Console(highlight=False)
         self._bar = None if quiet or not console.is_terminal else _make_bar(console)
         if self._bar is not None:
             self._task = self._bar.add_task(
-                folder.name, total=num_steps, completed=first_step, text=""
+                escape(self._name), total=num_steps, completed=first_step, text=""
             )
             self._bar.start()
 
@@ -97,6 +101,7 @@ class RunLog:
         )
         self._row_start = self._file.seek(0, 2)
         self._row = {"step": step}
+        self._is_drawn = False
         self._add({name: float(value) for name, value in numbers.items()})
         self._show()
 
@@ -112,6 +117,7 @@ class RunLog:
             raise ValueError(f"validation at step {step} comes after log_step({step})")
         self._add({"validation_loss": float(validation_loss)})
         self._show()
+        self._draw()
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -122,7 +128,7 @@ class RunLog:
                 self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
-        """Draws `loss.png` over all rows, resumed ones too, and says where all is."""
+        """Says where all is, and how it came out."""
         if not self._is_main:
             return
         self._stop()
@@ -130,7 +136,7 @@ class RunLog:
         if not rows:
             self.say(f"{self.folder}: no step was taken")
             return
-        draw_loss(rows, self.folder / "loss.png", title=self.folder.name)
+        self._draw()
         measured = [row for row in rows if "validation_loss" in row]
         best = min(measured, key=lambda row: row["validation_loss"], default=None)
         validation = (
@@ -147,26 +153,55 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Gives the terminal back and closes the files."""
-        if self._is_main:
+        """Draws what was not drawn, gives the terminal back and closes the files."""
+        if self._is_main and not self._file.closed:
             self._stop()
-            self._file.close()
-            self._events.close()
+            self._draw()
+            with self._on_disk():
+                self._file.close()
+                self._events.close()
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else that one is to be read
+                raise
 
     def _add(self, numbers: dict[str, float]) -> None:
         """Writes the row of this step, over itself: it only ever grows."""
         self._row |= numbers
-        self._file.seek(self._row_start)
-        self._file.write(json.dumps(self._row).encode() + b"\n")
-        self._file.flush()  # a killed run keeps the row
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, int(self._row["step"]))
+        with self._on_disk():
+            self._file.seek(self._row_start)
+            self._file.write(json.dumps(self._row).encode() + b"\n")
+            self._file.flush()  # a killed run keeps the row
+            for name, value in numbers.items():
+                self._events.add(name, value, int(self._row["step"]))
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"the metrics of step {self._row['step']} could not be written to "
+                f"{self.folder}: {error}; the same command resumes from the last "
+                "checkpoint, if there is one"
+            ) from error
+
+    def _draw(self) -> None:
+        """`loss.png` over all rows, resumed ones too; that it fails ends no run."""
+        if self._is_drawn:
+            return
+        self._is_drawn = True
+        path = self.folder / "loss.png"
+        try:
+            draw_loss(read_rows(self._path), path, title=self._name)
+        except Exception as error:
+            self.say(f"{path} could not be drawn: {error}")
 
     def _show(self) -> None:
         step, now = int(self._row["step"]), time.monotonic()
@@ -193,84 +228,36 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a line that a killed run left half is left out."""
-    rows = []
+    """The rows of a `metrics.jsonl`; without other tools' rows and broken lines."""
+    return [row for row in _read_json(path) if _is_row(row)]
+
+
+def _read_json(path: Path) -> list[Any]:
+    """What the lines say; one that a killed run left half is left out."""
+    values = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            values.append(json.loads(line))
+        except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    return values
 
 
-def draw_loss(rows: list[dict[str, float]], path: Path, *, title: str) -> None:
-    """Draws training loss, raw and smoothed, and validation loss over steps, as PNG."""
-    steps = np.array([row["step"] for row in rows])
-    loss = np.array([row["loss"] for row in rows])
-    finite = np.isfinite(loss)
-    measured = [row for row in rows if "validation_loss" in row]
-
-    # The object interface: pyplot would keep figures and a backend in global state.
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    blue, orange, grey = "#2f6fb0", "#d9622b", "#5a5a5a"
-    axes.plot(steps, loss, color=blue, linewidth=0.6, alpha=0.35)
-    axes.plot(
-        steps[finite],
-        _smooth(loss[finite]),
-        color=blue,
-        linewidth=1.8,
-        label="training",
-        marker="o" if len(steps) == 1 else None,
+def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
+    return (
+        isinstance(value, dict)
+        and {"step", "loss"} <= value.keys()
+        and type(value["step"]) is int
+        and all(type(number) in (int, float) for number in value.values())
     )
-    if measured:
-        axes.plot(
-            [row["step"] for row in measured],
-            [row["validation_loss"] for row in measured],
-            color=orange,
-            linewidth=0.8,
-            marker="o",
-            markersize=5,
-            markeredgecolor="white",
-            label="validation",
-        )
-    axes.set_title(title, loc="left", fontsize=13, pad=10)
-    axes.set_xlabel("step", color=grey)
-    axes.set_ylabel("loss (nats per token)", color=grey)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.015)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(color="#c8c8c8", labelcolor=grey)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#c8c8c8")
-    axes.legend(frameon=False, loc="upper right")
-    figure.savefig(path)
-
-
-def _smooth(loss: np.ndarray) -> np.ndarray:
-    """The mean over a centred window of a 30th of the run, as far as there is one.
-
-    The start falls steeply, so the window narrows there on both sides.
-    """
-    half = len(loss) // 60
-    at = np.arange(len(loss))
-    first = at - np.minimum(half, at)
-    last = np.minimum(at + np.minimum(half, at), len(loss) - 1)
-    sums = np.concatenate([[0.0], np.cumsum(loss)])
-    return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
 def _cut_rows(path: Path, *, after: int) -> None:
     """Keeps the rows up to a step; by rename, so that a kill here loses none."""
-    rows = read_rows(path) if path.exists() else []
-    kept = "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= after)
+    values = _read_json(path) if path.exists() else []
+    kept = [v for v in values if not _is_row(v) or v["step"] <= after]
     new = path.with_suffix(".new")
-    new.write_text(kept)
+    new.write_text("".join(f"{json.dumps(value)}\n" for value in kept))
     new.replace(path)
 
 
