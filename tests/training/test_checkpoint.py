@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import make_mesh
+from ulysses_jax.training import checkpoint
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.preflight import check_space, refuse_other_model
 from ulysses_jax.training.proof import COMMIT_FILE
@@ -307,6 +309,66 @@ def test_a_broken_step_is_written_again(folder):
         assert [p.name for p in folder.iterdir()] == ["15"]
         checkpointer.save(20, make_state(mesh, seed=20), META)
     assert restore(folder) == (20, [])
+
+
+def test_what_is_no_checkpoint_is_passed_over(folder):
+    """Files and folders of others, whatever their names; and they stay."""
+    (folder / "9").write_text("mine")
+    (folder / "99").write_text("mine")
+    others = ("\u00b2", "\u0661\u0662", "0020", "020", "-1", "20 (copy)", "best")
+    for name in others:
+        (folder / name).mkdir()
+    assert restore(folder) == (20, [])
+    mesh = mesh_of("one")
+    with Checkpointer(folder, interval_steps=1, keep=1) as checkpointer:
+        checkpointer.restore(abstract(make_state(mesh)))
+        checkpointer.save(30, make_state(mesh, seed=30), META)
+    assert {p.name for p in folder.iterdir()} == {"30", "9", "99", *others}
+
+
+def test_a_file_in_the_way_of_a_checkpoint_is_named(folder):
+    (folder / "30").write_text("mine")
+    mesh = mesh_of("one")
+    with Checkpointer(folder, interval_steps=1) as checkpointer:
+        checkpointer.restore(abstract(make_state(mesh)))
+        with pytest.raises(
+            OSError, match=r"step 30 could .*30 already exists.*step 20"
+        ):
+            checkpointer.save(30, make_state(mesh, seed=30), META)
+    assert restore(folder) == (20, [])
+
+
+def test_a_save_that_fails_at_once_leaves_no_thread(monkeypatch):
+    """Its writers wait for no folder: they would keep the process for two hours."""
+    monkeypatch.setattr(checkpoint, "_SAVE_TIMEOUT_SECONDS", 20)
+    before = set(threading.enumerate())
+    nowhere = Path("/proc/self")  # where even root makes no folder
+    with pytest.raises(OSError, match="step 1 could not be written to /proc/self: "):
+        with Checkpointer(nowhere, interval_steps=1) as checkpointer:
+            checkpointer.save(1, make_state(mesh_of("one")), META)
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(0.0 if thread.daemon else 5.0)
+    assert not [thread for thread in left if thread.is_alive() and not thread.daemon]
+
+
+def test_plain_orbax_reads_a_checkpoint(two_saved):
+    """On as many devices as it is; elsewhere with a target made of its metadata."""
+    saved = make_state(mesh_of("data2 seq4"), seed=20)
+    orbax = ocp.StandardCheckpointer()
+    path = two_saved / "20"
+    state = orbax.restore(path)
+    assert state["step"] == 20 and state["extra"]["bits"].dtype == jnp.uint8
+    for name, x in saved.parameters.items():
+        y = state["parameters"][name]
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE),
+        orbax.metadata(path).item_metadata.tree,
+    )
+    kernel = orbax.restore(path, target)["parameters"]["kernel"]
+    assert kernel.sharding == ONE
+    assert (np.asarray(kernel) == np.asarray(saved.parameters["kernel"])).all()
 
 
 def test_keeps_the_newest(tmp_path):

@@ -55,6 +55,8 @@ class Checkpointer:
         self._orbax = ocp.StandardCheckpointer(
             async_options=ocp.AsyncOptions(
                 timeout_secs=_SAVE_TIMEOUT_SECONDS,
+                # Its writers wait that long for a folder that could not be made.
+                create_directories_asynchronously=False,
                 post_finalization_callback=self._write_commit,
             ),
             atomicity_options=ocp.options.AtomicityOptions(
@@ -186,7 +188,14 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         if not self.folder.is_dir():
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        # Passed over is whatever else lies here: a file "9", folders "0004", "\u00b2".
+        return sorted(
+            int(path.name)
+            for path in self.folder.iterdir()
+            if path.name.isdecimal()
+            and str(int(path.name)) == path.name
+            and path.is_dir()
+        )
 
     def _unfinished(self) -> Iterator[Path]:
         """Folders that Orbax writes into before the rename: <step>.orbax-..."""
