@@ -7,23 +7,36 @@ The same command again resumes the run from its last checkpoint. On a pod every 
 runs the same line: see docs/pods.md.
 """
 
-import dataclasses
-import math
+# ruff: noqa: E402 (the handler of Ctrl-C comes before the imports, which take seconds)
 import os
 import signal
+
+
+def interrupted(*_) -> None:
+    """Ctrl-C before the first step, or a second one. An exception might be lost."""
+    try:
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # the cursor, which the bar hides
+        line = "train.py: interrupted; the same command goes on from the last "
+        os.write(2, f"{line}checkpoint, if there is one\n".encode())
+    finally:
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
+
+import dataclasses
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 from jax.sharding import AxisType, NamedSharding
 
+from ulysses_jax.config import Config
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
@@ -39,6 +52,14 @@ from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.targets import target_of
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
+from ulysses_jax.training.endings import (
+    as_program,
+    ends_in_words,
+    ends_with_the_others,
+    stop,
+)
+from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.preflight import (
     agreed,
@@ -47,8 +68,9 @@ from ulysses_jax.training.preflight import (
     check_space,
     refuse_other_model,
 )
-from ulysses_jax.training.report import describe
-from ulysses_jax.training.state import abstract_state, host_bytes, init_state
+from ulysses_jax.training.report import attention_of, describe
+from ulysses_jax.training.signals import told_to_stop
+from ulysses_jax.training.state import abstract_state, first_state, host_bytes
 from ulysses_jax.training.step import (
     abstract_batch,
     batch_shape,
@@ -59,35 +81,40 @@ from ulysses_jax.training.step import (
 
 
 def main(argv: list[str]) -> None:
-    # ---- What to run, and on what. All that can be refused is refused here, before
-    # anything is compiled or written.
-    tried: list[str] = []
-    with refused(ValueError, OSError):
+    with ends_in_words(__file__):
         config = load_from_command_line(argv, program="train.py")
         simulate_cpu_devices(config.run.simulated_cpu_devices)
         start_distributed(**dataclasses.asdict(config.distributed))
-        mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
-        # Of the same device on every process: all must compile one program.
-        target = target_of(mesh.devices.flat[0])
-        config = place_on(config, dict(mesh.shape), target, devices_per_host())
-        training = config.training
-        data = open_data(config)
-        if config.memory.auto:
-            config, tried = choose_memory(config, mesh)
-        check_host_memory(config.memory.offload, mesh.local_devices[0])
-        with jax.set_mesh(mesh):
-            shapes = abstract_state(config)
-            step = jit_train_step(config, platform_of(mesh))
-            step = step.trace(shapes, abstract_batch(config))
-        assert config.run.folder is not None
-        folder = Path(config.run.folder)
-        checkpointer = Checkpointer(
-            folder / "checkpoints",
-            interval_steps=training.checkpoint_interval_steps,
-            keep=training.keep_checkpoints,
-        )
+        with ends_with_the_others():
+            train(config)
+
+
+def train(config: Config) -> None:
+    # ---- What to run, and on what. All that can be refused is refused here, before
+    # anything is compiled or written.
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    # Of the same device on every process: all must compile one program.
+    target = target_of(mesh.devices.flat[0])
+    config = place_on(config, dict(mesh.shape), target, devices_per_host())
+    training = config.training
+    data = open_data(config)
+    tried: list[str] = []
+    if config.memory.auto:
+        config, tried = choose_memory(config, mesh)
+    check_host_memory(config.memory.offload, mesh.local_devices[0])
+    with jax.set_mesh(mesh):
+        shapes = abstract_state(config)
+        step = jit_train_step(config, platform_of(mesh))
+        step = step.trace(shapes, abstract_batch(config))
+    assert config.run.folder is not None
+    folder = Path(config.run.folder)
+    checkpointer = Checkpointer(
+        folder / "checkpoints",
+        interval_steps=training.checkpoint_interval_steps,
+        keep=training.keep_checkpoints,
+    )
     # What a process finds on its own disk, all processes must hear of.
-    with refused(ValueError, OSError), agreed():
+    with agreed():
         check_folder(folder)
         meta = {"model": architecture(config.model), "data": data.meta}
         saved = checkpointer.latest_meta()
@@ -99,15 +126,18 @@ def main(argv: list[str]) -> None:
 
     is_main = jax.process_index() == 0
     say = partial(print, flush=True) if is_main else lambda *_: None
-    for line in (*describe(config, shapes), *data.notes, *tried):
-        say(line)
+    lock = RunLock(folder)
+    with lock, jax.set_mesh(mesh):
+        with agreed():
+            found = lock.take() if is_main else []
+        attention = attention_of(config, platform_of(mesh), step)
+        for line in (*describe(config, shapes, attention), *data.notes, *tried, *found):
+            say(line)
 
-    with jax.set_mesh(mesh):
         # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
-        with refused(ValueError):
-            restored = checkpointer.restore(shapes, on_skipped=say)
+        restored = checkpointer.restore(shapes, on_skipped=say)
         if restored is None:
-            first_step, state = 0, jax.jit(partial(init_state, config))()
+            first_step, state = 0, first_state(config)
         else:
             first_step, state, _ = restored
             say(f"resuming after step {first_step} of {training.num_steps}")
@@ -118,14 +148,12 @@ def main(argv: list[str]) -> None:
         # ---- The step, compiled once.
         started = time.monotonic()
         step = step.lower().compile()
-        with refused(ValueError):
-            check_offload(
-                host_bytes(config, shapes), memory_stats(step), platform_of(mesh)
-            )
+        check_offload(host_bytes(config, shapes), memory_stats(step), platform_of(mesh))
         validate = jax.jit(make_validation_step(config))
         say(f"compiled the step in {time.monotonic() - started:.0f} s")
 
-        # ---- The loop.
+        # ---- The loop. A step is in flight while the numbers of the one before are
+        # read; where it is validated or saved, its own are read first.
         shape, sharding = batch_shape(config), NamedSharding(mesh, batch_spec(mesh))
         members = config.zigzag_members()
         stream = batches(
@@ -137,135 +165,75 @@ def main(argv: list[str]) -> None:
             zigzag_members=members,
         )
 
-        def validation_loss() -> float:
+        def validation_loss() -> float | None:
             total, count = 0.0, 0
             assert data.validation is not None
-            for batch in validation_batches(
+            validation = validation_batches(
                 data.validation,
                 shape,
                 sharding,
                 num_batches=training.validation_batches,
                 zigzag_members=members,
-            ):
-                part, tokens = validate(state.parameters, batch)
+            )
+            parts = (validate(state.parameters, batch) for batch in validation)
+            for part, tokens in one_behind(parts):
+                if stopping.is_set():
+                    return None  # who waits to end this run may not wait for long
                 total, count = total + float(part), count + int(tokens)
             return total / count
 
         validates = data.validation is not None and training.validation_batches > 0
         every = training.validation_interval_steps or training.num_steps
-        with refused(OSError):
-            log = RunLog(
-                folder,
-                num_steps=training.num_steps,
-                quiet=config.quiet,
-                first_step=first_step,
-                is_main=is_main,
-            )
-            if is_main:
-                (folder / "config.yaml").write_text(config.to_yaml())
+        log = RunLog(
+            folder,
+            num_steps=training.num_steps,
+            quiet=config.quiet,
+            first_step=first_step,
+            is_main=is_main,
+        )
+        if is_main:
+            (folder / "config.yaml").write_text(config.to_yaml())
+        in_flight = InFlight(
+            training.batch_size * training.sequence_tokens, log.log_step
+        )
         number = first_step
         with (
-            refused(OSError, ValueError),
             log,
             checkpointer,
             closing(stream),
-            told_to_stop() as stopping,
+            told_to_stop(interrupted) as stopping,
         ):
-            try:
-                while number < training.num_steps:
-                    number += 1
-                    started = time.monotonic()
-                    state, metrics = step(state, next(stream))
-                    row = {name: float(value) for name, value in metrics.items()}
-                    seconds = time.monotonic() - started
-                    if not all(map(math.isfinite, row.values())):
-                        raise ValueError(
-                            f"the loss is {row['loss']} and the gradient's norm "
-                            f"{row['gradient_norm']} at step {number}: lower "
-                            "training.learning_rate; the same command resumes from the "
-                            "last checkpoint, if there is one"
-                        )
-                    tokens = training.batch_size * training.sequence_tokens
-                    log.log_step(
-                        number,
-                        tokens_per_second=tokens / seconds,
-                        seconds=seconds,
-                        **row,
-                    )
-                    last = number == training.num_steps
-                    if validates and (last or number % every == 0):
-                        log.log_validation(number, validation_loss())
-                    # On a pod the others may be a step behind: none can save alone.
-                    stops = stopping.is_set() and jax.process_count() == 1
-                    if checkpointer.due(number) or last or stops:
-                        checkpointer.save(number, state, meta)
-                    if stops and not last:
+            while number < training.num_steps:
+                number += 1
+                started = time.monotonic()
+                state, metrics = step(state, next(stream))
+                in_flight.add(number, metrics, started)
+                last = number == training.num_steps
+                if validates and (last or number % every == 0):
+                    in_flight.settle()
+                    if (loss := validation_loss()) is not None:
+                        check_finite(number, {"validation_loss": loss})
+                        log.log_validation(number, loss)
+                # On a pod the others may be a step behind: none can save alone.
+                stops = stopping.is_set() and not last
+                saves = stops and jax.process_count() == 1
+                if checkpointer.due(number) or last or saves:
+                    in_flight.settle()
+                    checkpointer.save(number, state, meta)
+                if stops:
+                    where = "from the last checkpoint, if there is one"
+                    if saves:
                         checkpointer.wait()
-                        log.say(
-                            f"stopped at step {number}, which is saved: the same "
-                            "command resumes there"
-                        )
-                        stop(130)
-                    if stopping.is_set() and not last:
-                        raise KeyboardInterrupt
-                checkpointer.wait()
-                log.finish()
-            except KeyboardInterrupt:
-                log.say(
-                    f"interrupted at step {number}: the same command resumes from the "
-                    f"last checkpoint in {checkpointer.folder}, if there is one"
-                )
-                stop(130)
-
-
-@contextmanager
-def told_to_stop() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, to end after the step; a second Ctrl-C ends at once."""
-    event = threading.Event()
-
-    def tell(*_) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {
-        each: signal.signal(each, tell) for each in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield event
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-@contextmanager
-def refused(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns an error of the user's input or disk into one line and exit code 2.
-
-    A ValueError from elsewhere than this project is a fault of the program, and keeps
-    its traceback.
-    """
-    try:
-        yield
-    except kinds as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        ours = Path(raised_in).resolve().is_relative_to(Path(__file__).resolve().parent)
-        if isinstance(error, ValueError) and not ours:
-            raise
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        stop(2)
-
-
-def stop(code: int) -> NoReturn:
-    """Ends this process; on a pod at once, since others may wait in a collective."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+                        where = "from there: it is saved"
+                    log.say(
+                        f"stopped at step {number}; the same command goes on {where}"
+                    )
+                    log.close()
+                    stop(130, "it was told to stop")
+            checkpointer.wait()
+            log.finish()
 
 
 if __name__ == "__main__":
-    try:
+    with as_program(interrupted):
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("train.py: interrupted before the first step", file=sys.stderr)
-        sys.exit(130)

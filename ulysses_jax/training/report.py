@@ -9,9 +9,15 @@ from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import ZERO, zero_axes
 from ulysses_jax.training.state import TrainState
 
+_CUDNN = "dot_product_attention_fwd"  # the primitive behind jax.nn's
 
-def describe(config: Config, state: TrainState) -> list[str]:
-    """The run in a few lines; `config` is placed, `state` may be abstract."""
+
+def describe(config: Config, state: TrainState, attention: str) -> list[str]:
+    """The run in a few lines; `config` is placed, `state` may be abstract.
+
+    Args:
+      attention: what a device computes, as `attention_of` says.
+    """
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads is not None
     degrees = {axis: n for axis, n in vars(mesh).items() if n > 1} or {"devices": 1}
@@ -26,6 +32,7 @@ def describe(config: Config, state: TrainState) -> list[str]:
         chunks = config.memory.head_chunks or 1
         groups = f", heads in {chunks} groups" if chunks > 1 else ""
         lines[0] += f"; strategy {model.strategy}{order}{groups}"
+    lines.append(f"attention {attention}; memory {_memory(config)}")
     padding = config.padded_tokens() - training.sequence_tokens
     if padding:
         halves = "half-blocks of " if config.zigzag_members() > 1 else ""
@@ -51,3 +58,28 @@ def describe(config: Config, state: TrainState) -> list[str]:
             f"{copies} copies there"
         )
     return lines
+
+
+def attention_of(config: Config, platform: str, step: jax.stages.Traced) -> str:
+    """The attention that a traced step runs, by its name in `model.attention`."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    # On GPUs the mask and the shapes decide: the program itself says what they did.
+    is_gpu = platform in ("gpu", "cuda")
+    return "cudnn" if is_gpu and _CUDNN in str(step.jaxpr) else "blockwise"
+
+
+def _memory(config: Config) -> str:
+    """What memory and training.zero_stage save, in the fields' own names."""
+    memory = config.memory
+    options = [f"remat {memory.remat}"]
+    if memory.remat != "none" and memory.remat_layers > 1:
+        options[0] += f" of {memory.remat_layers} layers at a time"
+    if memory.offload:
+        part = memory.offload_fraction
+        of = f" ({part:g} of inputs)" if part < 1 and "inputs" in memory.offload else ""
+        options.append(f"offload {', '.join(memory.offload)}{of}")
+    for name in ("sequence_chunk_tokens", "mlp_tile_tokens", "loss_tile_tokens"):
+        if getattr(memory, name) is not None:
+            options.append(f"{name} {getattr(memory, name):,}")
+    return "; ".join([*options, f"zero_stage {config.training.zero_stage}"])

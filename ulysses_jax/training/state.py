@@ -49,6 +49,11 @@ def init_state(config: Config) -> TrainState:
     return _offloaded(config, state, to_host)
 
 
+def first_state(config: Config) -> TrainState:
+    """`init_state` compiled and run, on the mesh that is set with `jax.set_mesh`."""
+    return jax.jit(partial(init_state, config))()
+
+
 def lay(
     what: Literal["parameters", "gradients", "moments"],
     tree: dict[str, Any],

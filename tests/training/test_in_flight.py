@@ -1,0 +1,90 @@
+"""Numbers are read one step late, and none that is not finite is logged or saved."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ulysses_jax.training import in_flight
+from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+
+
+class Clock:
+    """Devices that take two seconds a step, and a host that waits only to read."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.ready, self.read = 0.0, 0.0, []
+        time = SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(in_flight, "time", time)
+
+    def dispatch(self, number, loss=1.0):
+        self.ready = max(self.ready, self.now) + 2.0
+        ready, clock = self.ready, self
+
+        class Loss:
+            def __float__(self):
+                clock.now = max(clock.now, ready)
+                clock.read.append(number)
+                return loss
+
+        return {"loss": Loss()}
+
+
+def test_one_step_is_in_flight_and_seconds_are_of_a_step(monkeypatch):
+    clock, rows = Clock(monkeypatch), []
+    steps = InFlight(100, lambda number, **row: rows.append((number, row)))
+    for number in range(1, 5):
+        started = clock.now
+        steps.add(number, clock.dispatch(number), started)
+        assert clock.read == list(range(1, number))
+    steps.settle()
+    clock.now += 50  # a validation
+    steps.add(5, clock.dispatch(5), clock.now)
+    steps.settle()
+    steps.settle()
+    assert [number for number, _ in rows] == clock.read == [1, 2, 3, 4, 5]
+    for _, row in rows:
+        assert row == {"loss": 1.0, "seconds": 2.0, "tokens_per_second": 50.0}
+
+
+def test_a_wait_for_data_is_part_of_the_step(monkeypatch):
+    clock, rows = Clock(monkeypatch), []
+    steps = InFlight(100, lambda number, **row: rows.append(row["seconds"]))
+    for number in range(1, 4):
+        started = clock.now
+        clock.now += 7  # the batch comes late
+        steps.add(number, clock.dispatch(number), started)
+    steps.settle()
+    assert sum(rows) == clock.now == 23
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_logged(monkeypatch, loss):
+    clock, rows = Clock(monkeypatch), []
+    steps = InFlight(100, lambda number, **row: rows.append(number))
+    steps.add(1, clock.dispatch(1), 0.0)
+    steps.add(2, clock.dispatch(2, loss), 0.0)
+    with pytest.raises(ValueError, match=rf"loss is {loss} at step 2: lower training"):
+        steps.add(3, clock.dispatch(3), 0.0)
+    assert rows == [1]
+
+
+def test_every_number_is_looked_at():
+    check_finite(1, {"loss": 1.0, "validation_loss": 2.0})
+    with pytest.raises(ValueError, match="validation_loss is nan at step 3"):
+        check_finite(3, {"loss": 1.0, "validation_loss": float("nan")})
+
+
+def test_one_behind():
+    made = []
+
+    def items():
+        for i in range(3):
+            made.append(i)
+            yield i
+
+    assert [(item, len(made)) for item in one_behind(items())] == [
+        (0, 2),
+        (1, 3),
+        (2, 3),
+    ]
+    assert list(one_behind([])) == []

@@ -1,0 +1,44 @@
+"""What a run says of itself before it starts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from run_cases import make_config
+
+from ulysses_jax.training.report import _memory, attention_of
+
+
+def dot_product_attention_fwd(q):
+    """Under the name of cuDNN's primitive, which is not traced without its library."""
+    return q + 1
+
+
+@pytest.mark.parametrize(
+    "chosen, platform, runs, name",
+    [
+        ("auto", "gpu", dot_product_attention_fwd, "cudnn"),
+        ("auto", "gpu", jnp.sin, "blockwise"),
+        ("auto", "cpu", jnp.sin, "blockwise"),
+        ("reference", "cpu", jnp.sin, "reference"),
+    ],
+)
+def test_the_attention_is_the_program_s_own(chosen, platform, runs, name):
+    config = make_config({}, model=dict(attention=chosen))
+    step = jax.jit(lambda q: jax.jit(runs)(q) * 2).trace(jnp.ones(2))
+    assert attention_of(config, platform, step) == name
+
+
+def test_memory_options_are_said_by_their_names():
+    assert _memory(make_config({})) == ("remat full; loss_tile_tokens 6; zero_stage 3")
+    memory = dict(
+        remat="attention",
+        remat_layers=2,
+        offload=("inputs", "optimizer"),
+        offload_fraction=0.5,
+        mlp_tile_tokens=2048,
+        loss_tile_tokens=1024,
+    )
+    assert _memory(make_config({}, memory=memory, zero_stage=1)) == (
+        "remat attention of 2 layers at a time; offload inputs, optimizer (0.5 of "
+        "inputs); mlp_tile_tokens 2,048; loss_tile_tokens 1,024; zero_stage 1"
+    )

@@ -1,0 +1,76 @@
+"""The step in flight: numbers are read one step late, so that devices never wait."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf, isfinite
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class InFlight:
+    """Reads the metrics of a step when the next one has been dispatched.
+
+    Args:
+      tokens: of a step, over all devices.
+      log: `f(step, loss=, tokens_per_second=, seconds=, ...)`, as `RunLog.log_step`.
+    """
+
+    def __init__(self, tokens: int, log: Callable[..., Any]):
+        self._tokens = tokens
+        self._log = log
+        self._step: tuple[int, Mapping[str, Any], float] | None = None
+        self._last_read = -inf
+
+    def add(self, number: int, metrics: Mapping[str, Any], started: float) -> None:
+        """Takes a step that was dispatched, and logs the one before it.
+
+        Args:
+          metrics: scalars that may still be on their way.
+          started: `time.monotonic()` before its batch was asked for.
+
+        Raises:
+          ValueError: as `settle`, of the step before.
+        """
+        self.settle()
+        self._step = number, metrics, started
+
+    def settle(self) -> None:
+        """Waits for the step in flight and logs it: then its state may be saved.
+
+        Its seconds are those since it was started, or since the step before it was
+        read, so that those of all steps add up to the time that passed.
+
+        Raises:
+          ValueError: a number is not finite, and neither is the state then.
+        """
+        if self._step is None:
+            return
+        (number, metrics, started), self._step = self._step, None
+        row = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        seconds = now - max(started, self._last_read)
+        self._last_read = now
+        check_finite(number, row)
+        self._log(
+            number, tokens_per_second=self._tokens / seconds, seconds=seconds, **row
+        )
+
+
+def check_finite(step: int, row: Mapping[str, float]) -> None:
+    """Raises ValueError where a number of a step is not finite."""
+    bad = [f"{name} is {value}" for name, value in row.items() if not isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"{' and '.join(bad)} at step {step}: lower training.learning_rate; the "
+            "same command resumes from the last checkpoint, if there is one"
+        )
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each when the next one has been made."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
