@@ -220,6 +220,9 @@ def _gradients(plan: _Plan, residuals, upstream, dtypes):
         dqueries, dkey, dvalue = lax.fori_loop(
             0, count, one_tile, (dqueries, zeros, zeros)
         )
+        # Else XLA on CPU (jax 0.10.2) folds the transposition into the product of a
+        # lone tile, and cannot run what comes out: "BF16 x BF16 = F32".
+        dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
         dkey, dvalue = jnp.matrix_transpose(dkey), jnp.matrix_transpose(dvalue)
         return dqueries, (dkey.astype(k_dtype), dvalue.astype(v_dtype))
 
