@@ -1,11 +1,15 @@
 """A layer over chunks of tokens is the layer: results, gradients, memory, refusals."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from memory_cases import (
     MESHES,
+    B,
     assert_same,
     compiled,
     loss_and_gradients,
@@ -16,13 +20,17 @@ from memory_cases import (
 from slow import slow_but_for
 
 from ulysses_jax.models.linear import project
-from ulysses_jax.models.pieces import _tile_tokens
 from ulysses_jax.models.weights import Gathered
+from ulysses_jax.training.state import abstract_state
+from ulysses_jax.training.step import abstract_batch, make_train_step
 
 # Chunks of a device's tokens: 56, 7, 14 and 28 of them.
 CHUNKS = dict(zip(MESHES, (8, 1, 7, 4), strict=True))
 ALL = dict(
-    remat="attention", offload=("inputs", "attention", "keys"), loss_tile_tokens=9
+    remat="attention",
+    offload=("inputs", "attention", "keys"),
+    loss_tile_tokens=9,
+    mlp_tile_tokens=9,  # of the 14 tokens of a chunk's two rows
 )
 
 
@@ -161,12 +169,28 @@ def test_the_dense_reference_has_no_parts():
         make_config("llama", model=model, sequence_chunk_tokens=8)
 
 
-def test_tiles_have_a_floor():
-    assert _tile_tokens(8192, 16384, 1) == 8192
-    assert _tile_tokens(8192, 12288, 1) == 6144
-    assert _tile_tokens(8192, 16384, 4) == 2048
-    assert _tile_tokens(8192, 8209, 1) == 8209  # a prime
-    assert _tile_tokens(None, 8209, 1) == 8209
+@pytest.mark.parametrize(
+    ("tile", "options", "most"),
+    [
+        (64, dict(tokens=2062, head_chunks=2), 64),  # no divisor of a row is near
+        (64, dict(tokens=2062, sequence_chunk_tokens=1031), 64),
+        (3, dict(sequence_chunk_tokens=8), 3),  # fewer than there are rows
+        (None, dict(sequence_chunk_tokens=8), B * 8),
+    ],
+    ids=str,
+)
+def test_hidden_activations_are_a_tile(tile, options, most):
+    """In the program as traced, forward and backward."""
+    width = 136
+    model = dict(feed_forward_width=width)
+    config = make_config("llama", model=model, mlp_tile_tokens=tile, **options)
+    with jax.set_mesh(mesh_of()):
+        arguments = abstract_state(config), abstract_batch(config)
+        text = str(jax.make_jaxpr(make_train_step(config))(*arguments))
+    found = re.findall(rf"[a-z]+\d+\[([\d,]+),{width}\]", text)
+    dims = [tuple(map(int, each.split(","))) for each in found]
+    # Of weights the last dim before is D.
+    assert max(math.prod(d) for d in dims if d[-1] != config.model.width) == most
 
 
 def test_weight_gradients_are_float32():

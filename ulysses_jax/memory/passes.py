@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ulysses_jax.memory.pieces import Pieces, attend, pull_attention
+from ulysses_jax.memory.tiles import over_tiles
 
 Tree = Any
 
@@ -32,16 +33,14 @@ def forward(
 
     def one_chunk(x, i):
         _, out, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
-        back = pieces.back(out)
+        back, start = pieces.back(out), i * pieces.chunk_tokens
 
-        def one_tile(x, j):
-            start = i * pieces.chunk_tokens + j * pieces.tile_tokens
-            part = _cut(x, start, pieces.tile_tokens)
-            its_out = _cut(back, j * pieces.tile_tokens, pieces.tile_tokens)
-            return _write(x, pieces.finish(leaves, part, its_out), start), None
+        def one_tile(_, out, x):
+            return None, pieces.finish(leaves, x, out)
 
-        x, _ = lax.scan(one_tile, x, jnp.arange(_num_tiles(pieces)))
-        return x, (back, logsumexps) if keep else None
+        part = _cut(x, start, pieces.chunk_tokens)
+        _, part = _over_tiles(pieces, one_tile, None, back, part)
+        return _write(x, part, start), (back, logsumexps) if keep else None
 
     y, kept = lax.scan(one_chunk, x, jnp.arange(_num_chunks(pieces, x)))
     if kept is None:
@@ -87,21 +86,15 @@ def backward(
             back = _cut(attended[0], start, pieces.chunk_tokens)
             qs, (outs,) = None, transposed(back)
 
-        def one_tile(carry, j):
-            dx, dback, sums = carry
-            first = j * pieces.tile_tokens
-            tile, dy = _cut((x, dx), start + first, pieces.tile_tokens)
-            out = _cut(back, first, pieces.tile_tokens)
+        def one_tile(sums, tile, old):
+            dy, out = old
             _, pull = jax.vjp(pieces.finish, leaves, tile, out)
             dleaves, dtile, dout = pull(dy)
-            dx, dback = _write(dx, dtile, start + first), _write(dback, dout, first)
-            return (dx, dback, _add(sums, dleaves)), None
+            return _add(sums, dleaves), (dtile, dout)
 
-        (dx, dback, sums), _ = lax.scan(
-            one_tile, (dx, jnp.zeros_like(back), sums), jnp.arange(_num_tiles(pieces))
-        )
-        (douts,) = transposed(dback)
         dpart = _cut(dx, start, pieces.chunk_tokens)
+        sums, (dpart, dback) = _over_tiles(pieces, one_tile, sums, part, (dpart, back))
+        (douts,) = transposed(dback)
         for g in range(len(pieces.key_slots)):
             q, pull = jax.vjp(
                 lambda leaves, x, g=g: pieces.queries(leaves, x, its_angles, g),
@@ -139,8 +132,20 @@ def _num_chunks(pieces: Pieces, x: Array) -> int:
     return x.shape[1] // pieces.chunk_tokens
 
 
-def _num_tiles(pieces: Pieces) -> int:
-    return pieces.chunk_tokens // pieces.tile_tokens
+def _over_tiles(pieces: Pieces, body, sums: Tree, tokens: Tree, outputs: Tree):
+    """`memory.tiles.over_tiles` of local arrays `[B, t, ...]`, of all rows together."""
+
+    def flat(tree):
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    def one_tile(sums, tokens, old):
+        sums, new = body(sums, *jax.tree.map(lambda x: x[None], (tokens, old)))
+        return sums, jax.tree.map(lambda x: x[0], new)
+
+    sums, new = over_tiles(
+        one_tile, sums, flat(tokens), flat(outputs), tile_tokens=pieces.tile_tokens
+    )
+    return sums, jax.tree.map(lambda x, like: x.reshape(like.shape), new, outputs)
 
 
 def _cut(tree: Tree, start: Array, size: int) -> Tree:

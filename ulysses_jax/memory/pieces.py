@@ -32,7 +32,8 @@ class Pieces(NamedTuple):
     join: two results of attend into one.
     first_block: `f(q_block) -> kv_block`, the first that a query of it sees.
     key_slots: the slice of K' that each group reads.
-    chunk_tokens, tile_tokens: of attention, of finish; each divides the former.
+    chunk_tokens: of a row, of attention; divides its tokens.
+    tile_tokens: of all rows of a chunk together, of finish; at most.
     keys_on_host: keys and values wait in the host's memory, a block on the device.
     """
 

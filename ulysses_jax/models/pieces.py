@@ -140,16 +140,6 @@ def _attended_specs(keep: bool):
     return activation("BTNH", get_abstract_mesh().shape), _LOGSUMEXP
 
 
-def _tile_tokens(wanted: int | None, chunk_tokens: int, rows: int) -> int:
-    """The most tokens, up to `wanted` of all rows, that divide a chunk.
-
-    Where only far fewer do, all of the chunk: short tiles cost more than they save.
-    """
-    most = chunk_tokens if wanted is None else max(min(wanted // rows, chunk_tokens), 1)
-    sizes = range(most, most // 4, -1)
-    return next((n for n in sizes if chunk_tokens % n == 0), chunk_tokens)
-
-
 def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
     """The layer as pieces, inside shard_map, and what their gradients are taken of."""
     model, memory = layer.model, layer.memory
@@ -285,6 +275,6 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
             for _ in range(group_chunks)
         ),
         chunk_tokens=chunk_tokens,
-        tile_tokens=_tile_tokens(memory.mlp_tile_tokens, chunk_tokens, x.shape[0]),
+        tile_tokens=memory.mlp_tile_tokens or chunk_tokens * x.shape[0],
         keys_on_host="keys" in memory.offload,
     ), leaves
