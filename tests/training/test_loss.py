@@ -119,7 +119,7 @@ def check(
         arguments = put(mesh, x, head, labels)
         alone = evaluate(*arguments)
         scaled, gradients = differentiate(*arguments)
-        valid = jax.jit(num_valid)(arguments[2])
+        valid = jax.jit(num_valid, static_argnums=1)(arguments[2], V)
     want, *want_gradients = oracle(x, head, labels, options)
     assert valid.dtype == jnp.int32 and int(valid) == (labels != IGNORED).sum()
     np.testing.assert_allclose(float(alone), want, rtol=tolerance, err_msg="loss")
@@ -199,6 +199,42 @@ def test_tiles_of_one_token_and_of_all(tile_tokens):
     check(MESHES["one device"], make_labels("some"), tile_tokens=tile_tokens)
 
 
+@pytest.mark.parametrize("mesh_name", ["one device", "seq x tensor"])
+def test_labels_that_are_no_tokens_do_not_count(mesh_name):
+    """Traced, they are as IGNORED: loss, gradients, and the number to divide by."""
+    labels = make_labels("some")
+    clean = np.where(labels % 5 == 0, IGNORED, labels)
+    dirty = np.where(labels % 5 == 0, np.tile([-100, V, 2**31 - 1, -2], 6), labels)
+    x, head = inputs()
+    mesh = mesh_of(**MESHES[mesh_name])
+    with jax.set_mesh(mesh):
+        found = []
+        for each in (clean, dirty.astype(np.int32)):
+            arguments = put(mesh, x, head, each)
+            count = jax.jit(num_valid, static_argnums=1)(arguments[2], V)
+            found.append((count, compiled(TILE, OPTIONS[-1])[1](*arguments)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("wrong", [-100, V])
+def test_labels_that_are_no_tokens_are_refused_where_they_are_seen(wrong):
+    labels = make_labels("some")
+    labels[0, :3] = wrong
+    x, head = inputs()
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        arguments = put(mesh, x, head, labels)
+        low, high = min(wrong, -1), max(wrong, V - 1)
+        message = f"3 labels are neither tokens, 0 to 19, nor -1.* {low} to {high}: set"
+        for refuses in (
+            lambda: cross_entropy(*arguments, TILE),
+            lambda: num_valid(arguments[2], V),
+            lambda: num_valid(labels, V),
+        ):
+            with pytest.raises(ValueError, match=message):
+                refuses()
+
+
 def test_no_label_leaves_exact_zeros():
     x, head = inputs()
     mesh = mesh_of(**MESHES["fsdp x ring x seq"])
@@ -251,7 +287,7 @@ def test_a_mean_of_means_would_be_seen():
     mesh = mesh_of(**MESHES["data"])
     with jax.set_mesh(mesh):
         arguments = put(mesh, x, head, labels)
-        loss = float(compiled(TILE)[0](*arguments)) / int(num_valid(arguments[2]))
+        loss = float(compiled(TILE)[0](*arguments)) / int(num_valid(arguments[2], V))
     np.testing.assert_allclose(loss, mean(slice(None)), rtol=2e-6)
     of_means = np.mean([mean(slice(row, row + 1)) for row in range(B)])
     assert abs(of_means / loss - 1) > 0.01

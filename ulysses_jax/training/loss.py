@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.memory.tiles import over_tiles
@@ -35,7 +36,6 @@ def cross_entropy(
     return losses[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def training_loss(
     x: Float[Array, "B T D"],
     head: Float[Array, "V D"] | Gathered,
@@ -55,13 +55,18 @@ def training_loss(
         (ring, seq).
       head: global float32 parameter, V over tensor, D whole or over the ZeRO axes, or
         one `Gathered`.
-      labels: global, sharded as x; `IGNORED` where there is none.
+      labels: global, sharded as x; `IGNORED` where there is none. Others below 0, or at
+        V and above, are refused where their values are there to be seen; traced, as in
+        `jax.jit`, they do not count, as if they were IGNORED.
       tile_tokens: how many tokens of a device have logits at a time.
 
     Returns:
       The objective and the plain sum, float32 scalars, the same on every device. The
       plain one is a figure to report: it has no gradient, as under stop_gradient.
       Logits, softmax and the gradient of `head` are float32; products are in x's dtype.
+
+    Raises:
+      ValueError: labels that are no tokens of the vocabulary.
 
     Cost: tile_tokens V / tensor float32 a device. When differentiated, the same pass
     computes the gradients (three products a tile instead of four) and keeps them: x's
@@ -73,15 +78,45 @@ def training_loss(
     gradients in the forward pass as in Liger Kernel, arXiv 2410.10989; label smoothing
     as in arXiv 1512.00567, section 7; z-loss as in PaLM, arXiv 2204.02311, section 5.
     """
+    _check_labels(labels, value_of(head).shape[0])
+    losses: tuple[Array, Array] = _training_loss(
+        x, head, labels, tile_tokens, label_smoothing, z_loss
+    )
+    return losses
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _training_loss(x, head, labels, tile_tokens, label_smoothing, z_loss):
     losses, _, _ = _tiled(
         x, head, labels, tile_tokens, label_smoothing, z_loss, with_gradients=False
     )
     return losses
 
 
-def num_valid(labels: Int[Array, "..."]) -> Int[Array, ""]:
-    """The global number of tokens that have a label: an integer, so never rounded."""
-    return jnp.sum(labels != IGNORED, dtype=jnp.int32)
+def num_valid(labels: Int[Array, "..."], vocab_size: int) -> Int[Array, ""]:
+    """The global number of tokens that have a label: an integer, so never rounded.
+
+    Counts what `training_loss` counts, and refuses what it refuses.
+    """
+    _check_labels(labels, vocab_size)
+    return jnp.sum(_is_valid(labels, vocab_size), dtype=jnp.int32)
+
+
+def _is_valid(labels: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
+    return (labels >= 0) & (labels < vocab_size)  # so not IGNORED either
+
+
+def _check_labels(labels: Int[Array, "..."], vocab_size: int) -> None:
+    if isinstance(labels, Tracer):
+        return
+    wrong = (labels != IGNORED) & ~_is_valid(labels, vocab_size)
+    if num := int(wrong.sum()):
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(
+            f"{num} labels are neither tokens, 0 to {vocab_size - 1}, nor {IGNORED}, "
+            f"which has no loss; they go from {low} to {high}: set those without a "
+            f"loss to {IGNORED}, or make the vocabulary larger"
+        )
 
 
 def _forward(x, head, labels, tile_tokens, label_smoothing, z_loss):
@@ -98,7 +133,7 @@ def _backward(tile_tokens, label_smoothing, z_loss, residuals, upstream):
     return scaled, jax.tree.map(lambda gradient: gradient * upstream, dhead), None
 
 
-training_loss.defvjp(_forward, _backward)
+_training_loss.defvjp(_forward, _backward)
 
 
 def _tiled(
@@ -154,7 +189,7 @@ def _local_loss(
         logsumexp = highest + jnp.log(total)
         is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
         label_logit = lax.psum(jnp.where(is_label, logits, 0).sum(axis=-1), "tensor")
-        valid = labels != IGNORED
+        valid = _is_valid(labels, vocab_size)
         nats = logsumexp - label_logit
         plain = plain + jnp.where(valid, nats, 0).sum()
         if label_smoothing:

@@ -99,7 +99,7 @@ def make_train_step(
     """
     optimizer = make_optimizer(config.training)
     schedule = learning_rate_schedule(config.training)
-    training = config.training
+    training, vocab_size = config.training, config.model.vocab_size
     changed = bool(training.label_smoothing or training.z_loss)
 
     def objective(slots: dict[str, Any], parameters: dict[str, Any], batch):
@@ -128,7 +128,8 @@ def make_train_step(
             sums, _ = jax.lax.scan(accumulate, zeros, batch)
         (minimised, loss), gradients = sums
         # A step in which no token has a label leaves a loss of 0 and no gradient.
-        tokens = jnp.maximum(num_valid(batch["labels"]), 1).astype(jnp.float32)
+        tokens = num_valid(batch["labels"], vocab_size)
+        tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
         gradients = lay("moments", gradients, config)
         parameters = lay("moments", parameters, config)
         parameters, optimizer_state, norm = update(
@@ -159,7 +160,7 @@ def make_validation_step(
     def step(parameters: dict[str, Any], batch: Batch):
         part = _part(batch, 0)
         loss = cross_entropy(*_loss_arguments(config, parameters, part))
-        return loss, num_valid(part["labels"])
+        return loss, num_valid(part["labels"], config.model.vocab_size)
 
     return step
 
