@@ -400,7 +400,8 @@ REFUSALS = {
     ),
     "groups of heads in a ring": (
         ["--mesh.data=1", "--mesh.ring=2", "--mesh.seq=4", "--memory.head-chunks=2"],
-        "head_chunks 2 does not divide the 1 key/value heads of a device at seq 4",
+        "head_chunks 2 does not divide what a device has of 2 key/value heads / seq 4 "
+        "= 1 key/value heads, rounded up: over ring",
     ),
     "reference in a ring": (
         ["--mesh.ring=2", "--mesh.seq=2", "--model.attention=reference"],

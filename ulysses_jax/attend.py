@@ -59,7 +59,9 @@ def attend(
       ValueError: a strategy that the mesh does not carry; zigzag without a causal mask;
         an attention that has no parts; dims that do not fit.
     """
-    ring, seq = (dict(mesh.shape).get(axis, 1) for axis in ("ring", "seq"))
+    ring, seq, tensor = (
+        dict(mesh.shape).get(axis, 1) for axis in ("ring", "seq", "tensor")
+    )
     if strategy is None:
         strategy = strategy_of(ring, seq)
     check_strategy(strategy, ring, seq)
@@ -80,7 +82,7 @@ def attend(
             )
         run = partial(ulysses, head_chunks=head_chunks)
         if strategy == "megatron":
-            check_head_chunks(strategy, head_chunks, k.shape[2], seq)
+            check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
             run = megatron
         return run(q, k, v, mesh=mesh, attention=attention, mask=mask, scale=scale)
     if zigzag and not mask.causal:
@@ -99,9 +101,7 @@ def attend(
             f"and joins blocks: give attention as ulysses_jax.attention.parts.Parts, "
             f"not as a function, or use ring=1, seq={ring * seq}"
         )
-    check_head_chunks(
-        strategy, head_chunks, k.shape[2] // dict(mesh.shape).get("tensor", 1), seq
-    )
+    check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
     options = {} if strategy == "all_gather" else {"head_chunks": head_chunks}
     return BY_BLOCKS[strategy](
         q,

@@ -64,6 +64,8 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             ][:2]
             if name not in heads:  # whose numbers depend on each other
                 fits.append(f"a {name} of {math.ceil(size / tensor) * tensor}")
+            if name == "vocab_size":
+                fits[-1] += ", where no token has the last ids"
             raise ValueError(
                 f"model.{name} {size} does not divide over mesh.tensor {tensor}: use "
                 + "; or ".join(fits)
@@ -144,7 +146,9 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             f"{strategy}: use mesh.ring 1, mesh.seq {ring * seq} and model.strategy "
             "ulysses, or no chunks"
         )
-    check_head_chunks(strategy, memory.head_chunks, kv_heads, seq)
+    check_head_chunks(
+        strategy, memory.head_chunks, model.num_kv_heads, tensor=tensor, seq=seq
+    )
     if strategy == "megatron":
         names = ("num_heads", "num_kv_heads", "feed_forward_width")
         sizes = {f"model.{name}": getattr(model, name) for name in names}

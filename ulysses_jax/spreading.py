@@ -1,5 +1,6 @@
 """How a sequence may lie over a mesh: the strategies, what each receives, its order."""
 
+import math
 from typing import Literal, get_args
 
 import numpy as np
@@ -152,14 +153,28 @@ def check_split(sizes: dict[str, int], degrees: dict[str, int]) -> None:
     )
 
 
+def shared_out(count: int, what: str, each: int, **degrees: int) -> str:
+    """A count and how it came about, as "8 heads / tensor 2 / seq 2 = 2 heads"."""
+    over = "".join(f" / {axis} {n}" for axis, n in degrees.items() if n > 1)
+    if not over:
+        return f"{count} {what}"
+    is_exact = each * math.prod(degrees.values()) == count
+    return f"{count} {what}{over} = {each} {what}" + (
+        "" if is_exact else ", rounded up"
+    )
+
+
 def check_head_chunks(
-    strategy: Strategy, head_chunks: int, num_kv_heads: int, seq: int
+    strategy: Strategy, head_chunks: int, num_kv_heads: int, *, tensor: int, seq: int
 ) -> None:
     """Refuses groups of heads that would send keys more than once, or not at all.
 
+    Args:
+      num_kv_heads: of all devices together.
+
     Raises:
       ValueError: fewer than one; a strategy by blocks and head_chunks that do not
-        divide the key/value heads (`num_kv_heads`, of a part of `tensor`) of a device.
+        divide the key/value heads of a device.
     """
     if head_chunks < 1:
         raise ValueError(f"head_chunks {head_chunks}: use 1 or more")
@@ -168,13 +183,13 @@ def check_head_chunks(
             f"head_chunks {head_chunks} are groups of an exchange, and strategy "
             f"{strategy} exchanges no heads: use head_chunks 1, or strategy ulysses"
         )
-    local = max(-(-num_kv_heads // seq), 1)
+    local = -(-num_kv_heads // (tensor * seq))
     if strategy == "hybrid" and local % head_chunks:
         fits = [n for n in range(1, local + 1) if local % n == 0]
         raise ValueError(
-            f"head_chunks {head_chunks} does not divide the {local} key/value heads of "
-            f"a device at seq {seq}: over ring each key goes round once; use one of "
-            f"{fits}"
+            f"head_chunks {head_chunks} does not divide what a device has of "
+            + shared_out(num_kv_heads, "key/value heads", local, tensor=tensor, seq=seq)
+            + f": over ring each key goes round once; use one of {fits}"
         )
 
 

@@ -86,7 +86,8 @@ def test_head_chunks_change_nothing():
     )
     assert_close(out_and_gradients(attention, *inputs(8, 4)), oracle("causal", 8, 4))
     with pytest.raises(
-        ValueError, match=r"head_chunks 4 .* 2 key/value heads .* use one of \[1, 2\]"
+        ValueError,
+        match=r"head_chunks 4 .* seq 2 = 2 key/value heads: .* use one of \[1, 2\]",
     ):
         attention(*inputs(8, 4)[:3], head_chunks=4)
 

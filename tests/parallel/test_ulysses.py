@@ -334,8 +334,12 @@ def test_bad_shapes_are_refused_with_numbers(shapes, degrees, message):
 
 def test_bad_arguments_are_refused():
     q = jnp.zeros((1, 16, 8, 4))
-    with pytest.raises(ValueError, match=r"head_chunks 3 .* use one of \[1, 2, 4\]"):
-        ulysses_attention(q, q, q, mesh=mesh_of(seq=2), head_chunks=3)
+    message = (
+        r"head_chunks 3 does not divide what a device has of 8 query heads / tensor 2 "
+        r"/ seq 2 = 2 query heads \(2 KV heads x 1\): use one of \[1, 2\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        ulysses_attention(q, q, q, mesh=mesh_of(seq=2, tensor=2), head_chunks=3)
     with pytest.raises(ValueError, match="no mesh: pass mesh="):
         ulysses_attention(q, q, q)
     with pytest.raises(ValueError, match="differ in dtype"):

@@ -164,7 +164,7 @@ def _take_apart(layer, x, parameters, specs, segment_ids) -> tuple[Pieces, Any]:
     )
 
     kv_chunks, group_chunks = split_head_chunks(
-        memory.head_chunks or 1, layout.num_kv_slots // degree, layout.group
+        memory.head_chunks or 1, layout, tensor=tensor, seq=degree
     )
     # Query slots as [device, row of KV slots, KV slot, cell of its queries, query].
     slots = (

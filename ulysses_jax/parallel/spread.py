@@ -143,6 +143,11 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         raise ValueError(f"q is [B, T, N, H], k and v are [B, S, K, H]; got {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v differ in batch or head size: {shapes}")
+    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"num_kv_heads {k.shape[2]} does not divide num_heads {q.shape[2]}: each "
+            "key/value head serves the same number of query heads"
+        )
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"

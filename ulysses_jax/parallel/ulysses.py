@@ -8,8 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from ulysses_jax.parallel.exchange import head_layout, heads_to_seq, seq_to_heads
+from ulysses_jax.parallel.exchange import (
+    HeadLayout,
+    head_layout,
+    heads_to_seq,
+    seq_to_heads,
+)
 from ulysses_jax.parallel.spread import check_arrays, spread
+from ulysses_jax.spreading import shared_out
 
 LocalAttention = Callable[..., Array]
 
@@ -55,7 +61,7 @@ def ulysses(
     tensor = axes.get("tensor", 1)
     layout = head_layout(q.shape[2] // tensor, k.shape[2] // tensor, degree)
     kv_chunks, group_chunks = split_head_chunks(
-        head_chunks, layout.num_kv_slots // degree, layout.group
+        head_chunks, layout, tensor=tensor, seq=degree
     )
 
     def attend(q, k, v, mask):
@@ -97,14 +103,28 @@ def ulysses(
     return spread(local, q, k, v, mask, mesh)
 
 
-def split_head_chunks(head_chunks: int, num_kv: int, group: int) -> tuple[int, int]:
-    """Chunks over a device's KV slots, and over the queries of each: their product."""
+def split_head_chunks(
+    head_chunks: int, layout: HeadLayout, *, tensor: int, seq: int
+) -> tuple[int, int]:
+    """Chunks over a device's KV slots, and over the queries of each: their product.
+
+    Args:
+      layout: of a part of tensor, over seq.
+    """
+    num_kv, group = layout.num_kv_slots // seq, layout.group
     kv_chunks = math.gcd(head_chunks, num_kv)
     group_chunks = head_chunks // kv_chunks
     if head_chunks < 1 or group % group_chunks:
         raise ValueError(
-            f"head_chunks {head_chunks} does not divide the {num_kv * group} query "
-            f"heads of a device ({num_kv} KV heads x {group}): use one of "
+            f"head_chunks {head_chunks} does not divide what a device has of "
+            + shared_out(
+                layout.num_heads * tensor,
+                "query heads",
+                num_kv * group,
+                tensor=tensor,
+                seq=seq,
+            )
+            + f" ({num_kv} KV heads x {group}): use one of "
             f"{head_chunk_counts(num_kv, group)}"
         )
     return kv_chunks, group_chunks

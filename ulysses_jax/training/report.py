@@ -7,6 +7,7 @@ import jax
 from ulysses_jax.config import Config
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import ZERO, zero_axes
+from ulysses_jax.spreading import shared_out
 from ulysses_jax.training.state import TrainState
 
 _CUDNN = "dot_product_attention_fwd"  # the primitive behind jax.nn's
@@ -45,8 +46,9 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
     layout = head_layout(heads, model.num_kv_heads // mesh.tensor, mesh.seq)
     if layout.num_slots > heads and model.strategy != "all_gather":
         lines.append(
-            f"{heads} heads do not divide over seq {mesh.seq}: padded to "
-            f"{layout.num_slots}, attention costs {layout.num_slots / heads:.2f} times"
+            shared_out(model.num_heads, "heads", heads, tensor=mesh.tensor)
+            + f", and seq is {mesh.seq}: padded to {layout.num_slots}, attention costs "
+            f"{layout.num_slots / heads:.2f} times"
         )
     axes = vars(mesh)
     zero = zero_axes(model.width, axes)
