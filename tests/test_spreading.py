@@ -4,6 +4,9 @@ import dataclasses
 import math
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ulysses_jax import config as configs
@@ -13,8 +16,11 @@ from ulysses_jax.spreading import (
     check_strategy,
     num_members,
     received_bytes,
+    seen_steps,
     strategy_of,
     total_bytes,
+    zigzag_index,
+    zigzag_order,
 )
 from ulysses_jax.training.preflight import architecture
 
@@ -219,3 +225,72 @@ def test_a_checkpoint_goes_on_under_another_strategy():
     assert one != other
     assert architecture(one) == architecture(other)
     assert "strategy" in dataclasses.asdict(one)
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "queries, keys, members", [(32, 32, 4), (24, 48, 3), (48, 16, 4)]
+)
+def test_steps_in_which_a_window_shows_a_key(queries, keys, members, causal, zigzag):
+    """Against every pair of tokens."""
+    order = dict(causal=causal, zigzag=zigzag)
+    q, k = (zigzag_order(n, members if zigzag else 1) for n in (queries, keys))
+    away = q[:, None] - k
+    for window in range(1, max(queries, keys) + 2):
+        seen = (np.abs(away) < window) & ((away >= 0) | (not causal))
+        blocks = seen.reshape(members, queries // members, members, keys // members)
+        i, j = np.nonzero(blocks.any(axis=(1, 3)))
+        want = tuple(sorted({int(step) for step in (i - j) % members} - {0}))
+        assert seen_steps(queries, keys, members, window=window, **order) == want
+
+
+def test_steps_without_a_window():
+    order = dict(causal=True, zigzag=True)
+    assert seen_steps(32, 32, 4, window=None, **order) == (1, 2, 3)
+    assert seen_steps(32, 32, 1, window=3, **order) == ()
+
+
+def test_zigzag_order_is_the_same_in_a_program():
+    for tokens, members in ((40, 1), (32, 4), (60, 5)):
+        index = jax.jit(zigzag_index, static_argnums=(1, 2))
+        got = index(jnp.arange(tokens, dtype=jnp.int32), tokens, members)
+        np.testing.assert_array_equal(got, zigzag_order(tokens, members))
+        assert got.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    "degrees, message",
+    [
+        (
+            dict(ring=2, seq=4),
+            "head_chunks 3 does not divide what a device has of 8 key/value heads / "
+            "seq 4 = 2 key/value heads: over ring .* use one of .1, 2.",
+        ),
+        (
+            dict(ring=2, seq=2, tensor=2),
+            "8 key/value heads / tensor 2 / seq 2 = 2 key/value heads: over",
+        ),
+        (
+            dict(ring=2, seq=8, tensor=2),
+            "8 key/value heads / tensor 2 / seq 8 = 1 key/value heads, rounded up: ",
+        ),
+    ],
+    ids=str,
+)
+def test_a_refusal_shows_its_sum(degrees, message):
+    with pytest.raises(ValueError, match=message):
+        placed(num_kv_heads=8, memory=dict(head_chunks=3), **degrees)
+
+
+def test_a_vocabulary_that_tensor_does_not_divide():
+    """Refused, with remedies that work."""
+    with pytest.raises(ValueError) as refusal:
+        placed(fsdp=2, tensor=2, vocab_size=50257)
+    assert str(refusal.value) == (
+        "model.vocab_size 50257 does not divide over mesh.tensor 2: use mesh.tensor 1, "
+        "mesh.fsdp 4; or a vocab_size of 50258, where no token has the last ids; "
+        "training.batch_size must divide over mesh.data x mesh.fsdp"
+    )
+    placed(fsdp=4, vocab_size=50257)
+    placed(fsdp=2, tensor=2, vocab_size=50258)

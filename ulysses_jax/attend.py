@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
@@ -19,9 +21,11 @@ from ulysses_jax.spreading import (
     Strategy,
     check_head_chunks,
     check_strategy,
+    half_block_tokens,
     num_members,
+    seen_steps,
     strategy_of,
-    zigzag_order,
+    zigzag_index,
 )
 
 
@@ -92,9 +96,31 @@ def attend(
             f"strategy ulysses with ring=1, seq={ring * seq} or with ring=1, seq="
             f"{seq if ring > 1 else 1}"
         )
+    if zigzag:
+        for x in (q, k):
+            half_block_tokens(x.shape[1], members)  # else refused
+    options: dict[str, Any] = {}
+    if strategy != "all_gather":
+        options = dict(head_chunks=head_chunks, seen_steps=None)
+        if mask.q_positions is None:
+            options["seen_steps"] = seen_steps(
+                q.shape[1],
+                k.shape[1],
+                members,
+                causal=mask.causal,
+                window=mask.window,
+                zigzag=zigzag,
+            )
     mask = _with_positions(mask, q, k, members if zigzag else 1)
     if isinstance(attention, str):
-        attention = attention_parts(attention, platform, q, k, mask)
+        # It is called on a member's tokens, in zigzag order on half-blocks too.
+        num_blocks = members * (2 if zigzag else 1)
+
+        def part(x: Array) -> Any:
+            tokens = x.shape[1] // num_blocks
+            return jax.ShapeDtypeStruct((len(x), tokens, *x.shape[2:]), x.dtype)
+
+        attention = attention_parts(attention, platform, part(q), part(k), mask)
     elif not isinstance(attention, Parts):
         raise ValueError(
             f"over {members} members a device attends to a block of keys at a time, "
@@ -102,7 +128,6 @@ def attend(
             f"not as a function, or use ring=1, seq={ring * seq}"
         )
     check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
-    options = {} if strategy == "all_gather" else {"head_chunks": head_chunks}
     return BY_BLOCKS[strategy](
         q,
         k,
@@ -123,6 +148,8 @@ def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:
         return mask
 
     def order(like: Array) -> Array:
-        return jnp.broadcast_to(zigzag_order(like.shape[1], members), like.shape[:2])
+        places = jnp.arange(like.shape[1], dtype=jnp.int32)
+        index = zigzag_index(places, like.shape[1], members)
+        return jnp.broadcast_to(index, like.shape[:2])
 
     return dataclasses.replace(mask, q_positions=order(q), kv_positions=order(k))

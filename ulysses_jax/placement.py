@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from typing import Any
 
 from ulysses_jax.config import Config, Memory, Mesh, Model, Training, in_pieces
 from ulysses_jax.spreading import (
@@ -125,7 +126,7 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             and model.window is None
         )
         if strategy == "ulysses" and seq > 1 and can_gather:
-            sizes = dict(
+            sizes: dict[str, Any] = dict(
                 tokens=1,
                 num_heads=model.num_heads // tensor,
                 num_kv_heads=kv_heads,

@@ -1,7 +1,7 @@
 """How a sequence may lie over a mesh: the strategies, what each receives, its order."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int32
@@ -21,6 +21,8 @@ def received_bytes(
     ring: int,
     seq: int,
     width: int | None = None,
+    window: int | None = None,
+    zigzag: bool = True,
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Bytes that a device receives a layer and row of the batch: the formulas.
 
@@ -30,15 +32,17 @@ def received_bytes(
       itemsize: e, of the compute dtype.
       ring, seq: the degrees.
       width: D; only megatron sends whole activations, the others heads.
+      window, zigzag: of a causal mask and of the order of tokens: what a ring sends.
 
     Returns:
       By (collective, axis): (forward, backward). With P = ring x seq, S = seq, R =
       ring, K' = K or, where S > K, each KV head repeated to S in all, never beyond N:
-      the exchange, `2 (N + K') H (T/P) (S-1)/S e` both ways; the ring's blocks,
-      `2 (K'/S) H (T/R) (R-1) e` forward, and `2 (K'/S) H (T/R) ((R-2) e + (R-1) 4)`
-      backward, with float32 gradients; the gather `2 K H T (S-1)/S e` forward, and its
-      float32 gradients backward; megatron's two gathers and two scatters of D features,
-      for attention and feed-forward, `4 T D (S-1)/S e` both ways.
+      the exchange, `2 (N + K') H (T/P) (S-1)/S e` both ways; a ring's n blocks (R - 1,
+      or the `seen_steps` of a window), `2 (K'/S) H (T/R) n e` forward, and
+      `2 (K'/S) H (T/R) ((n-1) e + n 4)` backward, with float32 gradients; the gather
+      `2 K H T (S-1)/S e` forward, and its float32 gradients backward; megatron's two
+      gathers and two scatters of D features, for attention and feed-forward,
+      `4 T D (S-1)/S e` both ways.
     """
     found: dict[tuple[str, str], tuple[float, float]] = {}
     if strategy == "megatron":
@@ -58,8 +62,11 @@ def received_bytes(
         found["all-to-all", "seq"] = (exchange, exchange)
     if strategy in ("ring", "hybrid"):
         block = 2 * kv_slots / seq * head_size * tokens / ring
-        backward = block * ((ring - 2) * itemsize + (ring - 1) * 4)
-        found["collective-permute", "ring"] = (block * (ring - 1) * itemsize, backward)
+        hops = len(
+            seen_steps(tokens, tokens, ring, causal=True, window=window, zigzag=zigzag)
+        )
+        backward = block * (max(hops - 1, 0) * itemsize + hops * 4)
+        found["collective-permute", "ring"] = (block * hops * itemsize, backward)
     return found
 
 
@@ -216,24 +223,89 @@ def zigzag_ranges(
     """
     if members == 1:
         return [(start, stop)]
+    half = half_block_tokens(num_tokens, members)
+    ranges = []
+    while start < stop:
+        first = zigzag_index(start, num_tokens, members)
+        count = min(half - start % half, stop - start)
+        ranges.append((first, first + count))
+        start += count
+    return ranges
+
+
+def half_block_tokens(num_tokens: int, members: int) -> int:
+    """The tokens of one of the 2R half-blocks of zigzag order over R members.
+
+    Raises:
+      ValueError: a row is not so many half-blocks of one size.
+    """
     if num_tokens % (2 * members):
         more = -(-num_tokens // (2 * members)) * 2 * members
         raise ValueError(
             f"{num_tokens} tokens are not {2 * members} half-blocks for zigzag order "
             f"over {members} members: pad them to {more}"
         )
-    half = num_tokens // (2 * members)
-    ranges = []
-    while start < stop:
-        place, offset = divmod(start, half)
-        block = 2 * members - 1 - place // 2 if place % 2 else place // 2
-        count = min(half - offset, stop - start)
-        ranges.append((block * half + offset, block * half + offset + count))
-        start += count
-    return ranges
+    return num_tokens // (2 * members)
+
+
+def zigzag_index(place: Any, num_tokens: int, members: int) -> Any:
+    """The sequence's index of the token at a place of a row in zigzag order.
+
+    Args:
+      place: an int, or integers of NumPy or JAX: arithmetic alone, so that a program
+        computes an order of millions of tokens instead of holding it.
+      num_tokens, members: as `zigzag_ranges`.
+    """
+    if members == 1:
+        return place
+    half = half_block_tokens(num_tokens, members)
+    block, offset = place // half, place % half
+    member, is_second = block // 2, block % 2
+    block = member + is_second * (2 * members - 1 - 2 * member)
+    return block * half + offset
 
 
 def zigzag_order(num_tokens: int, members: int) -> Int32[np.ndarray, "T"]:
     """The sequence's index of every token of a row in zigzag order."""
-    ranges = zigzag_ranges(0, num_tokens, num_tokens, members)
-    return np.concatenate([np.arange(*each, dtype=np.int32) for each in ranges])
+    return zigzag_index(np.arange(num_tokens, dtype=np.int32), num_tokens, members)
+
+
+def seen_steps(
+    num_queries: int,
+    num_keys: int,
+    members: int,
+    *,
+    causal: bool,
+    window: int | None,
+    zigzag: bool,
+) -> tuple[int, ...]:
+    """The steps of a ring, 1 to R - 1, in which some member's queries see a key.
+
+    In step s, member i of R attends to the keys of member i - s. Where nothing but the
+    mask's indices decides what is seen, a window leaves the neighbours of a block: in
+    the sequence's own order the members just before (and after, if not causal), in
+    zigzag order those on both sides.
+
+    Args:
+      num_queries, num_keys: global; rounded up to blocks of one size.
+    """
+    if window is None:
+        return tuple(range(1, members))
+    member = np.arange(members)[:, None]
+    blocks = [member, 2 * members - 1 - member] if zigzag else [member]
+    blocks = np.concatenate(blocks, axis=1)
+
+    def ends(num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last token of every block of every member."""
+        size = -(-num_tokens // blocks.size)
+        return blocks * size, blocks * size + size - 1
+
+    # [query's member, key's member, query's block, key's block]
+    q_first, q_last = (x[:, None, :, None] for x in ends(num_queries))
+    k_first, k_last = (x[None, :, None, :] for x in ends(num_keys))
+    sees = (q_first - k_last < window) & (k_first - q_last < window)
+    if causal:
+        sees &= k_first <= q_last
+    meet = sees.any(axis=(2, 3))
+    steps = (member - member.T) % members
+    return tuple(int(step) for step in np.unique(steps[meet & (steps > 0)]))

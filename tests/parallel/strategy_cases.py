@@ -165,7 +165,16 @@ def assert_sums_are_float32(strategy, **degrees):
     assert_close(got, (np.zeros_like(q), np.zeros_like(q), v / T, q / T), tolerance=0)
 
 
-def programs(strategy, heads, kv_heads, *, dtype=jnp.float32, mask=None, **degrees):
+def programs(
+    strategy,
+    heads,
+    kv_heads,
+    *,
+    dtype=jnp.float32,
+    mask=None,
+    zigzag=False,
+    **degrees,
+):
     """The collectives of the forward pass, and of forward and backward."""
     mesh = mesh_of(**degrees)
     spread = NamedSharding(mesh, P(None, ("ring", "seq")))
@@ -175,7 +184,7 @@ def programs(strategy, heads, kv_heads, *, dtype=jnp.float32, mask=None, **degre
         return jax.ShapeDtypeStruct((B, T, heads, H), dtype, sharding=spread)
 
     def forward(q, k, v):
-        return attend(q, k, v, mesh=mesh, mask=mask, strategy=strategy)
+        return attend(q, k, v, mesh=mesh, mask=mask, strategy=strategy, zigzag=zigzag)
 
     def both_ways(q, k, v, upstream):
         out, pull = jax.vjp(forward, q, k, v)

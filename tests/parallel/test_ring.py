@@ -15,6 +15,7 @@ from strategy_cases import (
     FULL_MASKS,
     LARGE_LOGITS,
     MASKS,
+    POSITIONS,
     SMALL_TILES,
     TOLERANCE,
     B,
@@ -35,6 +36,7 @@ from strategy_cases import (
     spread_results,
 )
 
+from ulysses_jax import attend as attend_module
 from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
@@ -78,6 +80,13 @@ def test_equals_the_oracle(heads, ring, zigzag):
 def test_masks(mask, zigzag, ring):
     got = spread_results("ring", mask, 4, 2, zigzag=zigzag, ring=ring)
     assert_close(got, oracle(mask, 4, 2))
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_a_window_over_more_members_than_it_reaches(zigzag):
+    """In zigzag order three members on each side, and a hop over the one opposite."""
+    got = spread_results("ring", "window", 4, 2, zigzag=zigzag, ring=8)
+    assert_close(got, oracle("window", 4, 2))
 
 
 @pytest.mark.parametrize("mask", FULL_MASKS)
@@ -191,6 +200,98 @@ def test_hops_and_their_bytes(ring, dtype):
         assert sent(both)[hops] == B * (there + back)
 
 
+# 32 tokens over 4: blocks of 8, half-blocks of 4; and the steps that are left.
+WINDOWS = {
+    "none but its own": (Mask(causal=True, window=1), False, ()),
+    "the one before": (Mask(causal=True, window=9), False, (1,)),
+    "two before": (Mask(causal=True, window=10), False, (1, 2)),
+    "both sides": (Mask(window=9), False, (1, 3)),
+    "both sides in zigzag order": (Mask(causal=True, window=5), True, (1, 3)),
+    "all": (Mask(causal=True, window=6), True, (1, 2, 3)),
+    "positions of the caller's": (
+        Mask(causal=True, window=2, **POSITIONS),
+        False,
+        (1, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_only_blocks_that_a_window_shows_are_sent(name):
+    mask, zigzag, steps = WINDOWS[name]
+    ring, n = 4, len(steps)
+    forward, both = programs("ring", 8, 2, mask=mask, zigzag=zigzag, ring=ring)
+    hops = ("collective-permute", "ring")
+    assert counts(forward) == ({hops: n} if n else {})
+    assert counts(both) == ({hops: 3 * n - 1} if n else {})
+    sizes = dict(tokens=T, num_heads=8, num_kv_heads=2, head_size=H, itemsize=4)
+    if mask.causal and mask.q_positions is None:
+        order = dict(window=mask.window, zigzag=zigzag)
+        formula = received_bytes("ring", **sizes, ring=ring, seq=1, **order)
+        there, back = (B * each for each in formula[hops])
+        assert sent(forward).get(hops, 0) == there
+        assert sent(both).get(hops, 0) == there + back
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_the_order_of_tokens_is_computed(zigzag):
+    """A program of a million tokens is no longer than one of a thousand."""
+    mesh, mask = mesh_of(ring=4), Mask(causal=True, window=7)
+
+    def length(tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 1, H), jnp.float32)
+        attention = functools.partial(attend, mesh=mesh, mask=mask, zigzag=zigzag)
+        return len(jax.jit(attention).lower(x, x, x).as_text())
+
+    assert length(2**20) < 1.1 * length(2**10)
+
+
+def test_half_blocks_that_are_not_whole_are_refused():
+    x = jnp.zeros((1, 12, 1, H))
+    with pytest.raises(ValueError, match="12 tokens are not 8 half-blocks .* to 16"):
+        attend(x, x, x, mesh=mesh_of(ring=4), mask=Mask(causal=True), zigzag=True)
+
+
+@pytest.mark.parametrize(
+    "strategy, degrees",
+    [
+        ("ring", dict(ring=4)),
+        ("hybrid", dict(ring=4, seq=2)),
+        ("all_gather", dict(seq=4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "tokens, zigzag, name",
+    [
+        (32, False, "cudnn"),
+        (32, True, "cudnn"),
+        (24, False, "cudnn"),
+        (24, True, "blockwise"),  # half-blocks of 3, which cuDNN does not pull back
+        (12, False, "blockwise"),  # blocks of 3
+    ],
+)
+def test_an_attention_is_chosen_for_what_it_is_called_on(
+    monkeypatch, strategy, degrees, tokens, zigzag, name
+):
+    def chosen(*_, parts, **options):
+        return parts
+
+    monkeypatch.setattr(attend_module, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setitem(attend_module.BY_BLOCKS, strategy, chosen)
+    x = jax.ShapeDtypeStruct((1, tokens, 4, 64), jnp.bfloat16)
+    parts = attend(
+        x,
+        x,
+        x,
+        mesh=mesh_of(**degrees),
+        mask=Mask(causal=True),
+        strategy=strategy,
+        zigzag=zigzag,
+    )
+    assert parts is PARTS[name]
+
+
 def test_what_a_causal_mask_hides_is_not_computed():
     """In the sequence's own order the last member does most; in zigzag order all do
     the same; together they do what is visible, and no more."""
@@ -240,7 +341,7 @@ def test_rematerialisation_keeps_out_and_logsumexp_and_nothing_of_a_step():
 def faulty(monkeypatch, fault):
     parts, options = SMALL_TILES, {}
     if fault == "a skipped rotation":
-        monkeypatch.setattr(ring_module, "_hop", lambda blocks, x: x)
+        monkeypatch.setattr(ring_module, "_hop", lambda blocks, x, members: x)
     elif fault == "a wrong scale":
         parts = Parts(
             functools.partial(rescaled, parts.forward),
@@ -291,7 +392,9 @@ def test_gradients_that_do_not_travel_are_seen(monkeypatch):
     monkeypatch.setattr(
         ring_module,
         "_hop",
-        lambda blocks, x: x if x.dtype == jnp.float32 else hop(blocks, x),
+        lambda blocks, x, members: (
+            x if x is None or x.dtype == jnp.float32 else hop(blocks, x, members)
+        ),
     )
     arrays = inputs(4, 2, dtype=jnp.bfloat16)
     mask = Mask(causal=True)

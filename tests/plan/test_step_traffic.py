@@ -110,6 +110,21 @@ def test_bytes_of_a_ring(changes, remat, forwards):
     assert result["warnings"] == []
 
 
+def test_bytes_of_a_ring_under_a_window():
+    """Half-blocks of 8: the members on both sides alone, 2 of 3; with attention kept,
+    one hop of the second round."""
+    config = tiny(memory=dict(remat="attention"), ring=4, fsdp=2)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, window=9)
+    )
+    result = analysed(config)
+    block = 2 * 2 * 64 // 4 * 4 * 8 * 4
+    permute = row(result, "collective-permute", "ring")
+    assert permute["bytes"] == pytest.approx(3 * (2 + 1 + 1 + 2) * block)
+    assert permute["ratio"] == pytest.approx(1)
+    assert result["warnings"] == []
+
+
 def test_bytes_of_a_gather():
     """Apart from parameters (fsdp x seq), and with them where the axis is the same."""
     result = analysed(tiny(strategy="all_gather", fsdp=4, seq=2))

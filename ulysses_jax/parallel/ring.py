@@ -1,8 +1,9 @@
 """Ring attention: blocks of keys and values go round a mesh axis, queries stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,16 @@ def ring_attention(
     scale: float | None = None,
     parts: Any,
     zigzag: bool = False,
+    seen_steps: tuple[int, ...] | None = None,
     axis_name: str = "ring",
 ) -> Float[Array, "B t N H"]:
     """Attention over tokens that lie over a mesh axis; call it inside `jax.shard_map`.
 
     The block of keys and values that a device attends to comes from its neighbour
-    while it attended to the one before: R blocks, R - 1 hops. Results are joined in
-    float32 by their logsumexp. The backward pass goes round once more, with float32
-    accumulators of dk and dv that travel with their block and end at its owner.
+    while it attended to the one before: R blocks, R - 1 hops; under a window fewer, and
+    a hop passes over blocks that nobody sees. Results are joined in float32 by their
+    logsumexp. The backward pass goes round once more, with float32 accumulators of dk
+    and dv that travel with their block and end at its owner.
 
     Args:
       q, k, v: local arrays: member i of the axis has block i of the tokens.
@@ -41,72 +44,83 @@ def ring_attention(
         (`ulysses_jax.attention.parts.Parts`).
       zigzag: the tokens are in zigzag order (`spreading.zigzag_order`). Only under a
         causal mask by index does this matter here: all members then work equally.
+      seen_steps: in step s a member attends to the keys of the one s before it; those
+        steps, of 1 to R - 1, in which some member sees a key (`spreading.seen_steps`).
+        None: all.
       axis_name: of degree R.
 
     Returns:
       `[B, t, N, H]` in q's dtype. Kept for the backward pass under the names
       "attention_out" and "attention_logsumexp".
 
-    Cost: receives R - 1 blocks of k and v forward, of which one is kept; R - 2, and
-    R - 1 in float32, backward. What a causal mask hides of another's block is not
-    computed: half of all, in zigzag order by every member alike.
+    Cost: for n steps, R - 1 without a window, receives n blocks of k and v forward, of
+    which one is kept; n - 1, and n in float32, backward. What a causal mask hides of
+    another's block is not computed: half of all, in zigzag order by every member alike.
 
     Source: Ring Attention, arXiv 2310.01889; zigzag order as in
     github.com/zhuzilin/ring-flash-attention.
     """
     blocks = Blocks(parts, scale, axis_name, zigzag)
-    return _attend(blocks, q, k, v, jax.tree.map(jnp.asarray, mask))
+    steps = range(1, blocks.degree) if seen_steps is None else seen_steps
+    mask = jax.tree.map(jnp.asarray, mask)
+    return _attend(blocks, _stations(steps), q, k, v, mask)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: Blocks, q, k, v, mask):
-    return _forward(blocks, q, k, v, mask)[0]
+class _Station(NamedTuple):
+    """A step: how many members its block has come on from the last, and goes on to the
+    next; None where it goes no further."""
+
+    step: int | Array
+    came: int
+    goes: int | None
 
 
-def _forward(blocks: Blocks, q, k, v, mask):
-    degree, kv = blocks.degree, jnp.stack((k, v))  # which hop as one
+def _stations(steps: Sequence[int]) -> tuple[_Station, ...]:
+    came = [step - before for before, step in pairwise((0, *steps))]
+    return tuple(map(_Station, steps, came, (*came[1:], None)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(blocks: Blocks, stations, q, k, v, mask):
+    return _forward(blocks, stations, q, k, v, mask)[0]
+
+
+def _forward(blocks: Blocks, stations, q, k, v, mask):
+    kv = jnp.stack((k, v))  # which hop as one
     # Each hop stands before the attention that it runs under.
-    first = _hop(blocks, kv)
+    first = _hop(blocks, kv, stations[0].came) if stations else None
     so_far = blocks.own(q, kv, mask)
 
-    def one_step(carry, step):
+    def one_step(carry, at):
         so_far, kv = carry
-        coming = _hop(blocks, kv)
-        return blocks.add(so_far, q, kv, mask, step), coming
+        coming = _hop(blocks, kv, at.goes)
+        return blocks.add(so_far, q, kv, mask, at.step), coming
 
-    if degree > 1:
-        so_far, last = _repeat(one_step, (so_far, first), range(1, degree - 1))
-        so_far = blocks.add(so_far, q, last, mask, degree - 1)
+    so_far, _ = _go_round(one_step, (so_far, first), stations)
     out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
     logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
     # The backward round starts with the block that came first.
     return out, (q, kv, first, mask, out, logsumexp)
 
 
-def _backward(blocks: Blocks, residuals, dout):
+def _backward(blocks: Blocks, stations, residuals, dout):
     q, kv, first, mask, *statistics = residuals
-    degree, whole = blocks.degree, (*statistics, dout)
-    first = _after(first, statistics[1])
+    whole = (*statistics, dout)
     dq, own = blocks.own_gradients(q, kv, mask, whole)
 
-    def add(dq, dkv, kv, step):
-        """A block's gradients to those so far, `dkv`, which are still a hop behind."""
-        arriving = None if dkv is None else _hop(blocks, dkv)
-        part, dkv_part = blocks.gradients(q, kv, mask, step, whole)
-        return dq + part, dkv_part if arriving is None else arriving + dkv_part
-
-    def one_step(carry, step):
+    def one_step(carry, at):
         dq, dkv, kv = carry
-        coming = _hop(blocks, kv)
-        return *add(dq, dkv, kv, step), coming
+        coming = _hop(blocks, kv, at.goes)
+        # A block's gradients so far are still where it was a step before.
+        arriving = _hop(blocks, dkv, at.came)
+        part, dkv_part = blocks.gradients(q, kv, mask, at.step, whole)
+        dkv = dkv_part if arriving is None else arriving + dkv_part
+        return dq + part, dkv, coming
 
-    if degree > 1:
-        carry = dq, None, first
-        if degree > 2:
-            carry = _repeat(one_step, one_step(carry, 1), range(2, degree - 1))
-        dq, dkv, last = carry
-        dq, dkv = add(dq, dkv, last, degree - 1)
-        own += _hop(blocks, dkv)
+    if stations:
+        carry = one_step((dq, None, _after(first, statistics[1])), stations[0])
+        dq, dkv, _ = _go_round(one_step, carry, stations[1:])
+        own += _hop(blocks, dkv, blocks.degree - stations[-1].step)
     dk, dv = own.astype(kv.dtype)
     return dq.astype(q.dtype), dk, dv, None
 
@@ -125,19 +139,28 @@ def _after(x: Array, earlier: Array) -> Array:
     return jnp.where(jnp.isnan(earlier.ravel()[0]), jnp.nan, x)
 
 
-def _hop(blocks: Blocks, x: Array) -> Array:
-    """To the next member of the ring."""
+def _hop(blocks: Blocks, x: Array | None, members: int | None) -> Any:
+    """To the member that many further round the ring; nothing goes nowhere."""
+    if x is None or members is None:
+        return None
     size = blocks.degree
-    if size == 1:
-        return x
-    return lax.ppermute(x, blocks.axis_name, [(i, (i + 1) % size) for i in range(size)])
+    pairs = [(i, (i + members) % size) for i in range(size)]
+    return lax.ppermute(x, blocks.axis_name, pairs)
 
 
-def _repeat(one_step: Callable, carry: Any, steps: range) -> Any:
-    """In a loop, so that a program grows no longer with the ring."""
-    if not steps:
-        return carry
-    numbers = jnp.arange(steps.start, steps.stop)
-    return lax.scan(lambda carry, step: (one_step(carry, step), None), carry, numbers)[
-        0
-    ]
+def _go_round(one_step: Callable, carry: Any, stations: Sequence[_Station]) -> Any:
+    """Steps of the same hops in a loop, so that a program grows no longer with the
+    ring."""
+    for hops, alike in groupby(stations, key=lambda at: at[1:]):
+        steps = [at.step for at in alike]
+        if len(steps) == 1:
+            carry = one_step(carry, _Station(steps[0], *hops))
+            continue
+
+        def body(carry, step, hops=hops):
+            return one_step(carry, _Station(step, *hops)), None
+
+        # They are as far apart as their hops are long.
+        numbers = jnp.arange(steps[0], steps[-1] + 1, hops[0])
+        carry, _ = lax.scan(body, carry, numbers)
+    return carry

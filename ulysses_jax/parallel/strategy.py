@@ -23,6 +23,7 @@ def ring(
     scale: float | None = None,
     parts: Any,
     zigzag: bool = False,
+    seen_steps: tuple[int, ...] | None = None,
     head_chunks: int = 1,
 ) -> Float[Array, "B T N H"]:
     """Ulysses over `seq` inside a member of the ring, ring attention over `ring`.
@@ -32,7 +33,9 @@ def ring(
 
     Args: as `parallel.ulysses.ulysses` and `parallel.ring.ring_attention`.
     """
-    attention = partial(ring_attention, parts=parts, zigzag=zigzag)
+    attention = partial(
+        ring_attention, parts=parts, zigzag=zigzag, seen_steps=seen_steps
+    )
     return ulysses(
         q,
         k,

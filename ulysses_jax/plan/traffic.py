@@ -7,7 +7,7 @@ from typing import Any
 from ulysses_jax.config import Config, in_pieces
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
-from ulysses_jax.spreading import Strategy, received_bytes
+from ulysses_jax.spreading import Strategy, received_bytes, seen_steps
 
 BF16_BYTES, F32_BYTES = 2, 4
 
@@ -89,6 +89,7 @@ def received_by(
     """`spreading.received_bytes` of a run's model, under any strategy and degrees."""
     model, tensor = config.model, config.mesh.tensor
     assert model.num_kv_heads and model.head_size
+    is_own = strategy == model.strategy
     return received_bytes(
         strategy,
         tokens=config.padded_tokens(),
@@ -99,6 +100,8 @@ def received_by(
         ring=ring,
         seq=seq,
         width=model.width,
+        window=model.window,
+        zigzag=bool(model.zigzag) if is_own else True,
     )
 
 
@@ -122,7 +125,16 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
             # A kept out and logsumexp spare the ring its second round, but for the one
             # block that the backward pass starts with. All that is exchanged or
             # gathered the backward pass reads.
-            forwards = 1 + 1 / (mesh.ring - 1)
+            tokens, zigzag = config.padded_tokens(), bool(model.zigzag)
+            hops = seen_steps(
+                tokens,
+                tokens,
+                mesh.ring,
+                causal=True,
+                window=model.window,
+                zigzag=zigzag,
+            )
+            forwards = 1 + 1 / max(len(hops), 1)
         if model.strategy == "megatron":
             forwards = _forwards_of_megatron(config, key[0])
         sent = rows * model.num_layers * (forwards * forward + backward)
