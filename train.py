@@ -61,6 +61,7 @@ from ulysses_jax.training.endings import (
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.preflight import (
     agreed,
     architecture,
@@ -116,7 +117,11 @@ def train(config: Config) -> None:
     # What a process finds on its own disk, all processes must hear of.
     with agreed():
         check_folder(folder)
-        meta = {"model": architecture(config.model), "data": data.meta}
+        meta = {
+            "model": architecture(config.model),
+            "data": data.meta,
+            "schedule": schedule_fields(training),
+        }
         saved = checkpointer.latest_meta()
         if saved is not None:
             refuse_other_model(saved[1]["model"], meta["model"])
@@ -137,13 +142,16 @@ def train(config: Config) -> None:
         # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
         restored = checkpointer.restore(shapes, on_skipped=say)
         if restored is None:
-            first_step, state = 0, first_state(config)
+            first_step, state, changes = 0, first_state(config), []
         else:
-            first_step, state, _ = restored
+            first_step, state, then = restored
             say(f"resuming after step {first_step} of {training.num_steps}")
+            changes = rate_change(then.get("schedule", {}), training, first_step)
         if first_step >= training.num_steps:
             say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
             return checkpointer.close()
+        for line in changes:
+            say(line)
 
         # ---- The step, compiled once.
         started = time.monotonic()

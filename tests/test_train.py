@@ -377,11 +377,31 @@ def test_a_broken_checkpoint_is_passed_over(whole_run, config_file, tmp_path, ca
     files = [p for p in (folder / "checkpoints" / "6").rglob("*") if p.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-40] + b"\0" * 40)
-    start(config_file, folder)
+    # Its own config.yaml names the folder that it was copied from.
+    train.main(["--config", str(folder / "config.yaml")])
     said = capfd.readouterr().out
     assert "the checkpoint of step 6 is broken" in said
     assert "using step 4 instead" in said
     np.testing.assert_allclose(losses(folder), losses(whole_run), rtol=1e-6)
+
+
+def test_another_learning_rate_is_said_before_the_first_step(
+    whole_run, monkeypatch, capfd
+):
+    class NoCompile:
+        def trace(self, *_):
+            return self
+
+        def lower(self):
+            raise SystemExit("compiles")
+
+    monkeypatch.setattr(train, "jit_train_step", lambda *_: NoCompile())
+    config = str(whole_run / "config.yaml")
+    with pytest.raises(SystemExit, match="compiles"):
+        train.main(["--config", config, "--training.num-steps=12"])
+    said = capfd.readouterr().out
+    assert "resuming after step 6 of 12\nthe learning rate goes from 0.00149" in said
+    assert "at step 6 to 0.00656 at step 7: training.num_steps was 6, is 12" in said
 
 
 REFUSALS = {

@@ -39,6 +39,8 @@ def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
 def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Config:
     """Reads a YAML file, applies command-line overrides, fills in what follows.
 
+    A run's own config.yaml means the run in whose folder it lies.
+
     Raises:
       ValueError: an unknown key, a wrong type or an impossible value, by name.
       SystemExit: for the command line's own errors, and for --help.
@@ -51,10 +53,19 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     config = from_dict(Config, {} if values is None else values, where=f"{path}: ")
+    if _is_of_a_run(path):  # which may have been copied or moved with it
+        run = dataclasses.replace(config.run, folder=str(path.parent))
+        config = dataclasses.replace(config, run=run)
     if argv:
         words = _as_tyro_writes(argv)
         config = tyro.cli(Config, default=config, args=words, prog=program or None)
     return complete(config, name=path.stem)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a run wrote the file into its folder."""
+    others = (path.parent / name for name in ("checkpoints", "metrics.jsonl"))
+    return path.name == "config.yaml" and any(each.exists() for each in others)
 
 
 def _as_tyro_writes(argv: Sequence[str]) -> list[str]:

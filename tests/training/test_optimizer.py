@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ from jax.sharding import AxisType
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
 from ulysses_jax.config_file import from_dict
-from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from ulysses_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    rate_change,
+    schedule_fields,
+)
 from ulysses_jax.training.state import abstract_state
 
 GPT = dict(
@@ -159,6 +165,36 @@ def test_schedule():
     assert rate_at(16) == pytest.approx(0.002 + 0.018 * (1 - math.sqrt(0.5)) / 2)
     assert rate_at(20) == pytest.approx(0.002)
     assert rate_at(1000) == pytest.approx(0.002)
+
+
+def changed(step, **changes):
+    before, now = schedule_fields(TRAINING), dataclasses.replace(TRAINING, **changes)
+    return rate_change(before, now, step)
+
+
+def test_another_schedule_is_said_with_both_rates():
+    """Of a run that is finished, and of one that stopped; and what holds the rate."""
+    (line,) = changed(20, num_steps=100)
+    last, rate = rate_at(19), rate_at(20, num_steps=100)
+    assert rate > 8 * last
+    assert line.startswith(
+        f"the learning rate goes from {last:.3g} at step 20 to {rate:.3g} at step 21: "
+        "training.num_steps was 20, is 100, and"
+    )
+    number = float(re.search(r"to go on at ([\d.e-]+), set", line)[1])
+    held = dict(learning_rate=number, final_learning_rate=number, num_steps=100)
+    for step in (20, 50, 99):
+        assert rate_at(step, **held) == pytest.approx(last, rel=1e-2)
+    assert len(changed(10, num_steps=100)) == 1
+    (line,) = changed(10, learning_rate=0.04, warmup_steps=5)
+    assert "warmup_steps was 4, is 5, training.learning_rate was 0.02, is 0.04" in line
+
+
+def test_the_same_rate_is_not_spoken_of():
+    assert changed(10) == changed(20) == []
+    assert changed(2, num_steps=100) == []  # while it warms up
+    assert changed(10, clip_norm=2.0) == []
+    assert rate_change({}, TRAINING, 10) == []  # of a checkpoint that does not say
 
 
 def test_schedule_without_warmup_and_with_nothing_else():

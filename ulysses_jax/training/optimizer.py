@@ -1,5 +1,6 @@
 """AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,37 @@ def learning_rate_schedule(training: Training) -> optax.Schedule:
         decay_steps=max(training.num_steps, training.warmup_steps + 1),
         end_value=training.final_learning_rate,
     )
+
+
+def schedule_fields(training: Training) -> dict[str, Any]:
+    """What the learning rate of a step depends on, for a checkpoint's meta."""
+    names = ("num_steps", "warmup_steps", "learning_rate", "final_learning_rate")
+    return {name: getattr(training, name) for name in names}
+
+
+def rate_change(before: dict[str, Any], training: Training, step: int) -> list[str]:
+    """A line, where a run that goes on after `step` does so at another learning rate.
+
+    Args:
+      before: `schedule_fields` of the run that saved the step.
+    """
+    was: Any = learning_rate_schedule(dataclasses.replace(training, **before))
+    new: Any = learning_rate_schedule(training)
+    last, planned, rate = float(was(step - 1)), float(was(step)), float(new(step))
+    if abs(rate - planned) <= 0.01 * planned:
+        return []
+    now = schedule_fields(training)
+    changes = [
+        f"training.{name} was {before[name]}, is {now[name]}"
+        for name in now
+        if before.get(name, now[name]) != now[name]
+    ]
+    return [
+        f"the learning rate goes from {last:.3g} at step {step} to {rate:.3g} at step "
+        f"{step + 1}: {', '.join(changes)}, and the schedule is drawn anew over all "
+        f"steps; to go on at {last:.3g}, set training.learning_rate and "
+        "training.final_learning_rate to it"
+    ]
 
 
 def make_optimizer(training: Training) -> optax.GradientTransformationExtraArgs:
