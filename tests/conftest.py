@@ -31,3 +31,13 @@ jax.config.update("jax_enable_compilation_cache", False)
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
     assert jax.device_count() == 8
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """Takes away what a launcher of the tests themselves may have set."""
+    names = ("SLURM", "OMPI", "PMI", "MV2", "JSM", "FLUX", "MPI_LOCAL", "KUBERNETES")
+    names += ("WORLD_SIZE", "RANK", "LOCAL_", "JOB_COMPLETION", "JAX_", "CUDA_VISIBLE")
+    for name in os.environ:
+        if name.startswith(names):
+            monkeypatch.delenv(name)

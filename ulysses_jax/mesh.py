@@ -1,7 +1,9 @@
 """The mesh: its axes by name, in one order, with the fastest links innermost."""
 
+import math
 import os
 import socket
+import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from ulysses_jax.launcher import find_launcher, own_devices
+
 AXES = ("data", "fsdp", "ring", "seq", "tensor")
+
+# How long a name may be unknown, as a new pod's is, and process 0 not be there: that
+# long JAX waits too, and ends the process then.
+_UNKNOWN_SECONDS, _ABSENT_SECONDS = 20, 300
 
 
 def make_mesh(
@@ -40,9 +48,20 @@ def make_mesh(
       A `jax.sharding.Mesh` over all of `devices`.
 
     Raises:
-      ValueError: the degrees do not multiply to the number of devices.
+      ValueError: the degrees do not multiply to the number of devices, or JAX cannot
+        start a device.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        try:
+            devices = jax.devices()
+        # JAX only asserts that one of JAX_PLATFORMS was found.
+        except (RuntimeError, AssertionError) as error:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            raise ValueError(
+                f"JAX_PLATFORMS is {platforms!r}, and JAX cannot start its devices"
+                f"{f' ({error})' if str(error) else ''}: GPUs need their driver and "
+                "the extra [gpu]; without a GPU set JAX_PLATFORMS=cpu"
+            ) from None
     degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
     try:
         degrees = resolve_degrees(degrees, len(devices))
@@ -72,7 +91,7 @@ def resolve_degrees(degrees: dict[str, int], num_devices: int) -> dict[str, int]
             f"mesh {text}: every degree is a positive number, and one may be -1 "
             "(what the others leave)"
         )
-    fixed = int(np.prod([degree for degree in degrees.values() if degree != -1]))
+    fixed = math.prod(degree for degree in degrees.values() if degree != -1)
     if num_devices % fixed or (not free and fixed != num_devices):
         axis = free[0] if free else "data"
         others = fixed if free else fixed // degrees[axis]
@@ -134,7 +153,7 @@ def start_distributed(
 
     Under SLURM (`srun`), Open MPI (`mpirun`) and Kubernetes (an Indexed Job) the
     arguments are found by JAX. Everywhere else give all three. Call it before JAX has
-    devices. One process a host takes all the host's GPUs, one process a GPU its own.
+    devices. One process a host takes all the GPUs that it sees; several share them.
 
     Args:
       coordinator: "host:port" of process 0, reachable from all.
@@ -142,14 +161,21 @@ def start_distributed(
       process_id: of this process, 0 to num_processes - 1.
 
     Raises:
-      ValueError: some of the arguments are missing, or a launcher is there that does
-        not say enough.
+      ValueError: some of the arguments are missing or cannot be, or a launcher is there
+        that does not say enough.
     """
     given = dict(
         coordinator=coordinator, num_processes=num_processes, process_id=process_id
     )
     missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(
+            "distributed takes coordinator, num_processes and process_id together; "
+            f"missing: {', '.join(missing)}"
+        )
+    launcher = find_launcher()
     if not missing:
+        assert coordinator is not None
         assert num_processes is not None and process_id is not None
         if not 0 <= process_id < num_processes:
             raise ValueError(
@@ -157,48 +183,108 @@ def start_distributed(
                 f"{num_processes - 1}"
             )
         if num_processes > 1:
+            _await_coordinator(coordinator, process_id)
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
+                local_device_ids=None if launcher is None else own_devices(launcher),
                 cluster_detection_method="deactivate",
             )
         return
-    if len(missing) < len(given):
-        raise ValueError(
-            "distributed takes coordinator, num_processes and process_id together; "
-            f"missing: {', '.join(missing)}"
+    if launcher is None:
+        return
+    flags = (
+        "--distributed.coordinator HOST:PORT --distributed.num-processes "
+        f"{launcher.size or 'N'} --distributed.process-id "
+        f"{'I' if launcher.rank is None else launcher.rank} (for each its own)"
+    )
+    if launcher.method is None or launcher.rank is None:
+        is_slurm = launcher.method == "slurm"
+        lacks = (
+            f"{launcher.rank_name} is not set, which says which of them it is: start "
+            f"it with srun, or give {flags}"
+            if is_slurm
+            else f"not where process 0 is: give {flags}"
         )
-    launcher = _launcher()
-    if launcher is not None:
-        method, local_device_ids = launcher
-        try:
-            jax.distributed.initialize(
-                cluster_detection_method=method, local_device_ids=local_device_ids
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"jax.distributed could not read all that it needs from {method} "
-                f"({error}): give --distributed.coordinator HOST:PORT "
-                "--distributed.num-processes N --distributed.process-id I"
-            ) from None
+        name = "SLURM_STEP_NODELIST" if is_slurm else launcher.size_name
+        raise ValueError(
+            f"by its variables ({launcher.size_name}={launcher.size}) {launcher.name} "
+            f"started this as one of {launcher.size} processes, but {lacks}; or, to "
+            f"train in this process alone, unset {name}"
+        )
+    if launcher.rank == 0:
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        if launcher.method == "slurm" and port is None:  # as JAX chooses it
+            port = int(os.environ.get("SLURM_JOB_ID", 0)) % 2**12 + 2**16 - 2**12
+        if port is not None:
+            _check_port(int(port), "set JAX_COORDINATOR_PORT=PORT for all processes")
+    try:
+        jax.distributed.initialize(
+            cluster_detection_method=launcher.method,
+            local_device_ids=own_devices(launcher),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"jax.distributed could not read all that it needs from {launcher.name}'s "
+            f"variables ({error}): give {flags}"
+        ) from None
 
 
-def _launcher() -> tuple[str, list[int] | None] | None:
-    """The launcher of many processes, as JAX names it, and the devices to take.
+def _await_coordinator(coordinator: str, process_id: int) -> None:
+    """Words for what ends the process without them, at once or after five minutes.
 
-    None for the devices leaves them to JAX: process i of a host takes GPU i, or on
-    Kubernetes all of the pod's.
+    Raises:
+      ValueError: no such host or port, or nobody there.
     """
-    env = os.environ
-    # SLURM_STEP_NODELIST: started by srun, not only inside an allocation.
-    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        tasks_a_node = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "1(x4)"
-        if tasks_a_node.split("(")[0] == "1" and "SLURM_GPUS_ON_NODE" in env:
-            return "slurm", list(range(int(env["SLURM_GPUS_ON_NODE"])))
-        return "slurm", None
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return "ompi", None
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return "k8s", None
-    return None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"distributed.coordinator {coordinator!r} is not host:port, such as "
+            "host0:1234, with a port of 1 to 65535"
+        )
+    address = host.strip("[]"), int(port)
+    started = time.monotonic()
+    while True:
+        try:
+            if process_id:
+                socket.create_connection(address, timeout=10).close()
+            else:
+                socket.getaddrinfo(*address)
+                _check_port(int(port), "use another one in --distributed.coordinator")
+            return
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: a label of the name is too long, or empty.
+            if isinstance(error, socket.gaierror | UnicodeError):
+                what, seconds = f"the host {host!r} is not known", _UNKNOWN_SECONDS
+            else:
+                what, seconds = (
+                    f"process 0 is not there after {_ABSENT_SECONDS} s",
+                    (_ABSENT_SECONDS),
+                )
+            if time.monotonic() - started >= seconds:
+                why = getattr(error, "strerror", None) or error
+                raise ValueError(
+                    f"distributed.coordinator {coordinator}: {what} ({why}): give the "
+                    "host's name or address as all processes know it, and a port that "
+                    "they reach; process 0 must run there"
+                ) from None
+        time.sleep(min(1, seconds))
+
+
+def _check_port(port: int, remedy: str) -> None:
+    """Of process 0: JAX's own service would crash where it cannot listen."""
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"process 0 cannot be the coordinator on port {port} of this host: "
+                f"{error.strerror}: {remedy}"
+            ) from None
