@@ -25,7 +25,7 @@ def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
       SystemExit: for the command line's own errors, and for --help.
     """
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--config", metavar="FILE", action="append")
     own, overrides = parser.parse_known_args(argv)
     if own.config is None:
         if {"-h", "--help"} & set(
@@ -33,7 +33,10 @@ def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
         ):  # without a file: the fields' own defaults
             tyro.cli(Config, args=overrides, prog=f"{program} --config FILE")
         raise ValueError("say which run: --config configs/tiny.yaml")
-    return load(own.config, overrides, program=f"{program} --config {own.config}")
+    if len(own.config) > 1:
+        raise ValueError(f"--config stands twice, {' and '.join(own.config)}: keep one")
+    (path,) = own.config
+    return load(path, overrides, program=f"{program} --config {path}")
 
 
 def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Config:
@@ -47,10 +50,11 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_bytes(), Loader=_Loader)
     except OSError as error:
         raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # ValueError: of a number of thousands of digits, or of what follows !!int.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     config = from_dict(Config, {} if values is None else values, where=f"{path}: ")
     if _is_of_a_run(path):  # which may have been copied or moved with it
@@ -66,6 +70,39 @@ def _is_of_a_run(path: Path) -> bool:
     """Whether a run wrote the file into its folder."""
     others = (path.parent / name for name in ("checkpoints", "metrics.jsonl"))
     return path.name == "config.yaml" and any(each.exists() for each in others)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: no key twice, no numbers in base 8 or 60, no dates."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused when it is constructed
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{key.value!r} stands twice, in lines {lines[key.value]} and "
+                    f"{line}: keep one"
+                )
+            lines[key.value] = line
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """As it stands where YAML 1.1 has another base: 010 is 8, and 10:30 is 630."""
+        text = node.value.lstrip("+-")
+        if ":" in text or (text[:1] == "0" and text[1:2] in tuple("01234567_")):
+            return node.value
+        if node.tag.endswith("int"):
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
 
 
 def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
@@ -139,7 +176,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         elif option is float and not isinstance(value, bool):
             try:  # YAML reads 3e-4, without a dot, as a string
                 return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         elif type(value) is option:
             return value

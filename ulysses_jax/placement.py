@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 from typing import Any
 
@@ -38,11 +39,28 @@ def complete(config: Config, *, name: str) -> Config:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(model, **filled),
-        run=dataclasses.replace(config.run, folder=config.run.folder or f"runs/{name}"),
+        run=dataclasses.replace(config.run, folder=_folder(config.run.folder, name)),
     )
     _check_model(config.model, training)
     _check_memory(config.memory, config.model, training)
     return config
+
+
+def _folder(folder: str | None, name: str) -> str:
+    """The run's: ~ is the home folder, as in a shell, which does not see it after =."""
+    if folder is None:
+        return f"runs/{name}"
+    found = os.path.expanduser(folder)
+    if not found.strip():
+        why = "it is empty"
+    elif found[0] == "~":
+        why = f"there is no home folder {found.split('/')[0]}"
+    else:
+        return found
+    raise ValueError(
+        f"run.folder {folder!r} names no folder ({why}): leave it out for runs/{name}, "
+        "or write ./ before the name"
+    )
 
 
 def place(config: Config, degrees: dict[str, int]) -> Config:
@@ -193,7 +211,7 @@ _BELOW_ONE = {"validation_fraction", "beta1", "beta2", "label_smoothing"}
 
 
 def _check_ranges(config: Config) -> None:
-    """Numbers are positive, or not negative; fractions lie below 1."""
+    """Numbers are positive, or not negative; counts are int32; fractions below 1."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         if not dataclasses.is_dataclass(values) or section.name == "mesh":
@@ -209,6 +227,8 @@ def _check_ranges(config: Config) -> None:
                 raise ValueError(f"{name} must be {bound}, not {value}")
             if each.name == "seed" and value >= 2**32:
                 raise ValueError(f"{name} must be below 2^32, not {value}")
+            if each.name != "seed" and isinstance(value, int) and value >= 2**31:
+                raise ValueError(f"{name} must be below 2^31, not {value}")
             if each.name == "offload_fraction" and value > 1:
                 raise ValueError(f"{name} must be at most 1, not {value}")
             if each.name in _BELOW_ONE and value >= 1:
