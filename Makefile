@@ -66,11 +66,19 @@ $(PEER_INSTALLED): benchmarks/ringattention.txt
 	@touch $@
 
 comma := ,
+# A line a package, for those who wait; errors and warnings as pip writes them. What is
+# imported is compiled then: pip would compile it all, which takes as long as the rest.
 define make_environment
 	@echo "== setting up $(1) with $$($(PYTHON) --version): $(3), once"
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: PYTHON=python3.12 make ...' if sys.version_info < (3, 11) else 0)"
 	@$(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(2)'
+	@{ $(1)/bin/python -m pip install --no-compile --progress-bar off --disable-pip-version-check --constraint constraints.txt --editable '$(2)' \
+	    || touch $(1)/failed; } \
+	| while read -r word name rest; do case $$word-$$name in \
+	    Collecting-*) echo "   $${name%%[!A-Za-z0-9._-]*}";; \
+	    Installing-collected) echo "   all are here: unpacking them";; \
+	  esac; done
+	@test ! -e $(1)/failed
 	@touch $@
 endef
 
