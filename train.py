@@ -62,6 +62,7 @@ from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
+from ulysses_jax.training.output import print_every_name
 from ulysses_jax.training.preflight import (
     agreed,
     architecture,
@@ -82,6 +83,7 @@ from ulysses_jax.training.step import (
 
 
 def main(argv: list[str]) -> None:
+    print_every_name()
     with ends_in_words(__file__):
         config = load_from_command_line(argv, program="train.py")
         simulate_cpu_devices(config.run.simulated_cpu_devices)
@@ -125,7 +127,7 @@ def train(config: Config) -> None:
         saved = checkpointer.latest_meta()
         if saved is not None:
             refuse_other_model(saved[1]["model"], meta["model"])
-            refuse_other_data(saved[1]["data"], meta["data"])
+            refuse_other_data(saved[1]["data"], meta["data"], config)
         state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         check_space(checkpointer.folder, state_bytes, checkpointer.keep)
 

@@ -26,6 +26,7 @@ from matplotlib.image import imread
 from ulysses_jax.config import Data, Distributed, Run
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents, split
+from ulysses_jax.data.rows import read_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
@@ -68,13 +69,15 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Thirty documents of unequal length, some longer than a row, one not UTF-8."""
+    """Thirty documents of unequal length, some longer than a row, one not UTF-8; an
+    empty one, which the run names, by a name that is not UTF-8 either."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(30):
         words = rng.choice(["alpha", "beta", "gamma", "delta\n"], rng.integers(4, 90))
         (folder / f"{i:02}.txt").write_text(" ".join(words))
     (folder / "latin1.txt").write_bytes("caf\xe9 \xff ".encode("latin-1") * 9)
+    (folder / os.fsdecode(b"caf\xe9.txt")).touch()
     return folder
 
 
@@ -289,7 +292,7 @@ def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, cor
     stream = [
         (byte, number)
         for number, file in enumerate(files)
-        for byte in (*file.path.read_bytes(), 256)
+        for byte in (*read_bytes(file, 0, file.size), 256)
     ]
     mesh = make_mesh(devices=jax.devices()[:1], axis_type=AxisType.Explicit)
     total = count = 0
@@ -643,7 +646,8 @@ def run_script(script, *argv, env):
     outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     return subprocess.Popen(
         [sys.executable, "-c", script, *argv],
-        env=outside | {"JAX_PLATFORMS": "cpu"} | env,
+        # Not every output can say every file's name.
+        env=outside | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

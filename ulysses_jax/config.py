@@ -64,7 +64,7 @@ class Data:
     files: str = "stdlib"
     """A folder, a glob, a file, or "stdlib": the running Python's own source text."""
     validation_fraction: float = 0.05
-    """Of the files."""
+    """Of the bytes, as whole files and the end of one."""
     mask_documents: bool = True
     """Documents packed into one sequence do not see each other."""
 

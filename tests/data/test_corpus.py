@@ -11,6 +11,7 @@ from ulysses_jax.data.corpus import (
     shuffled,
     split,
 )
+from ulysses_jax.data.rows import read_bytes
 
 
 def write(folder, files):
@@ -43,6 +44,114 @@ def test_a_glob_names_files_from_its_first_wildcard_on(tmp_path, monkeypatch):
     for pattern in (f"{tmp_path}/x/**/*.txt", "x/**/*.txt", "./x/**/*.txt"):
         monkeypatch.chdir(tmp_path)
         assert names(find_documents(pattern).documents) == ["a.txt", "y/b.txt"]
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A corpus with links to a folder elsewhere, twice, to itself, and inside of it."""
+    write(
+        tmp_path, {"corpus/own/a.txt": b"1", "wiki/w.txt": b"2", "wiki/in/x.md": b"3"}
+    )
+    corpus = tmp_path / "corpus"
+    for name, target in {
+        "again": "../wiki",
+        "linked": "../wiki",
+        "also_own": "own",
+        "own/up": "../../corpus",
+        "self": ".",
+    }.items():
+        (corpus / name).symlink_to(target)
+    return corpus
+
+
+@pytest.mark.parametrize("where", ["", "/**", "/**/*"])
+def test_linked_folders_are_read_once(linked, where):
+    """As a folder and as a glob; what lies there without a link keeps its name."""
+    found = names(find_documents(f"{linked}{where}").documents)
+    assert found == ["again/in/x.md", "again/w.txt", "own/a.txt"]
+
+
+def test_a_glob_through_linked_folders(linked, monkeypatch):
+    monkeypatch.chdir(linked)
+    assert names(find_documents("**/*.txt").documents) == ["again/w.txt", "own/a.txt"]
+    assert names(find_documents("**/in/**/*").documents) == ["again/in/x.md"]
+    assert names(find_documents("l*/*.txt").documents) == ["linked/w.txt"]
+
+
+def test_a_corpus_of_links_alone(linked):
+    write(linked.parent, {"links/.keep": b""})
+    (linked.parent / "links" / "wiki").symlink_to(linked.parent / "wiki")
+    (linked.parent / "root").symlink_to("links")
+    for corpus in ("links", "root"):
+        found = find_documents(f"{linked.parent}/{corpus}").documents
+        assert names(found) == ["wiki/in/x.md", "wiki/w.txt"]
+
+
+RUN = {"config.yaml": b"x", "metrics.jsonl": b"y", "checkpoints/2/z": b"z"}
+
+
+@pytest.mark.parametrize("where", ["", "/**/*", "/**"])
+def test_what_runs_write_is_left_out_aloud(tmp_path, where):
+    write(tmp_path, {"runs/notes.txt": b"1", "runs/mine/a.yaml": b"1", "b.txt": b"2"})
+    write(tmp_path / "runs" / "other", RUN)
+    write(tmp_path / "config", {"config.yaml": b"of no run"})
+    corpus = find_documents(f"{tmp_path}{where}", f"{tmp_path}/runs/../runs/mine")
+    assert "left out what runs wrote, in runs/mine, runs/other" in corpus.notes[0]
+    assert names(corpus.documents) == ["b.txt", "config/config.yaml", "runs/notes.txt"]
+    with pytest.raises(ValueError, match="no text: what runs wrote, in mine, other"):
+        find_documents(f"{tmp_path}/runs/*/*", f"{tmp_path}/runs/mine")
+    # A run that is named itself is a corpus like another.
+    assert len(find_documents(f"{tmp_path}/runs/other").documents) == 3
+
+
+def test_a_run_into_its_own_corpus_is_refused(tmp_path):
+    write(tmp_path, {"a.txt": b"x"})
+    with pytest.raises(ValueError, match="use a --run.folder below it or elsewhere"):
+        find_documents(str(tmp_path), f"{tmp_path}/../{tmp_path.name}")
+    below = f"{tmp_path}/run"
+    assert names(find_documents(str(tmp_path), below).documents) == ["a.txt"]
+    # Nothing is wrong with a corpus inside of the run's folder.
+    assert names(find_documents(str(tmp_path), f"{tmp_path}/..").documents) == ["a.txt"]
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    write(tmp_path, {"text/a.txt": b"x"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for files in ("~/text", "~/text/*.txt", "~/text/a.txt"):
+        assert names(find_documents(files).documents) == ["a.txt"]
+    (tmp_path / "text" / "a.txt").unlink()
+    with pytest.raises(ValueError, match="the folder ~/text .*holds no file"):
+        find_documents("~/text")
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ("~nobody-of-that-name/x", "'~nobody-of-that-name/x' gives no file"),
+        ("", "data.files '' is empty: give a folder"),
+        (" ", "data.files ' ' is empty"),
+        ("a\0b", "gives no file"),
+    ],
+)
+def test_names_that_no_file_has(files, message):
+    with pytest.raises(ValueError, match=message):
+        find_documents(files)
+
+
+def test_a_name_that_the_locale_cannot_say(monkeypatch):
+    def candidates(*_):
+        "\u65e5".encode("ascii")
+
+    monkeypatch.setattr("ulysses_jax.data.corpus._candidates", candidates)
+    with pytest.raises(ValueError, match="in this locale.*LC_ALL=C.UTF-8"):
+        find_documents("\u65e5")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+def test_text_with_a_byte_order_mark_is_no_binary(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    write(tmp_path, {"a.txt": f"{mark}text".encode(encoding), "b.txt": b"b"})
+    assert names(find_documents(str(tmp_path)).documents) == ["a.txt", "b.txt"]
 
 
 def test_a_file_with_brackets_in_its_name_is_a_file(tmp_path):
@@ -155,6 +264,53 @@ def test_the_split_follows_from_the_names_alone():
 
 
 FIXED_SPLIT = ["5.txt", "6.txt"]
+
+
+def bytes_of(part):
+    """What the rows of a part read, by name."""
+    return {d.name: read_bytes(d, 0, d.size) for d in part}
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.4, 0.9])
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+def test_a_file_is_cut_so_that_the_fraction_holds(tmp_path, num, fraction):
+    """At a line's end, to within a line; no byte in both parts, and none in neither."""
+    texts = {
+        f"{i}.txt": b"".join(b"%d of file %d\n" % (line, i) for line in range(90 + i))
+        for i in range(num)
+    }
+    documents = find_documents(str(write(tmp_path, texts))).documents
+    train, validation = split(documents, fraction)
+    assert (train, validation) == split(documents[::-1], fraction)
+    first, last = bytes_of(train), bytes_of(validation)
+    assert len(first.keys() & last.keys()) <= 1
+    joined = {n: first.get(n, b"") + last.get(n, b"") for n in first | last}
+    assert joined == texts
+    assert all(text.endswith(b"\n") for text in [*first.values(), *last.values()])
+    total = sum(map(len, texts.values()))
+    assert abs(sum(map(len, last.values())) - fraction * total) <= 13
+
+
+def test_a_file_that_is_cut_may_not_change(tmp_path):
+    documents = find_documents(str(write(tmp_path, {"a": b"1\n2\n3\n"}))).documents
+    (train,), (validation,) = split(documents, 0.3)
+    assert bytes_of([train, validation]) == {"a": b"3\n"}
+    write(tmp_path, {"a": b"1\n2\n3\n4\n"})
+    for part in (train, validation):
+        with pytest.raises(ValueError, match="had 6 bytes when the run started"):
+            bytes_of([part])
+
+
+def test_no_line_ends_near_a_cut(tmp_path, monkeypatch):
+    """The file goes to the part that it leaves nearer to the fraction."""
+    monkeypatch.setattr("ulysses_jax.data.corpus._CUT_BYTES", 8)
+    texts = {f"{i}.txt": b"x" * 100 + b"\n" for i in range(10)}
+    documents = find_documents(str(write(tmp_path, texts))).documents
+    for fraction, num in ((0.04, 1), (0.14, 1), (0.16, 2), (0.96, 9)):
+        train, validation = split(documents, fraction)
+        assert (len(train), len(validation)) == (10 - num, num)
+    with pytest.raises(ValueError, match="use data.validation_fraction 0, or give 2"):
+        split(documents[:1], 0.5)
 
 
 def test_no_validation():

@@ -115,6 +115,58 @@ def test_a_run_goes_on_with_its_own_data_only(folder):
         refuse_other_data({}, open_data(config).meta)
 
 
+def test_the_remedy_for_other_data_is_a_folder_that_is_free(folder, tmp_path):
+    """README's second command reads other files into the folder of its first."""
+    config = make_config(folder, run=Run(folder=str(tmp_path / "tiny")))
+    saved = open_data(config).meta
+    (tmp_path / "tiny").mkdir()
+    books = write_books(tmp_path)
+    other = make_config(books / "*.txt", run=config.run)
+    expected = [tmp_path / "books-2", tmp_path / "books-3"]
+    for free in expected:
+        with pytest.raises(ValueError, match=f"--run.folder {free}$"):
+            refuse_other_data(saved, open_data(other).meta, other)
+        free.mkdir()
+    # The same files in other batches.
+    training = dataclasses.replace(config.training, batch_size=4)
+    other = dataclasses.replace(config, training=training)
+    with pytest.raises(ValueError, match=f"--run.folder {tmp_path}/tiny-2$"):
+        refuse_other_data(saved, open_data(other).meta, other)
+
+
+def write_books(tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    for name in "abc":
+        (books / f"{name}.txt").write_text("a line of text\n" * 100)
+    return books
+
+
+def test_a_cut_file_is_said_and_known_again(tmp_path):
+    config = make_config(
+        write_books(tmp_path), data=Data(files=str(tmp_path), validation_fraction=0.05)
+    )
+    data = open_data(config)
+    assert (
+        "train 3 files, 4,278 tokens; validation 1 files, 226 tokens (5.0%)"
+        in (data.notes[0])
+    )
+    assert "the last 225 bytes validate, the 1,275 before them train" in data.notes[1]
+    # The same files parted in another way, as by another version, are other data.
+    saved = data.meta | {"bytes that validate": 1500}
+    with pytest.raises(ValueError, match="bytes that validate was 1500, is 225"):
+        refuse_other_data(saved, data.meta, config)
+
+
+def test_a_runs_own_folder_is_no_part_of_its_corpus(folder):
+    """Or the run could not resume: its files would be others than when it started."""
+    config = make_config(folder, run=Run(folder=str(folder / "runs" / "x")))
+    saved = open_data(config).meta
+    (folder / "runs" / "x").mkdir(parents=True)
+    (folder / "runs" / "x" / "config.yaml").write_text(config.to_yaml())
+    refuse_other_data(saved, open_data(config).meta, config)
+
+
 PROGRAM = """
 import sys
 import jax, numpy as np

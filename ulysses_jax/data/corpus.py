@@ -1,36 +1,47 @@
 """The corpus: which files are read, under which names, and which of them validate."""
 
+import dataclasses
 import glob
 import hashlib
+import itertools
 import math
 import os
 import stat
+import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 _SNIFFED_BYTES = 8192
+# Of UTF-16 and UTF-32, whose letters hold NUL bytes.
+_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+_FILES_OF_A_RUN = ("config.yaml", "metrics.jsonl")
+# How far a line's end is looked for from where a file would be cut.
+_CUT_BYTES = 2**20
 # Opening a file on a network disk is mostly waiting.
 _THREADS = 16
 _NOT_THE_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Document:
-    """One file of the corpus.
+    """One file of the corpus, or the part of one that `split` left.
 
     Attributes:
       name: relative to what the corpus was opened as, so the same on every machine.
       path: where it is read.
       size: in bytes, when the corpus was opened.
+      before, after: bytes of the file that lie around it.
     """
 
     name: str
     path: Path
     size: int
+    before: int = 0
+    after: int = 0
 
 
 class Corpus(NamedTuple):
@@ -40,28 +51,42 @@ class Corpus(NamedTuple):
     """What was left out, for the reader of the run's output."""
 
 
-def find_documents(files: str) -> Corpus:
+def find_documents(files: str, run_folder: str | None = None) -> Corpus:
     """Finds and opens, once each, the files that `data.files` names.
 
-    A folder gives all files below it that are not hidden. Of a folder or a glob, files
-    that look binary (a NUL byte in their first 8 KiB) are left out, with a note; a file
-    named by itself, and the standard library, are taken as they are.
+    A folder gives all files below it that are not hidden, behind links too; each folder
+    is read once. Of a folder or a glob, files that look binary (a NUL byte in their
+    first 8 KiB, and no byte order mark) are left out, with a note; a file named by
+    itself, and the standard library, are taken as they are.
 
     Args:
       files: "stdlib" for the source text of the running Python's standard library, a
         folder, a glob, or a file.
+      run_folder: of the run that reads them. What a run writes is no text to train on:
+        this folder is left out, and of a folder or ** those of other runs.
 
     Raises:
       ValueError: nothing matches, nothing is left, or a file cannot be opened.
 
     Cost: one open and one short read a file, 16 at a time.
     """
+    if not files.strip():
+        raise ValueError(
+            f"data.files {files!r} is empty: give a folder (. is the one you are in), "
+            'a glob, a file, or "stdlib"'
+        )
+    path = Path(os.path.expanduser(files))
     try:
-        candidates, may_be_binary = _candidates(files)
+        candidates, runs, may_be_binary = _candidates(path, run_folder)
     except OSError as error:
         raise _unreadable(Path(error.filename or files), error) from None
-    if not candidates:
-        if Path(files).is_dir():
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"data.files {files!r} cannot be a file's name in this locale, whose "
+            f"encoding is {sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8"
+        ) from None
+    if not candidates and not runs:
+        if path.is_dir():
             raise ValueError(
                 f"the folder {files} of data.files holds no file: put text files into "
                 'it, or give another folder, a glob, a file, or "stdlib"'
@@ -82,6 +107,8 @@ def find_documents(files: str) -> Corpus:
     binary = [document.name for document, is_binary in found if is_binary]
     documents = [d for d, is_binary in found if d.size and not is_binary]
     notes = []
+    if runs:
+        notes.append(f"what runs wrote, in {_some(runs)}")
     if empty:
         notes.append(f"{_count(empty)} of 0 bytes: {_some(empty)}")
     if binary:
@@ -100,27 +127,44 @@ def find_documents(files: str) -> Corpus:
 def split(
     documents: Sequence[Document], validation_fraction: float
 ) -> tuple[list[Document], list[Document]]:
-    """Parts the files into (train, validation), by a hash of their names.
+    """Parts the documents into (train, validation), by a hash of their names.
 
-    The part of a file changes with none but its name, and neither with the order in
-    which files are found nor with the machine. The first ceil(fraction x files) by hash
-    validate, and both parts have a file; at a fraction of 0 none validates.
+    In the order of that hash files validate until they hold the fraction of all bytes.
+    The last one is cut at the end of a line, and its own end validates; where no line
+    ends near there, the file goes to the part that it leaves nearer to the fraction.
+    Both parts have a document; at a fraction of 0 none validates. Neither the order in
+    which files are found nor the machine changes anything.
 
     Raises:
-      ValueError: one file cannot be parted.
+      ValueError: one file cannot be cut.
+
+    Cost: up to 2 MiB are read, of the file that is cut.
     """
     ordered = _by_hash(documents, salt="split")
     if validation_fraction == 0:
         return ordered, []
+    total = sum(document.size for document in ordered)
+    # The product of a decimal fraction may lie a hair above its whole number.
+    wanted = math.ceil(round(validation_fraction * total, 6))
+    num = 0
+    while num < len(ordered) and ordered[num].size <= wanted:
+        wanted -= ordered[num].size
+        num += 1
+    if num < len(ordered) and wanted > 0:
+        crossing = ordered[num]
+        cut = _line_start(crossing, crossing.size - wanted)
+        if cut is not None:
+            kept = dataclasses.replace(crossing, size=cut, after=crossing.size - cut)
+            rest = dataclasses.replace(crossing, size=crossing.size - cut, before=cut)
+            return [kept, *ordered[num + 1 :]], [*ordered[:num], rest]
+        num += 2 * wanted >= crossing.size
     if len(ordered) == 1:
         raise ValueError(
-            f"data.files is 1 file ({ordered[0].name}), and data.validation_fraction "
-            f"{validation_fraction} takes whole files: use data.validation_fraction 0, "
-            "or give 2 files or more"
+            f"data.files is 1 file ({ordered[0].name}) without a line's end where "
+            f"data.validation_fraction {validation_fraction} would cut it: use "
+            "data.validation_fraction 0, or give 2 files or more"
         )
-    # The product of a decimal fraction may lie a hair above its whole number.
-    wanted = math.ceil(round(validation_fraction * len(ordered), 6))
-    num = min(max(wanted, 1), len(ordered) - 1)
+    num = min(max(num, 1), len(ordered) - 1)
     return ordered[num:], ordered[:num]
 
 
@@ -140,37 +184,103 @@ def fingerprint(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def _candidates(files: str) -> tuple[dict[str, Path], bool]:
-    """Files by name, and whether they are read even if they look binary."""
-    if files == "stdlib":
+def root_of(files: str | Path) -> Path:
+    """What the names of a glob's files are relative to; else the path itself."""
+    parts = Path(os.path.expanduser(files)).parts
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+
+
+def _candidates(
+    path: Path, run_folder: str | None
+) -> tuple[dict[str, Path], list[str], bool]:
+    """Files by name, runs left out, and whether files may look binary."""
+    if path == Path("stdlib"):
         root = Path(sysconfig.get_path("stdlib"))
-        found = _walk(root, leave_out=_NOT_THE_STDLIB)
-        return _named((p for p in found if p.suffix == ".py"), root), True
-    path = Path(files).expanduser()
+        found = _files(_folders(root, leave_out=_NOT_THE_STDLIB))
+        return _named((p for p in found if p.suffix == ".py"), root), [], True
     if path.is_dir():
-        return _named(_walk(path, leave_out=set()), path), False
+        if run_folder and os.path.realpath(path) == os.path.realpath(run_folder):
+            raise ValueError(
+                f"run.folder {run_folder} is the folder of data.files, so that what "
+                "the run writes would change what it reads: use a --run.folder below "
+                "it or elsewhere"
+            )
+        named = _named(_files(_folders(path)), path)
+        return *_without_runs(named, path, run_folder), False
     # A name with brackets may be that of a file.
     if path.exists() or path.is_symlink() or not glob.has_magic(str(path)):
-        return ({path.name: path} if os.path.lexists(path) else {}), True
-    plain = []
-    for part in path.parts:
-        if glob.has_magic(part):
-            break
-        plain.append(part)
-    root = Path(*plain)
-    matches = (Path(match) for match in glob.iglob(str(path), recursive=True))
-    return _named((p for p in matches if not p.is_dir()), root), False
+        return ({path.name: path} if os.path.lexists(path) else {}), [], True
+    root = root_of(path)
+    named = _named((p for p in _glob(path) if not p.is_dir()), root)
+    return *_without_runs(named, root, run_folder), False
 
 
-def _walk(root: Path, *, leave_out: set[str]) -> Iterator[Path]:
-    """Files below a folder that are not hidden; links to folders are not followed."""
+def _glob(path: Path) -> Iterator[Path]:
+    """As glob.iglob, but ** enters each folder once, whatever links lead to it."""
+    parts = path.parts
+    if "**" not in parts:
+        yield from map(Path, glob.iglob(str(path)))
+        return
+    at = parts.index("**")
+    for top in glob.iglob(str(Path(*parts[:at]))):
+        for folder, _ in _folders(Path(top)):
+            rest = parts[at + 1 :] or ("*",)
+            yield from _glob(Path(glob.escape(str(folder)), *rest))
+
+
+def _folders(
+    root: Path, *, leave_out: Collection[str] = ()
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it that are not hidden, each with its files' names.
+
+    Each is entered once, those behind links after all others: so a link to what is
+    there already, or to itself, changes nothing.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
 
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [f for f in folders if f[0] != "." and f not in leave_out]
-        yield from (Path(folder, file) for file in files if file[0] != ".")
+    tops, entered = [root], set()
+    for top in tops:
+        for folder, folders, files in os.walk(top, onerror=refuse):
+            real = os.path.realpath(folder)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders[:] = sorted(
+                f for f in folders if f[0] != "." and f not in leave_out
+            )
+            below = (Path(folder, f) for f in folders)
+            tops += [path for path in below if path.is_symlink()]
+            yield Path(folder), files
+
+
+def _files(folders: Iterable[tuple[Path, list[str]]]) -> Iterator[Path]:
+    for folder, files in folders:
+        yield from (folder / file for file in files if file[0] != ".")
+
+
+def _without_runs(
+    named: dict[str, Path], root: Path, run_folder: str | None
+) -> tuple[dict[str, Path], list[str]]:
+    """Files below `root` that no run wrote, and the runs' folders."""
+    own = run_folder and os.path.realpath(run_folder)
+
+    @cache
+    def run_of(folder: PurePath) -> str | None:
+        """The outermost folder of a run that a folder below root is or lies in."""
+        if folder == PurePath():
+            return None
+        path = root / folder
+        is_run = os.path.realpath(path) == own or all(
+            (path / name).is_file() for name in _FILES_OF_A_RUN
+        )
+        return run_of(folder.parent) or (folder.as_posix() if is_run else None)
+
+    runs = {name: run_of(PurePath(name).parent) for name in named}
+    rest = {name: path for name, path in named.items() if runs[name] is None}
+    return rest, sorted({run for run in runs.values() if run is not None})
 
 
 def _named(paths: Iterable[Path], root: Path) -> dict[str, Path]:
@@ -187,9 +297,33 @@ def _open_once(path: Path) -> tuple[int, bool]:
                 "folder or the glob, or give another file"
             )
         with open(path, "rb", buffering=0) as file:
-            return os.fstat(file.fileno()).st_size, b"\0" in file.read(_SNIFFED_BYTES)
+            start = file.read(_SNIFFED_BYTES)
+            has_nul = b"\0" in start and not start.startswith(_BYTE_ORDER_MARKS)
+            return os.fstat(file.fileno()).st_size, has_nul
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _line_start(document: Document, near: int) -> int | None:
+    """Where a line starts inside a file: the first from `near` on, or the last before.
+
+    None: no line starts within `_CUT_BYTES` of it.
+    """
+    if document.size < 2:
+        return None
+    low = max(near - _CUT_BYTES, 0)
+    try:
+        with open(document.path, "rb") as file:
+            file.seek(low)
+            # Not the last byte: no line starts after it.
+            text = file.read(min(near + _CUT_BYTES, document.size - 1) - low)
+    except OSError as error:
+        raise _unreadable(document.path, error) from None
+    # A line starts after its predecessor's end, which may be the byte before `near`.
+    at = text.find(b"\n", max(near - low - 1, 0))
+    if at < 0:
+        at = text.rfind(b"\n")
+    return None if at < 0 else low + at + 1
 
 
 def _unreadable(path: Path, error: OSError) -> ValueError:

@@ -1,6 +1,9 @@
 """A run's data by its config, and what a resumed run must find again."""
 
 import dataclasses
+import itertools
+import shlex
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
-from ulysses_jax.data.corpus import find_documents, fingerprint, shuffled, split
+from ulysses_jax.data.corpus import (
+    find_documents,
+    fingerprint,
+    root_of,
+    shuffled,
+    split,
+)
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.tokenizer import check_vocabulary
 
@@ -51,15 +60,18 @@ def open_data(config: Config) -> RunData:
     return opened
 
 
-def refuse_other_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def refuse_other_data(
+    saved: dict[str, Any], current: dict[str, Any], config: Config | None = None
+) -> None:
     """Refuses to go on with other batches than those that a checkpoint was made with.
 
     Args:
       saved: `RunData.meta` of the checkpoint.
       current: `RunData.meta` now.
+      config: of the run, to name a folder that it could start anew in.
 
     Raises:
-      ValueError: names everything that differs, with both values.
+      ValueError: names everything that differs, with both values, and the remedy.
     """
     differ = [
         f"{name} was {saved.get(name, 'absent')}, is {current.get(name, 'absent')}"
@@ -67,16 +79,36 @@ def refuse_other_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
         if saved.get(name, "absent") != current.get(name, "absent")
     ]
     if differ:
+        folder = "FOLDER"
+        if config is not None:
+            others = saved.get("fingerprint") != current["fingerprint"]
+            folder = shlex.quote(str(_free_folder(config, of_other_files=others)))
         raise ValueError(
             f"the checkpoint was trained on other batches ({'; '.join(differ)}): go "
-            "back to the old setting or files, or start anew in another --run.folder"
+            "back to the old setting or files, or start anew with another folder, "
+            f"--run.folder {folder}"
         )
+
+
+def _free_folder(config: Config, *, of_other_files: bool) -> Path:
+    """One beside the run's, named after the files if they are others than before."""
+    assert config.run.folder is not None
+    here = Path(config.run.folder)
+    name = here.name
+    if of_other_files:
+        name = root_of(config.data.files).resolve().stem or name
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(
+        path
+        for path in (here.parent / each for each in itertools.chain([name], numbered))
+        if not path.exists()
+    )
 
 
 def _open(config: Config) -> RunData:
     check_vocabulary(config.model.vocab_size)
     data, training = config.data, config.training
-    documents, notes = find_documents(data.files)
+    documents, notes = find_documents(data.files, config.run.folder)
     train_documents, validation_documents = split(documents, data.validation_fraction)
 
     def rows(documents):
@@ -87,6 +119,12 @@ def _open(config: Config) -> RunData:
     train = rows(shuffled(train_documents, config.run.seed))
     validation = rows(validation_documents) if validation_documents else None
     notes.insert(0, f"data.files {data.files!r}: {_sizes(train, validation)}")
+    notes[1:1] = [
+        f"of {part.name} the last {part.size:,} bytes validate, the {part.before:,} "
+        "before them train"
+        for part in validation_documents
+        if part.before
+    ]
     if len(train) < training.batch_size:
         notes.append(
             f"the {train.num_tokens:,} training tokens are {len(train):,} rows of "
@@ -99,18 +137,21 @@ def _open(config: Config) -> RunData:
         "training.sequence_tokens": training.sequence_tokens,
         "data.mask_documents": data.mask_documents,
         "data.validation_fraction": data.validation_fraction,
+        "bytes that validate": sum(part.size for part in validation_documents),
         "number of files": len(documents),
         "bytes": sum(document.size for document in documents),
-        "fingerprint": fingerprint(documents),
+        "fingerprint": fingerprint([*train_documents, *validation_documents]),
     }
     return RunData(train, validation, notes, meta)
 
 
 def _sizes(train: Rows, validation: Rows | None) -> str:
+    parts = {"train": train} | ({"validation": validation} if validation else {})
+    total = sum(rows.num_tokens for rows in parts.values())
     return "; ".join(
         f"{name} {len(rows.documents):,} files, {rows.num_tokens:,} tokens"
-        for name, rows in (("train", train), ("validation", validation))
-        if rows is not None
+        + (f" ({rows.num_tokens / total:.1%})" if name == "validation" else "")
+        for name, rows in parts.items()
     )
 
 

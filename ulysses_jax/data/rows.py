@@ -123,17 +123,19 @@ class Rows:
 
 
 def read_bytes(document: Document, offset: int, count: int) -> bytes:
-    """Bytes [offset, offset + count) of a document.
+    """Bytes [offset, offset + count) of a document, which may be a part of a file.
 
     Raises:
       ValueError: the file has another size than when the corpus was opened, or is gone.
     """
+    wanted = document.before + document.size + document.after
+    offset += document.before
     try:
         with open(document.path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             parts = []
             # One call may give less than it was asked for, and at most 2 GiB.
-            while size == document.size and count > 0:
+            while size == wanted and count > 0:
                 part = os.pread(file.fileno(), count, offset)
                 if not part:
                     size = offset
@@ -142,11 +144,11 @@ def read_bytes(document: Document, offset: int, count: int) -> bytes:
     except OSError as error:
         raise ValueError(
             f"cannot read {document.path} any more: {error.strerror}: put the file of "
-            f"{document.size:,} bytes back, and start the run again"
+            f"{wanted:,} bytes back, and start the run again"
         ) from None
-    if size != document.size:
+    if size != wanted:
         raise ValueError(
-            f"{document.path} had {document.size:,} bytes when the run started, and "
+            f"{document.path} had {wanted:,} bytes when the run started, and "
             f"has {size:,}: put the old file back, and start the run again"
         )
     return parts[0] if len(parts) == 1 else b"".join(parts)

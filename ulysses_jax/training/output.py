@@ -1,6 +1,7 @@
-"""Standard output that may go away: a run goes on when nobody reads it any more."""
+"""Standard output that may go away, or lack letters: a run goes on all the same."""
 
 import errno
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -22,6 +23,15 @@ def guard_output() -> None:
         sys.stdout = _Guarded(sys.stdout)
     if sys.stderr is not None:
         sys.stderr = _Guarded(sys.stderr)
+
+
+def print_every_name() -> None:
+    """From now on a letter that the output's encoding lacks is written as its number.
+
+    Names of files may hold any bytes, and an output be of ASCII alone.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper | _Guarded):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Guarded:
