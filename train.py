@@ -42,6 +42,7 @@ from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
+    allow_promotion,
     devices_per_host,
     make_mesh,
     platform_of,
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
     print_every_name()
     with ends_in_words(__file__):
         config = load_from_command_line(argv, program="train.py")
+        allow_promotion()
         simulate_cpu_devices(config.run.simulated_cpu_devices)
         start_distributed(**dataclasses.asdict(config.distributed))
         with ends_with_the_others():

@@ -671,7 +671,9 @@ def free_port():
 def test_two_processes_with_seq_across_them(config_file, tmp_path):
     """Same losses as one process; each reads its half; one checkpoint of both."""
     mesh = ("--mesh.data=1", "--mesh.seq=8", "--training.num-steps=4")
-    alone = run_process(config_file, tmp_path / "one", *mesh)
+    # JAX's options for who wants no promotion in code of their own; ours has it.
+    strict = dict(JAX_NUMPY_RANK_PROMOTION="raise", JAX_NUMPY_DTYPE_PROMOTION="strict")
+    alone = run_process(config_file, tmp_path / "one", *mesh, env=strict)
     flags = (
         "--run.simulated-cpu-devices=4",
         f"--distributed.coordinator=127.0.0.1:{free_port()}",

@@ -144,6 +144,16 @@ def simulate_cpu_devices(num_devices: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices)
 
 
+def allow_promotion() -> None:
+    """Unsets `jax_numpy_rank_promotion=raise` and `jax_numpy_dtype_promotion=strict`.
+
+    They find slips in code; a run's own broadcasts and promotes on purpose,
+    and its values are the same.
+    """
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
 def start_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,

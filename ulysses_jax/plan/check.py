@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.config import Config
-from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
+from ulysses_jax.mesh import allow_promotion, make_mesh, simulate_cpu_devices
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.predict import predict
@@ -37,6 +37,7 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
       ValueError: the mesh or the config does not fit the devices.
     """
     simulate_cpu_devices(config.run.simulated_cpu_devices)
+    allow_promotion()
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     device = mesh.devices.flat[0]
     target, gpus_per_host = target_of(device), jax.local_device_count()

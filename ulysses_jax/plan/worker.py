@@ -18,6 +18,7 @@ from typing import Any
 
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.plan.compile import PlanError, analyse, compile_step, mesh_degrees
 from ulysses_jax.plan.targets import Target
 
@@ -163,6 +164,7 @@ def _write(file: Path, result: dict[str, Any]) -> None:
 def main(result_file: str) -> None:
     """Reads a request from stdin, writes its result, or its error, as JSON."""
     request = json.load(sys.stdin)
+    allow_promotion()
     capability = tuple(request["target"]["compute_capability"])
     target = Target(**request["target"] | {"compute_capability": capability})
     config = from_dict(Config, request["config"])
