@@ -294,3 +294,14 @@ def test_a_vocabulary_that_tensor_does_not_divide():
     )
     placed(fsdp=4, vocab_size=50257)
     placed(fsdp=2, tensor=2, vocab_size=50258)
+
+
+def test_names_of_no_strategy():
+    sizes = dict(tokens=8, num_heads=2, num_kv_heads=2, head_size=4, itemsize=2)
+    for call in (
+        lambda name: check_strategy(name, 1, 2),
+        lambda name: num_members(name, 1, 2),
+        lambda name: received_bytes(name, **sizes, ring=1, seq=2),
+    ):
+        with pytest.raises(ValueError, match="no strategy 'Ring': use one of 'ulysses"):
+            call("Ring")

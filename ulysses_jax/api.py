@@ -1,11 +1,17 @@
 """The one function for people with a model of their own, and its Flax form."""
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +19,7 @@ from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import Parts
 from ulysses_jax.parallel.ulysses import LocalAttention
+from ulysses_jax.sharding import activation
 
 PerToken = Int[Array, "B T"]
 
@@ -28,15 +35,17 @@ def ulysses_attention(
     window: int | None = None,
     segment_ids: PerToken | tuple[PerToken, Int[Array, "B S"]] | None = None,
     positions: PerToken | tuple[PerToken, Int[Array, "B S"]] | None = None,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     head_chunks: int = 1,
-) -> Float[Array, "B T N H"]:
+    return_logsumexp: bool = False,
+) -> Any:
     """Attends over a sequence that is spread over the mesh axes `ring` and `seq`.
 
     `[B, T/P, N, H] -> all-to-all -> [B, T, N/P, H] -> attention -> all-to-all back`.
     Over a ring of degree R, P devices hold T/R tokens each, and blocks of keys go round
     (ring attention). Works under jit, grad, checkpoint and scan, on meshes with
-    Explicit or Auto axes.
+    Explicit or Auto axes; without jit too, where the second call with the same shapes
+    compiles nothing.
 
     Args:
       q: global `[B, T, N, H]`, float32, bfloat16 or float16.
@@ -50,24 +59,31 @@ def ulysses_attention(
         for the mesh's devices that honours the mask
         (`ulysses_jax.attention.select.local_attention` says which). Over a ring, a
         `ulysses_jax.attention.parts.Parts`: an attention to some keys at a time.
+        Without jit a plain function is compiled once; one that holds something (a
+        closure, a method, a module) at every call, as what it holds may have changed.
       causal: a query sees keys at its own position and before. Where T != S, both count
         from 0.
       window: a query sees keys fewer than this many positions away.
       segment_ids: integers, global `[B, T]` (or a pair, `[B, T]` and `[B, S]`): tokens
-        see only tokens of their own segment.
+        see only tokens of their own segment. JAX arrays of a dtype that int32 holds;
+        of NumPy arrays the values are looked at.
       positions: integers, global, shaped likewise: what `causal` and `window` compare.
         None: 0, 1, 2, ...
-      scale: of the logits; None: H**-0.5.
+      scale: of the logits; None: H**-0.5. A number is part of the program; a scalar
+        array may be traced or learned, and is multiplied into q, in float32.
       head_chunks: exchange and attend the local heads in this many groups, one group's
         exchange free to run under another's attention.
+      return_logsumexp: return the logsumexp of every query's logits as well.
 
     Returns:
       `[B, T, N, H]`, q's dtype, B over (data, fsdp), T over (ring, seq), N over
-      tensor. A query that sees no key gives 0.
+      tensor. A query that sees no key gives 0. With `return_logsumexp` a pair: that,
+      and float32 `[B, T, N]`, which lies alike and has a gradient; -1e30 for a query
+      that sees no key.
 
     Raises:
       ValueError: dims that do not fit each other or the mesh, with the numbers and what
-        would fit.
+        would fit; an argument that is not what is said here.
 
     Cost: with e bytes an element and g = N/K, each device receives
     (2 + 2/g) (T D / P) (P-1)/P e bytes a row of the batch forward for D = N H and
@@ -82,6 +98,9 @@ def ulysses_attention(
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; repeated KV heads as in ALST,
     arXiv 2506.13996; ring attention, arXiv 2310.01889.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name} is an array, not {type(x).__name__}")
     mesh = _mesh(mesh, q)
     q_segments, kv_segments = _pair(segment_ids, "segment_ids", q, k)
     q_positions, kv_positions = _pair(positions, "positions", q, k)
@@ -93,16 +112,109 @@ def ulysses_attention(
         q_positions=q_positions,
         kv_positions=kv_positions,
     )
-    return attend(
-        q,
-        k,
-        v,
+    if isinstance(head_chunks, bool) or not isinstance(head_chunks, Integral):
+        raise ValueError(f"head_chunks is a number of groups, not {head_chunks!r}")
+    scale, learned_scale = _scales(scale)
+    static = dict(
         mesh=mesh,
-        mask=mask,
         attention="auto" if attention is None else attention,
         scale=scale,
-        head_chunks=head_chunks,
+        head_chunks=int(head_chunks),
+        return_logsumexp=bool(return_logsumexp),
     )
+    if _is_pure(static["attention"]):
+        run = partial(_compiled, **static)
+    else:
+        run = jax.jit(partial(_attend, **static))
+    with _remedies(mesh):
+        return run(q, k, v, mask, learned_scale)
+
+
+def _attend(q, k, v, mask, learned_scale, *, scale, **static):
+    scale = scale if learned_scale is None else learned_scale
+    return attend(q, k, v, mask=mask, scale=scale, **static)
+
+
+# Of the module: where the caller has no jit, the second call finds the first's program.
+_compiled = jax.jit(
+    _attend,
+    static_argnames=("mesh", "attention", "scale", "head_chunks", "return_logsumexp"),
+)
+
+
+def _is_pure(attention: Any) -> bool:
+    """Whether it computes today what it did when it was compiled.
+
+    What a closure, a method or a module holds may be others' tracers, or new weights.
+    """
+    if isinstance(attention, Parts):
+        return all(map(_is_pure, attention))
+    if isinstance(attention, partial):
+        held = (*attention.args, *attention.keywords.values())
+        return _is_pure(attention.func) and all(map(_is_plain, held))
+    if inspect.isfunction(attention):
+        defaults = attention.__kwdefaults__ or {}
+        held = (*(attention.__defaults__ or ()), *defaults.values())
+        return attention.__closure__ is None and all(map(_is_plain, held))
+    return isinstance(attention, str)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _scales(scale: Any) -> tuple[float | None, Array | None]:
+    """A scale as (number, None) or as (None, array): part of the program, or given to
+    it."""
+    if scale is None:
+        return None, None
+    is_array = isinstance(scale, jax.Array)
+    if not is_array and (isinstance(scale, Real) or isinstance(scale, np.ndarray)):
+        scale = np.asarray(scale)
+    shape, dtype = getattr(scale, "shape", None), getattr(scale, "dtype", np.void)
+    kinds = jnp.floating, jnp.integer
+    if shape != () or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        what = type(scale).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise ValueError(
+            f"scale is one number or a scalar array, not {what}: multiply q by what "
+            "differs from head to head, and give scale=1.0"
+        )
+    if is_array:
+        return None, scale
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is a finite number, not {scale}")
+    return float(scale), None
+
+
+@contextmanager
+def _remedies(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Says what to do where JAX only says what is wrong."""
+    spec = activation("BTNH", dict(mesh.shape))
+    lay_out = (
+        f"lay q, k and v out first, jax.device_put(q, NamedSharding(mesh, {spec})), "
+        f"segment_ids and positions with P({spec[0]!r}), a scale that is an array with "
+        "P()"
+    )
+    remedies = {
+        "incompatible devices": lay_out,
+        "Disallowed": lay_out,
+        "Closing over inputs to shard_map": (
+            "the function given as attention closes over an array that lies on a mesh "
+            "with Explicit axes: use a mesh with Auto axes, make_mesh's default, or "
+            "close over a NumPy array, np.asarray(x) outside of jit"
+        ),
+        "forward-mode": (
+            "ulysses_attention has derivatives in reverse mode alone: use jax.grad or "
+            "jax.vjp; jax.jvp works on the gradient, jax.jvp(jax.grad(f), ...)"
+        ),
+    }
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, JaxRuntimeError) as error:
+        for said, remedy in remedies.items():
+            if said in str(error):
+                raise ValueError(f"{remedy} ({error})") from error
+        raise
 
 
 def attention_fn(
@@ -114,7 +226,7 @@ def attention_fn(
     segment_ids: PerToken | None = None,
     scale: float | None = None,
     head_chunks: int = 1,
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """Makes an `attention_fn` for `flax.nnx.MultiHeadAttention`.
 
     Args: as `ulysses_attention`'s; attention is causal when `causal` or the call's
@@ -163,7 +275,7 @@ def attention_fn(
                 "attention weights are never whole on a device: set sow_weights=False",
             ),
             "precision": (
-                precision is not None,
+                not _is_default(precision),
                 "give attention_fn(attention=...) a function that sets it",
             ),
         }
@@ -188,7 +300,18 @@ def attention_fn(
     return fn
 
 
+def _is_default(precision: Any) -> bool:
+    if isinstance(precision, tuple):
+        return all(map(_is_default, precision))
+    return precision in (None, "default", jax.lax.Precision.DEFAULT)
+
+
 def _mesh(mesh: Mesh | AbstractMesh | None, q: Array) -> Mesh | AbstractMesh:
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise ValueError(
+            "mesh is a jax.sharding.Mesh with an axis named seq, such as "
+            f"make_mesh(seq=8), not {mesh!r}"
+        )
     ambient = jax.sharding.get_abstract_mesh()
     if mesh is None:
         if ambient.empty:
@@ -230,12 +353,11 @@ def _pair(ids: Any, name: str, q: Array, k: Array) -> tuple[Any, Any]:
 
 
 def _int32(ids: Any, name: str, like: Array) -> Array:
-    """The ids in the one dtype in which their differences are right: not unsigned."""
-    if not isinstance(ids, jax.Array):
+    """The ids in the one dtype in which they are compared."""
+    limits = np.iinfo(np.int32)
+    is_jax = isinstance(ids, jax.Array)
+    if not is_jax:
         ids = np.asarray(ids)
-        limits = np.iinfo(np.int32)
-        if ids.size and (ids.min() < limits.min or ids.max() > limits.max):
-            raise ValueError(f"{name} {ids.min()} to {ids.max()} exceed int32")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} are integers, not {ids.dtype}")
     if ids.shape != like.shape[:2]:
@@ -243,4 +365,13 @@ def _int32(ids: Any, name: str, like: Array) -> Array:
             f"{name} has shape {ids.shape}, but there are {like.shape[:2]} (batch, "
             "tokens)"
         )
-    return jnp.asarray(ids, jnp.int32)
+    if is_jax:
+        if jnp.iinfo(ids.dtype).max > limits.max:
+            # Under jit no value is known: they would wrap in silence.
+            raise ValueError(
+                f"{name} are {ids.dtype}, and int32 does not hold all of its values: "
+                "cast them, .astype(jnp.int32), where it holds yours"
+            )
+    elif ids.size and (ids.min() < limits.min or ids.max() > limits.max):
+        raise ValueError(f"{name} {ids.min()} to {ids.max()} exceed int32")
+    return ids.astype(np.int32)

@@ -7,16 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.errors import JAXTypeError
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import Parts, attention_parts
-from ulysses_jax.attention.select import ATTENTIONS, local_attention
+from ulysses_jax.attention.parts import (
+    PARTS,
+    Parts,
+    attention_parts,
+    attention_with_logsumexp,
+)
+from ulysses_jax.attention.select import (
+    ATTENTIONS,
+    check_attention,
+    local_attention,
+)
 from ulysses_jax.mesh import platform_of
 from ulysses_jax.parallel.megatron import megatron
 from ulysses_jax.parallel.strategy import BY_BLOCKS
-from ulysses_jax.parallel.ulysses import ulysses
+from ulysses_jax.parallel.ulysses import LocalAttention, ulysses
 from ulysses_jax.spreading import (
     Strategy,
     check_head_chunks,
@@ -37,11 +47,12 @@ def attend(
     mesh: Mesh | AbstractMesh,
     mask: Mask,
     strategy: Strategy | None = None,
-    attention: Callable[..., Array] | Parts | str = "auto",
+    attention: LocalAttention | Parts | str = "auto",
     zigzag: bool = False,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     head_chunks: int = 1,
-) -> Float[Array, "B T N H"]:
+    return_logsumexp: bool = False,
+) -> Any:
     """Attends over a sequence that is spread over the mesh, by any strategy.
 
     Args:
@@ -53,15 +64,17 @@ def attend(
         `f(q, k, v, mask=..., scale=...)`; block by block, a `Parts`.
       zigzag: tokens lie in `spreading.zigzag_order` over the members that attend block
         by block.
-      scale: None: H**-0.5.
+      scale: None: H**-0.5; an array, which may be learned, is multiplied into q.
       head_chunks: groups of heads that are exchanged and attended by themselves.
+      return_logsumexp: return a pair, whose second is float32; not for all_gather and
+        megatron.
 
     Returns:
-      `[B, T, N, H]`, sharded as q.
+      `[B, T, N, H]`, sharded as q; with `return_logsumexp` also `[B, T, N]`.
 
     Raises:
       ValueError: a strategy that the mesh does not carry; zigzag without a causal mask;
-        an attention that has no parts; dims that do not fit.
+        a name that there is not; an attention that has no parts; dims that do not fit.
     """
     ring, seq, tensor = (
         dict(mesh.shape).get(axis, 1) for axis in ("ring", "seq", "tensor")
@@ -70,25 +83,47 @@ def attend(
         strategy = strategy_of(ring, seq)
     check_strategy(strategy, ring, seq)
     platform = platform_of(mesh)
+    attention = _checked(attention)
     if attention == "cudnn" and platform not in ("gpu", "cuda"):
         raise ValueError(
             f"attention cudnn needs GPUs, and these are {platform} devices: use "
             "model.attention auto, or blockwise"
         )
+    if isinstance(scale, jax.Array):
+        q = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)
+        scale = 1.0
     members = num_members(strategy, ring, seq)
+    options: dict = dict(mesh=mesh, mask=mask, scale=scale)
+    if return_logsumexp:
+        if strategy in ("all_gather", "megatron"):
+            raise ValueError(
+                f"strategy {strategy} returns no logsumexp: use strategy ulysses"
+            )
+        options["with_logsumexp"] = True
     if members == 1:
-        if isinstance(attention, str):
-            attention = ATTENTIONS.get(attention, local_attention(platform, q, k, mask))
+        run = partial(ulysses, head_chunks=head_chunks)
+        if strategy == "megatron":
+            check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
+            run = megatron
+        if return_logsumexp:
+            if isinstance(attention, str):
+                attention = attention_parts(attention, platform, q, k, mask)
+            elif not isinstance(attention, Parts):
+                raise ValueError(
+                    "a function given as attention returns no logsumexp: give a "
+                    "ulysses_jax.attention.parts.Parts, or leave attention out"
+                )
+            whole = attention_with_logsumexp(attention)
         elif isinstance(attention, Parts):
             raise ValueError(
                 f"attention is Parts, but over ring={ring} a device attends to whole "
                 "rows: give f(q, k, v, mask=..., scale=...)"
             )
-        run = partial(ulysses, head_chunks=head_chunks)
-        if strategy == "megatron":
-            check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
-            run = megatron
-        return run(q, k, v, mesh=mesh, attention=attention, mask=mask, scale=scale)
+        elif attention == "auto":
+            whole = local_attention(platform, q, k, mask)
+        else:
+            whole = ATTENTIONS[attention] if isinstance(attention, str) else attention
+        return run(q, k, v, attention=whole, **options)
     if zigzag and not mask.causal:
         raise ValueError(
             f"zigzag order shares out a causal mask over {members} members, but this "
@@ -99,9 +134,8 @@ def attend(
     if zigzag:
         for x in (q, k):
             half_block_tokens(x.shape[1], members)  # else refused
-    options: dict[str, Any] = {}
     if strategy != "all_gather":
-        options = dict(head_chunks=head_chunks, seen_steps=None)
+        options |= dict(head_chunks=head_chunks, seen_steps=None)
         if mask.q_positions is None:
             options["seen_steps"] = seen_steps(
                 q.shape[1],
@@ -111,7 +145,7 @@ def attend(
                 window=mask.window,
                 zigzag=zigzag,
             )
-    mask = _with_positions(mask, q, k, members if zigzag else 1)
+    options["mask"] = mask = _with_positions(mask, q, k, members if zigzag else 1)
     if isinstance(attention, str):
         # It is called on a member's tokens, in zigzag order on half-blocks too.
         num_blocks = members * (2 if zigzag else 1)
@@ -128,17 +162,46 @@ def attend(
             f"not as a function, or use ring=1, seq={ring * seq}"
         )
     check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
-    return BY_BLOCKS[strategy](
-        q,
-        k,
-        v,
-        mesh=mesh,
-        mask=mask,
-        scale=scale,
-        parts=attention,
-        zigzag=zigzag,
-        **options,
-    )
+    return BY_BLOCKS[strategy](q, k, v, parts=attention, zigzag=zigzag, **options)
+
+
+def _checked(attention: LocalAttention | Parts | str) -> LocalAttention | Parts | str:
+    """A name that there is, or a user's function or Parts, whose misuse is told."""
+    if isinstance(attention, str):
+        check_attention(attention)
+        return attention
+    if isinstance(attention, Parts):
+        if attention in PARTS.values():
+            return attention
+        forward = _told("f(q, k, v, mask=..., scale=...)", attention.forward)
+        called = "f(q, k, v, out, logsumexp, dout, mask=..., scale=...)"
+        gradients = _told(called, attention.gradients)
+        return attention._replace(forward=forward, gradients=gradients)
+    if not callable(attention):
+        raise ValueError(
+            "attention is a function f(q, k, v, mask=..., scale=...), a "
+            f"ulysses_jax.attention.parts.Parts, or None, not {attention!r}"
+        )
+    return _told("f(q, k, v, mask=..., scale=...)", attention)
+
+
+def _told(called: str, attention: Callable) -> Callable:
+    """Says how it is called where it cannot be."""
+
+    def attend(*arrays, **options):
+        try:
+            return attention(*arrays, **options)
+        except (TypeError, AttributeError) as error:
+            if isinstance(error, JAXTypeError):
+                raise
+            raise ValueError(
+                f"the function given as attention raised {type(error).__name__}: "
+                f"{error}. It is called as {called}, with scale a number or None and "
+                "mask a ulysses_jax.attention.mask.Mask: data (mask.causal, "
+                "mask.window, ...), not an array. Wrap it in one that takes these"
+            ) from error
+
+    return attend
 
 
 def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:

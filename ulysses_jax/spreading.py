@@ -44,6 +44,7 @@ def received_bytes(
       gathers and two scatters of D features, for attention and feed-forward,
       `4 T D (S-1)/S e` both ways.
     """
+    check_name(strategy)
     found: dict[tuple[str, str], tuple[float, float]] = {}
     if strategy == "megatron":
         if width is None:
@@ -75,6 +76,13 @@ def total_bytes(received: dict[tuple[str, str], tuple[float, float]]) -> float:
     return sum(forward + backward for forward, backward in received.values())
 
 
+def check_name(strategy: str) -> None:
+    """Raises ValueError for what is no strategy."""
+    if strategy not in STRATEGIES:
+        names = ", ".join(map(repr, STRATEGIES))
+        raise ValueError(f"there is no strategy {strategy!r}: use one of {names}")
+
+
 def strategy_of(ring: int, seq: int) -> Strategy:
     """What a mesh of these degrees does where nothing else is asked for."""
     if ring > 1:
@@ -83,11 +91,12 @@ def strategy_of(ring: int, seq: int) -> Strategy:
 
 
 def check_strategy(strategy: Strategy, ring: int, seq: int) -> None:
-    """Refuses a strategy that a mesh does not carry.
+    """Refuses a strategy that there is not, or that a mesh does not carry.
 
     Raises:
-      ValueError: with the degrees and two meshes that do.
+      ValueError: with the choices; with the degrees and two meshes that do.
     """
+    check_name(strategy)
     if _carries(strategy, ring, seq):
         return
     shards = ring * seq
@@ -191,7 +200,7 @@ def check_head_chunks(
             f"{strategy} exchanges no heads: use head_chunks 1, or strategy ulysses"
         )
     local = -(-num_kv_heads // (tensor * seq))
-    if strategy == "hybrid" and local % head_chunks:
+    if strategy in ("ring", "hybrid") and local % head_chunks:
         fits = [n for n in range(1, local + 1) if local % n == 0]
         raise ValueError(
             f"head_chunks {head_chunks} does not divide what a device has of "
@@ -202,6 +211,7 @@ def check_head_chunks(
 
 def num_members(strategy: Strategy, ring: int, seq: int) -> int:
     """Members of the axis over which attention goes block by block; 1: no such axis."""
+    check_name(strategy)
     if strategy in ("ring", "hybrid"):
         return ring
     return seq if strategy == "all_gather" else 1

@@ -13,6 +13,7 @@ from slow import slow_but_for
 from ulysses_jax import make_mesh, ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import PARTS, Parts
 from ulysses_jax.attention.reference import reference_attention
 
 B, T, H = 2, 16, 4
@@ -137,6 +138,31 @@ def test_head_chunks_with_heads_that_do_not_divide(heads, kv_heads):
     attend = functools.partial(ulysses_attention, mesh=mesh_of(seq=2), head_chunks=2)
     got = out_and_gradients(attend, *inputs(heads, kv_heads))
     assert_close(got, oracle(heads, kv_heads))
+
+
+@pytest.mark.parametrize("degrees", [dict(seq=1), dict(ring=2)], ids=str)
+def test_head_chunks_where_nothing_is_exchanged(degrees):
+    """Groups are attended by themselves all the same."""
+    seen = []
+
+    def forward(q, k, v, *, mask, scale):
+        seen.append((q.shape[2], k.shape[2]))
+        return PARTS["blockwise"].forward(q, k, v, mask=mask, scale=scale)
+
+    def attention(q, k, v, *, mask, scale):
+        return forward(q, k, v, mask=mask, scale=scale)[0]
+
+    if "ring" in degrees:
+        attention = Parts(forward, PARTS["blockwise"].gradients)
+    call = functools.partial(
+        ulysses_attention, mesh=mesh_of(**degrees), attention=attention
+    )
+    q, k, v, _ = inputs(8, 4)
+    out = call(q, k, v, head_chunks=2)
+    np.testing.assert_allclose(out, oracle(8, 4)[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert set(seen) == {(4, 2)}
+    with pytest.raises(ValueError, match=r"head_chunks 3 does not divide .* use one"):
+        call(q, k, v, head_chunks=3)
 
 
 def test_axes_of_other_names_are_not_dropped_in_silence():
@@ -269,6 +295,63 @@ def test_inside_a_shard_map_over_another_axis():
     np.testing.assert_allclose(out, oracle(8, 4)[0], rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "degrees, given",
+    [
+        (dict(data=2, seq=2), dict(segment_ids=True)),
+        (dict(data=2, ring=2, seq=2), dict(window=5)),
+        (dict(data=2, ring=2), dict(return_logsumexp=True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_inside_a_shard_map_over_another_axis(degrees, given, check_vma):
+    """Keys that are the same on every member of it: their gradient is a sum."""
+    q, k, v, weights = inputs(4, 2)
+    k = k[:1]
+    segments = jnp.asarray([[1] * 5 + [2] * 11, [1] * 9 + [2] * 7])
+    given = dict(given)
+    ids = segments if given.pop("segment_ids", False) else None
+    split = P("data")
+
+    def row(q, k, v, ids):
+        out = ulysses_attention(q, k, v, segment_ids=ids, **given)
+        if given.get("return_logsumexp"):
+            return out[0] + out[1][..., None]
+        return out
+
+    def attend(q, k, v):
+        specs = split, P(), split, split
+        over_data = jax.shard_map(
+            row,
+            in_specs=specs,
+            out_specs=split,
+            axis_names={"data"},
+            check_vma=check_vma,
+        )
+        return over_data(q, k, v, ids)
+
+    def dense(q, k, v):
+        mask = Mask(
+            causal=True,
+            window=given.get("window"),
+            q_segment_ids=ids,
+            kv_segment_ids=ids,
+        )
+        k = jnp.broadcast_to(k, v.shape)
+        out = reference_attention(q, k, v, mask=mask)
+        if given.get("return_logsumexp"):
+            logits = jnp.einsum("BTKGH,BSKH->BTKGS", q.reshape(B, T, 2, 2, H), k)
+            seen = mask.visible(0, T, 0, T)[:, :, None, None]
+            logits = jnp.where(seen, logits * H**-0.5, -1e30)
+            out += jax.nn.logsumexp(logits, axis=-1).reshape(B, T, 4, 1)
+        return out
+
+    with jax.set_mesh(mesh_of(**degrees)):
+        got = out_and_gradients(attend, q, k, v, weights)
+    assert_close(got, out_and_gradients(dense, q, k, v, weights))
+
+
 def test_a_mesh_with_axes_of_other_names():
     mesh = jax.make_mesh((2, 4), ("replica", "seq"), axis_types=(AxisType.Auto,) * 2)
     attend = functools.partial(ulysses_attention, mesh=mesh)
@@ -303,12 +386,12 @@ def test_the_tolerance_catches_faults():
         (
             ((2, 16, 6, 4), (2, 16, 6, 4)),
             dict(tensor=4),
-            "heads, 6, .* tensor degree 4: use a degree of 2$",
+            "(?m)heads, 6, .* tensor degree 4: use a degree of 2$",
         ),
         (
             ((2, 16, 8, 4), (2, 16, 2, 4)),
             dict(tensor=4),
-            "key/value heads, 2, .* a degree of 2, or repeat each 2 times$",
+            "(?m)key/value heads, 2, .* a degree of 2, or repeat each 2 times$",
         ),
         (((2, 16, 8, 4), (2, 16, 3, 4)), dict(seq=2), "num_kv_heads 3 does not divide"),
         (((2, 16, 8, 4), (1, 16, 8, 4)), dict(seq=2), "differ in batch or head size"),
@@ -368,9 +451,15 @@ def test_what_is_no_attention():
 
         with pytest.raises(ValueError, match=r"returned \(2.* of q's shape"):
             ulysses_attention(q, q, q, mesh=mesh, attention=attention)
-    with pytest.raises(ValueError, match="floating-point numbers, not int32"):
+    with pytest.raises(ValueError, match="bfloat16 or float16,.* not int32: cast"):
         ulysses_attention(*[q.astype(jnp.int32)] * 3, mesh=mesh)
     with pytest.raises(ValueError, match="a number of tokens, not 5.5"):
         ulysses_attention(q, q, q, mesh=mesh, window=5.5)
     with pytest.raises(ValueError, match="cudnn needs GPUs, and these are cpu devices"):
         attend(q, q, q, mesh=mesh, mask=Mask(causal=True), attention="cudnn")
+    for bad in (dict(strategy="usp"), dict(strategy="")):
+        with pytest.raises(ValueError, match="no strategy .*: use one of 'ulysses', "):
+            attend(q, q, q, mesh=mesh, mask=Mask(causal=True), **bad)
+    for degrees in (dict(seq=2), dict(ring=2)):
+        with pytest.raises(ValueError, match="no attention 'flash': use 'auto', 'bl"):
+            attend(q, q, q, mesh=mesh_of(**degrees), mask=Mask(), attention="flash")

@@ -5,6 +5,7 @@ from numbers import Integral
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 _INT32 = jnp.iinfo(jnp.int32)
@@ -36,7 +37,11 @@ class Mask:
     kv_positions: Int[Array, "B S"] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.window, Integral | None):
+        if not isinstance(self.causal, bool | np.bool_):
+            raise ValueError(f"causal is True or False, not {self.causal!r}")
+        if isinstance(self.window, bool) or not isinstance(
+            self.window, Integral | None
+        ):
             raise ValueError(f"window is a number of tokens, not {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} hides every key: use 1 or more")

@@ -1,10 +1,12 @@
 """An attention over some keys at a time: parts joined exactly, and pulled back so."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.blockwise import (
@@ -67,6 +69,56 @@ class Parts(NamedTuple):
         if logsumexp.ndim == 3:
             logsumexp = jnp.stack((logsumexp, jnp.zeros_like(logsumexp)))
         return out.astype(jnp.float32), logsumexp
+
+    def gradients_of_both(
+        self, q, k, v, out, logsumexp, dout, dlogsumexp, *, mask: Mask, scale
+    ) -> tuple[Array, Array, Array]:
+        """`gradients`, where the logsumexp `[B, N, T]` was a result, too.
+
+        d(logits) of a query is weights * (dout v - dout out + dlogsumexp): a second
+        backward pass, whose values are all 1, and whose outs are 0, gives the last.
+        """
+        pull = partial(self.gradients, mask=mask, scale=scale)
+        dq, dk, dv = pull(q, k, v, out, logsumexp, dout)
+        share = (dlogsumexp / v.shape[-1]).transpose(0, 2, 1)[..., None]
+        share = jnp.broadcast_to(share, dout.shape).astype(dout.dtype)
+        ones, zeros = jnp.ones_like(v), jnp.zeros_like(out)
+        more_dq, more_dk, _ = pull(q, k, ones, zeros, logsumexp, share)
+        return dq + more_dq, dk + more_dk, dv
+
+
+def attention_with_logsumexp(
+    parts: Parts,
+) -> Callable[..., Any]:
+    """`f(q, k, v, mask=, scale=) -> (out, logsumexp)` whose gradients are of both."""
+
+    def attend(q, k, v, *, mask: Mask, scale):
+        return _attend(parts, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
+
+    return attend
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(parts: Parts, scale, q, k, v, mask):
+    return _forward(parts, scale, q, k, v, mask)[0]
+
+
+def _forward(parts: Parts, scale, q, k, v, mask):
+    out, logsumexp = parts.statistics(q, k, v, mask=mask, scale=scale)
+    out = checkpoint_name(out.astype(q.dtype), "attention_out")
+    logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
+    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+
+
+def _backward(parts: Parts, scale, residuals, upstream):
+    q, k, v, mask, *statistics = residuals
+    gradients = parts.gradients_of_both(
+        q, k, v, *statistics, *upstream, mask=mask, scale=scale
+    )
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
+
+
+_attend.defvjp(_forward, _backward)
 
 
 PARTS = {

@@ -1,4 +1,4 @@
-"""The best attention for a backend, a mask and a dtype."""
+"""The attention that a name means; the best for a backend, a mask and a dtype."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,13 @@ ATTENTIONS: dict[str, Callable[..., Array]] = {
     "cudnn": cudnn_attention,
     "reference": reference_attention,
 }
+
+
+def check_attention(name: str) -> None:
+    """Raises ValueError for what is no name of an attention."""
+    if name != "auto" and name not in ATTENTIONS:
+        names = ", ".join(map(repr, ATTENTIONS))
+        raise ValueError(f"there is no attention {name!r}: use 'auto', {names}")
 
 
 def local_attention(

@@ -31,12 +31,14 @@ class Blocks:
       scale: handed to it.
       axis_name: of the members.
       zigzag: whether the tokens are in zigzag order over them.
+      with_logsumexp: the logsumexp is a result as well, and has a gradient.
     """
 
     parts: Any
     scale: float | None
     axis_name: str
     zigzag: bool
+    with_logsumexp: bool = False
 
     @property
     def degree(self) -> int:
@@ -89,7 +91,8 @@ class Blocks:
         """Float32 dq and (dk, dv) of the same member's keys.
 
         Args:
-          whole: out, logsumexp and dout over all keys.
+          whole: out, logsumexp and dout over all keys, and dlogsumexp
+            `with_logsumexp`.
         """
         return self._gradients(q, kv, mask, 0, _ALL, _ALL, mask.causal, whole)
 
@@ -140,14 +143,18 @@ class Blocks:
     def _gradients(self, q, kv, mask, step, rows, keys, causal, whole) -> Gradients:
         between = self._between(q, kv, mask, step, rows, keys, causal)
         k, v = kv[:, :, keys]
-        out, logsumexp, dout = whole
-        dq, dk, dv = self.parts.gradients(
+        out, logsumexp, dout, *dlogsumexp = whole
+        pull = self.parts.gradients
+        if self.with_logsumexp:
+            pull = self.parts.gradients_of_both
+        dq, dk, dv = pull(
             q[:, rows],
             k,
             v,
             out[:, rows],
             logsumexp[..., rows],
             dout[:, rows],
+            *(each[..., rows] for each in dlogsumexp),
             mask=between,
             scale=self.scale,
         )

@@ -24,8 +24,9 @@ def ring_attention(
     parts: Any,
     zigzag: bool = False,
     seen_steps: tuple[int, ...] | None = None,
+    with_logsumexp: bool = False,
     axis_name: str = "ring",
-) -> Float[Array, "B t N H"]:
+) -> Array | tuple[Array, Array]:
     """Attention over tokens that lie over a mesh axis; call it inside `jax.shard_map`.
 
     The block of keys and values that a device attends to comes from its neighbour
@@ -47,6 +48,7 @@ def ring_attention(
       seen_steps: in step s a member attends to the keys of the one s before it; those
         steps, of 1 to R - 1, in which some member sees a key (`spreading.seen_steps`).
         None: all.
+      with_logsumexp: returns a pair, whose second is the float32 logsumexp `[B, N, t]`.
       axis_name: of degree R.
 
     Returns:
@@ -60,7 +62,7 @@ def ring_attention(
     Source: Ring Attention, arXiv 2310.01889; zigzag order as in
     github.com/zhuzilin/ring-flash-attention.
     """
-    blocks = Blocks(parts, scale, axis_name, zigzag)
+    blocks = Blocks(parts, scale, axis_name, zigzag, with_logsumexp=with_logsumexp)
     steps = range(1, blocks.degree) if seen_steps is None else seen_steps
     mask = jax.tree.map(jnp.asarray, mask)
     return _attend(blocks, _stations(steps), q, k, v, mask)
@@ -100,12 +102,14 @@ def _forward(blocks: Blocks, stations, q, k, v, mask):
     out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
     logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
     # The backward round starts with the block that came first.
-    return out, (q, kv, first, mask, out, logsumexp)
+    results = (out, logsumexp) if blocks.with_logsumexp else out
+    return results, (q, kv, first, mask, out, logsumexp)
 
 
-def _backward(blocks: Blocks, stations, residuals, dout):
+def _backward(blocks: Blocks, stations, residuals, upstream):
     q, kv, first, mask, *statistics = residuals
-    whole = (*statistics, dout)
+    upstream = upstream if blocks.with_logsumexp else (upstream,)
+    whole = (*statistics, *upstream)
     dq, own = blocks.own_gradients(q, kv, mask, whole)
 
     def one_step(carry, at):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,14 +16,15 @@ from ulysses_jax.sharding import ACTIVATION, Table, activation
 
 
 def spread(
-    local: Callable[[Array, Array, Array, Any], Array],
+    local: Callable[[Array, Array, Array, Any], Any],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Any,
     mesh: Mesh | AbstractMesh,
     table: Table = ACTIVATION,
-) -> Float[Array, "B T N H"]:
+    with_logsumexp: bool = False,
+) -> Any:
     """Runs `local(q, k, v, mask)` on every device's shards.
 
     Args:
@@ -32,11 +34,11 @@ def spread(
         and all tokens.
       mesh: over axes that are not of this library's the arrays are whole.
       table: of `sharding`; under MEGATRON a device has all tokens of its heads.
+      with_logsumexp: `local` returns a pair, whose second is `[B, T, N]`.
 
     Returns:
       The global result, sharded as q should be; on a mesh with Explicit axes with q's
-      own type, where that lies alike.
-
+      own type, where that lies alike. With the logsumexp a pair.
     """
     axes = _free_axes(mesh)
     spec = activation("BTNH", axes, table)
@@ -50,24 +52,84 @@ def spread(
         args = jax.tree.map(
             lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), args, specs
         )
-    out = jax.shard_map(
-        local,
+    run = partial(
+        jax.shard_map,
         mesh=mesh,
-        in_specs=specs,
-        out_specs=spec,
         # Axes of other names too: what this library does not name is whole on each.
         axis_names=_not_manual(mesh),
         # Every axis of degree > 1 shards q, k and v, so no gradient needs a sum that
         # the check would find; without it `attention` may be anybody's function.
         check_vma=False,
-    )(*args)
+    )
+    out_specs = (spec, activation("BTN", axes, table)) if with_logsumexp else spec
+    varying = frozenset().union(*map(_varying, jax.tree.leaves(args)))
+    if varying:
+        results = _inside(run, local, specs, out_specs, tuple(varying), args)
+    else:
+        results = run(local, in_specs=specs, out_specs=out_specs)(*args)
+    out, *more = results if with_logsumexp else (results,)
     q_sharding = jax.typeof(q).sharding
     if is_explicit and not q_sharding.mesh.empty:
         # Axes of degree 1 make types differ that lie alike: out takes q's, so that a
         # residual sum has one type.
         if _cut_over(q_sharding.spec, axes, q.ndim) == _cut_over(spec, axes, q.ndim):
             out = jax.sharding.reshard(out, NamedSharding(mesh, q_sharding.spec))
-    return out
+    return (out, *more) if more else out
+
+
+def _inside(
+    run: partial, local: Callable, specs: Any, out_specs: Any, varying: Any, args: Any
+) -> Any:
+    """`run` inside a caller's `shard_map` whose types say what varies over its axes.
+
+    What a map without the check returns varies over none, by its type, and JAX refuses
+    its gradients. So each pass is a map of its own, and the types are put back.
+    """
+    axes = tuple(sorted(run.keywords["axis_names"]))
+    residual = P(axes)  # what a device keeps, in a dim of its own
+    treedef: Any = None
+
+    def typed(tree: Any) -> Any:
+        def vary(x: Array) -> Array:
+            over = tuple(axis for axis in varying if axis not in _varying(x))
+            return jax.lax.pcast(x, over, to="varying") if over else x
+
+        return jax.tree.map(vary, tree)
+
+    def untyped(tree: Any) -> Any:
+        """Inside `run`, where every operation's result varies over nothing."""
+        return jax.tree.map(lambda x: x[None][0], tree)
+
+    @jax.custom_vjp
+    def call(*args):
+        return typed(run(local, in_specs=specs, out_specs=out_specs)(*args))
+
+    def forward(*args):
+        def one(q, k, v, mask):
+            nonlocal treedef
+            q, k, v, mask = untyped((q, k, v, mask))
+            out, pullback = jax.vjp(lambda *qkv: local(*qkv, mask), q, k, v)
+            kept, treedef = jax.tree.flatten(pullback)
+            return out, [x[None] for x in kept]
+
+        maps = run(one, in_specs=specs, out_specs=(out_specs, residual))
+        return typed(maps(*args))
+
+    def backward(kept, upstream):
+        def one(kept, upstream):
+            pullback = jax.tree.unflatten(treedef, [x[0] for x in kept])
+            return pullback(untyped(upstream))
+
+        maps = run(one, in_specs=(residual, out_specs), out_specs=specs[:3])
+        return *typed(maps(kept, upstream)), None
+
+    call.defvjp(forward, backward)
+    return call(*typed(args))
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The manual axes over which it may differ, by its type."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def check_arrays(
@@ -135,6 +197,7 @@ def _check_axes(q: Array, mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> No
 
 
 _TOKENS = "seq"
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
@@ -152,8 +215,16 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"
         )
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k and v are floating-point numbers, not {q.dtype}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(
+            "q, k and v are float32, bfloat16 or float16, and are summed in float32, "
+            f"not {q.dtype}: cast them, and what comes back"
+        )
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(
+            f"there is nothing to attend to or with in {shapes}: leave the call out "
+            "where a dim is 0"
+        )
     batch = math.prod(axes.get(axis, 1) for axis in ("data", "fsdp"))
     ring, seq = axes.get("ring", 1), axes.get("seq", 1)
     for name, size, over, degree in (

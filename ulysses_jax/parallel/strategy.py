@@ -25,7 +25,8 @@ def ring(
     zigzag: bool = False,
     seen_steps: tuple[int, ...] | None = None,
     head_chunks: int = 1,
-) -> Float[Array, "B T N H"]:
+    with_logsumexp: bool = False,
+) -> Array | tuple[Array, Array]:
     """Ulysses over `seq` inside a member of the ring, ring attention over `ring`.
 
     Where seq is 1 nothing is exchanged: ring alone. Any number of heads works, as
@@ -34,7 +35,11 @@ def ring(
     Args: as `parallel.ulysses.ulysses` and `parallel.ring.ring_attention`.
     """
     attention = partial(
-        ring_attention, parts=parts, zigzag=zigzag, seen_steps=seen_steps
+        ring_attention,
+        parts=parts,
+        zigzag=zigzag,
+        seen_steps=seen_steps,
+        with_logsumexp=with_logsumexp,
     )
     return ulysses(
         q,
@@ -45,11 +50,12 @@ def ring(
         mask=mask,
         scale=scale,
         head_chunks=head_chunks,
+        with_logsumexp=with_logsumexp,
     )
 
 
 # Those that attend block by block, with an attention taken apart: all but Ulysses.
-BY_BLOCKS: dict[Strategy, Callable[..., Array]] = {
+BY_BLOCKS: dict[Strategy, Callable[..., Any]] = {
     "ring": ring,
     "hybrid": ring,
     "all_gather": all_gather,

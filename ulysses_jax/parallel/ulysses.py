@@ -17,7 +17,7 @@ from ulysses_jax.parallel.exchange import (
 from ulysses_jax.parallel.spread import check_arrays, spread
 from ulysses_jax.spreading import shared_out
 
-LocalAttention = Callable[..., Array]
+LocalAttention = Callable[..., Any]
 
 
 def ulysses(
@@ -30,7 +30,8 @@ def ulysses(
     mask: Any,
     scale: float | None = None,
     head_chunks: int = 1,
-) -> Float[Array, "B T N H"]:
+    with_logsumexp: bool = False,
+) -> Array | tuple[Array, Array]:
     """Attention over a sequence that is sharded over the mesh axis `seq`.
 
     `[B, T/P, N, H] -> exchange -> [B, T, N/P, H] -> attention -> exchange back`, all
@@ -47,10 +48,12 @@ def ulysses(
       scale: handed to `attention`.
       head_chunks: the local heads are exchanged and attended in this many groups, so
         that one group's exchange can run under another's attention.
+      with_logsumexp: `attention` returns a pair, whose second is `[B, N/P, T]`.
 
     Returns:
       The attended values, global, sharded as q should be; on a mesh with Explicit axes
-      with q's own type, where that lies alike.
+      with q's own type, where that lies alike. `with_logsumexp` a pair: that, and
+      `[B, T, N]`.
 
     Raises:
       ValueError: shapes that do not fit each other or the mesh; the message has the
@@ -64,20 +67,28 @@ def ulysses(
         head_chunks, layout, tensor=tensor, seq=degree
     )
 
+    there, back = seq_to_heads, heads_to_seq
+    if degree == 1:  # the mesh may have no such axis
+        there = back = lambda x: x
+
     def attend(q, k, v, mask):
+        """The results, all as `[B, T, n, ...]`."""
         out = attention(q, k, v, mask=mask, scale=scale)
-        if out.shape != q.shape:
+        more = ()
+        if with_logsumexp:
+            out, logsumexp = out
+            more = (logsumexp.transpose(0, 2, 1)[..., None],)
+        if getattr(out, "shape", None) != q.shape:
+            what = getattr(out, "shape", type(out).__name__)
             raise ValueError(
-                f"attention returned {out.shape} for a q of {q.shape}: it must return "
-                "an array of q's shape"
+                f"attention returned {what} for a q of {q.shape}: it must return an "
+                "array of q's shape"
             )
-        return out
+        return out, *more
 
     def local(q, k, v, mask):
         q = layout.spread_q(q)
         k, v = layout.spread_kv(k), layout.spread_kv(v)
-        if degree == 1:
-            return attend(q, k, v, mask)
         # Slots as [device, KV slot of the device, query of the slot].
         q = q.reshape(*q.shape[:2], degree, -1, layout.group, q.shape[-1])
         k = k.reshape(*k.shape[:2], degree, -1, k.shape[-1])
@@ -90,17 +101,17 @@ def ulysses(
             strict=True,
         ):
             # Each KV slot is exchanged once, however many chunks read it.
-            k_all = seq_to_heads(_merge_heads(k_row))
-            v_all = seq_to_heads(_merge_heads(v_row))
+            k_all = there(_merge_heads(k_row))
+            v_all = there(_merge_heads(v_row))
             cells = []
             for q_cell in jnp.split(q_row, group_chunks, axis=4):
-                q_all = seq_to_heads(_merge_heads(q_cell))
-                out = attend(q_all, k_all, v_all, mask)
-                cells.append(heads_to_seq(out).reshape(q_cell.shape))
-            rows.append(jnp.concatenate(cells, axis=4))
-        return layout.gather_q(_merge_heads(jnp.concatenate(rows, axis=3)))
+                results = attend(there(_merge_heads(q_cell)), k_all, v_all, mask)
+                cells.append([back(x).reshape(*q_cell.shape[:-1], -1) for x in results])
+            rows.append(_joined(cells, axis=4))
+        results = [layout.gather_q(_merge_heads(x)) for x in _joined(rows, axis=3)]
+        return (results[0], results[1][..., 0]) if with_logsumexp else results[0]
 
-    return spread(local, q, k, v, mask, mesh)
+    return spread(local, q, k, v, mask, mesh, with_logsumexp=with_logsumexp)
 
 
 def split_head_chunks(
@@ -134,6 +145,10 @@ def head_chunk_counts(num_kv: int, group: int) -> list[int]:
     """All that `split_head_chunks` can split into."""
     counts = range(1, num_kv * group + 1)
     return [n for n in counts if group % (n // math.gcd(n, num_kv)) == 0]
+
+
+def _joined(results: list[list[Array]], axis: int) -> list[Array]:
+    return [jnp.concatenate(each, axis=axis) for each in zip(*results, strict=True)]
 
 
 def _merge_heads(x: Array) -> Array:
