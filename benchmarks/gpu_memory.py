@@ -2,7 +2,7 @@
 
     .venv-plan/bin/python benchmarks/gpu_memory.py [--json FILE] [--plot FILE] [--quick]
 
-Rows are Llama-3-8B at 524,288 tokens on 8 H100, with one part more from row to row, read
+Rows are Llama-3-8B at 524,288 tokens on 8 H100, a part more in each, read
 off programs compiled for them; what XLA does not see is estimated.
 """
 

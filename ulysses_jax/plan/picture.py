@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from ulysses_jax.plan.report import GIB, PARTS, TIMES
 
-
 COLORS = ("#2f6fb0", "#7fb0dc", "#3f9a6b", "#d9622b", "#c9a24a", "#9a9a9a")
 
 
