@@ -511,14 +511,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file, tmp_path, capfd):
     """With a step in flight and a save at each: none of it is saved or logged."""
     folder = tmp_path / "run"
     each = "--training.checkpoint-interval-steps=1"
+    alone = "--training.validation-batches=0"  # which reads a step's numbers itself
     with pytest.raises(SystemExit) as stopped:
-        start(config_file, folder, "--training.learning-rate=1e30", each)
+        start(config_file, folder, "--training.learning-rate=1e30", each, alone)
     assert stopped.value.code == 2
-    said = re.search(
-        r"loss is nan at step (\d): lower training.learning_rate",
-        capfd.readouterr().err,
-    )
-    assert said is not None
+    err = capfd.readouterr().err
+    said = re.search(r"is nan at step (\d): lower training.learning_rate", err)
+    assert said is not None, err
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl")]
     assert steps == list(range(1, int(said[1])))
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
@@ -549,7 +548,7 @@ def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd
 
     def killed(*args, **options):
         for batch in batches(*args, **options):
-            taken.append(batch)
+            taken.append(len(taken) + 1)
             if len(taken) == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
             yield batch

@@ -239,15 +239,14 @@ def test_no_picture_ends_no_run(tmp_path, capfd, monkeypatch):
 
 
 def test_rows_of_others_are_passed_over(tmp_path):
-    """Another tool's rows stay; what looks like ours and is not ends nothing."""
+    """What is no row of ours ends nothing; a run that goes on drops it."""
     others = ['{"step": "3"}', '{"step": null}', "[1]", "7", '{"eval": 1.0, "step": 2}']
     others += ['{"step": 1, "loss": "low"}', '{"step": 2.5, "loss": 1}', '"\u00b2"']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*others, "no JSON", ""]))
-    run(tmp_path, range(1, 6), finish=True)
-    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert rows_of(tmp_path)[: len(others)] == [json.loads(line) for line in others]
-    run(tmp_path, range(4, 6), first_step=3, finish=True)
-    assert len(rows_of(tmp_path)) == len(others) + 5
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*others, '{"step": 1, "loss": 6.0}', "no JSON", ""]))
+    assert [row["step"] for row in read_rows(path)] == [1]
+    run(tmp_path, range(2, 6), first_step=1, finish=True)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("which", ["metrics.jsonl", "tensorboard"])
@@ -256,7 +255,8 @@ def test_a_file_that_cannot_grow_is_an_error_at_once(tmp_path, which):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = 20_000
     if which == "metrics.jsonl":  # events take more room than rows
-        (tmp_path / which).write_text(json.dumps("x" * limit) + "\n")
+        row = {"step": 0, "loss": 1.0} | {f"number_{i}": 1.0 for i in range(limit // 9)}
+        (tmp_path / which).write_text(json.dumps(row) + "\n")
     with pytest.raises(
         OSError, match="step .* could not be written.*too large"
     ) as error:

@@ -32,7 +32,7 @@ def ends_in_words(program: str) -> Iterator[None]:
     """
     name = Path(program).name
     # With its own frames taken out, what JAX raises would look like this package's.
-    filtering = jax.config.jax_traceback_filtering
+    filtering = jax.config.jax_traceback_filtering  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_traceback_filtering", "off")
     try:
         yield

@@ -228,19 +228,16 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; without other tools' rows and broken lines."""
-    return [row for row in _read_json(path) if _is_row(row)]
-
-
-def _read_json(path: Path) -> list[Any]:
-    """What the lines say; one that a killed run left half is left out."""
-    values = []
+    """The rows of a `metrics.jsonl`, without other tools' rows and broken lines."""
+    rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
-            continue
-    return values
+            continue  # a killed run left it half
+        if _is_row(value):
+            rows.append(value)
+    return rows
 
 
 def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
@@ -254,10 +251,10 @@ def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
 
 def _cut_rows(path: Path, *, after: int) -> None:
     """Keeps the rows up to a step; by rename, so that a kill here loses none."""
-    values = _read_json(path) if path.exists() else []
-    kept = [v for v in values if not _is_row(v) or v["step"] <= after]
+    rows = read_rows(path) if path.exists() else []
+    kept = "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= after)
     new = path.with_suffix(".new")
-    new.write_text("".join(f"{json.dumps(value)}\n" for value in kept))
+    new.write_text(kept)
     new.replace(path)
 
 
