@@ -236,6 +236,16 @@ def test_a_port_in_use(started, monkeypatch, port_in_use):
     assert not started
 
 
+@pytest.mark.parametrize("port", ["", "any", "0", "70000"])
+def test_no_port_for_jax(started, monkeypatch, port):
+    step = dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="2", SLURM_PROCID="0")
+    for name, value in (step | dict(JAX_COORDINATOR_PORT=port)).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"JAX_COORDINATOR_PORT is '{port}', not a"):
+        start_distributed()
+    assert not started
+
+
 def test_the_port_that_jax_takes_under_slurm_is_in_use(started, monkeypatch):
     """As by another step of the same job: the port follows from the job's number."""
     first = 2**16 - 2**12

@@ -228,6 +228,11 @@ def start_distributed(
         if launcher.method == "slurm" and port is None:  # as JAX chooses it
             port = int(os.environ.get("SLURM_JOB_ID", 0)) % 2**12 + 2**16 - 2**12
         if port is not None:
+            if not _is_port(str(port)):
+                raise ValueError(
+                    f"JAX_COORDINATOR_PORT is {port!r}, not a port of 1 to 65535: set "
+                    "it for all processes, or unset it"
+                )
             _check_port(int(port), "set JAX_COORDINATOR_PORT=PORT for all processes")
     try:
         jax.distributed.initialize(
@@ -248,7 +253,7 @@ def _await_coordinator(coordinator: str, process_id: int) -> None:
       ValueError: no such host or port, or nobody there.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or not _is_port(port):
         raise ValueError(
             f"distributed.coordinator {coordinator!r} is not host:port, such as "
             "host0:1234, with a port of 1 to 65535"
@@ -268,10 +273,8 @@ def _await_coordinator(coordinator: str, process_id: int) -> None:
             if isinstance(error, socket.gaierror | UnicodeError):
                 what, seconds = f"the host {host!r} is not known", _UNKNOWN_SECONDS
             else:
-                what, seconds = (
-                    f"process 0 is not there after {_ABSENT_SECONDS} s",
-                    (_ABSENT_SECONDS),
-                )
+                what = f"process 0 is not there after {_ABSENT_SECONDS} s"
+                seconds = _ABSENT_SECONDS
             if time.monotonic() - started >= seconds:
                 why = getattr(error, "strerror", None) or error
                 raise ValueError(
@@ -280,6 +283,10 @@ def _await_coordinator(coordinator: str, process_id: int) -> None:
                     "they reach; process 0 must run there"
                 ) from None
         time.sleep(min(1, seconds))
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 2**16
 
 
 def _check_port(port: int, remedy: str) -> None:
