@@ -87,7 +87,7 @@ def attend(
     if attention == "cudnn" and platform not in ("gpu", "cuda"):
         raise ValueError(
             f"attention cudnn needs GPUs, and these are {platform} devices: use "
-            "model.attention auto, or blockwise"
+            "attention auto (of the function: None), or blockwise"
         )
     if isinstance(scale, jax.Array):
         q = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)

@@ -6,6 +6,7 @@ import socket
 import time
 import zlib
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -48,8 +49,8 @@ def make_mesh(
       A `jax.sharding.Mesh` over all of `devices`.
 
     Raises:
-      ValueError: the degrees do not multiply to the number of devices, or JAX cannot
-        start a device.
+      ValueError: a degree is no number, the degrees do not multiply to the number of
+        devices, or JAX cannot start a device.
     """
     if devices is None:
         try:
@@ -63,6 +64,9 @@ def make_mesh(
                 "the extra [gpu]; without a GPU set JAX_PLATFORMS=cpu"
             ) from None
     degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
+    for axis, degree in degrees.items():
+        if not isinstance(degree, Integral):
+            raise ValueError(f"{axis} is a number of devices, not {degree!r}")
     try:
         degrees = resolve_degrees(degrees, len(devices))
     except ValueError as error:

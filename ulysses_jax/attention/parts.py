@@ -84,7 +84,11 @@ class Parts(NamedTuple):
         share = jnp.broadcast_to(share, dout.shape).astype(dout.dtype)
         ones, zeros = jnp.ones_like(v), jnp.zeros_like(out)
         more_dq, more_dk, _ = pull(q, k, ones, zeros, logsumexp, share)
-        return dq + more_dq, dk + more_dk, dv
+        dq, dk = (
+            a.astype(jnp.float32) + b.astype(jnp.float32)
+            for a, b in ((dq, more_dq), (dk, more_dk))
+        )
+        return dq, dk, dv
 
 
 def attention_with_logsumexp(
