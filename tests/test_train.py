@@ -338,6 +338,7 @@ def test_validation_switched_off(config_file, tmp_path, override, measured):
     assert [r["step"] for r in rows if "validation_loss" in r] == measured
 
 
+@pytest.mark.slow
 def test_quiet_and_null_reach_the_run(config_file, tmp_path, monkeypatch):
     quiet = []
     monkeypatch.setattr(
@@ -364,6 +365,7 @@ def test_a_folder_that_cannot_be(config_file, tmp_path, capfd, where):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_length_that_does_not_divide_is_padded(config_file, tmp_path, capfd):
     short = ("--training.num-steps=3", "--training.sequence-tokens=63")
     start(config_file, tmp_path / "padded", *short)
@@ -735,7 +737,9 @@ checkpoint.aside = aside
 @pytest.mark.parametrize(
     "prelude, rank, said",
     [
-        pytest.param(SMALL_DISK, 1, "no room here", id="before the start"),
+        pytest.param(
+            SMALL_DISK, 1, "no room here", id="before the start", marks=pytest.mark.slow
+        ),
         pytest.param(FULL_DISK, 0, "the disk is full", id="in a step"),
         pytest.param(
             FAILED_WRITE, 1, "not written", id="in a save", marks=pytest.mark.slow
@@ -801,6 +805,7 @@ def test_slurm_starts_two_processes(tmp_path):
         assert "[[0, 0], [1, 1]]" in out  # seq stays inside a process
 
 
+@pytest.mark.slow
 def test_xla_flags_say_how_many_devices(config_file, tmp_path):
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     steps = "--training.num-steps=1"

@@ -43,7 +43,7 @@ ALL = dict(
         pytest.param("llama", "fsdp 2, seq 2, tensor 2", True, marks=pytest.mark.slow),
         ("llama", "seq 8", False),
         pytest.param("gpt", "one device", False, marks=pytest.mark.slow),
-        ("gpt", "fsdp 2, seq 2, tensor 2", True),
+        pytest.param("gpt", "fsdp 2, seq 2, tensor 2", True, marks=pytest.mark.slow),
     ],
 )
 def test_same_loss_and_gradients(family, mesh_name, packed):

@@ -70,6 +70,7 @@ def test_hidden_activations_are_a_tile(remat):
     assert max(hidden_shapes(tiled, 136)) < local / 2
 
 
+@pytest.mark.slow
 def test_a_device_with_no_more_tokens_than_a_tile_has_none():
     degrees = dict(data=2, seq=4)  # 28 tokens a device
     without = num_loops(make_config("llama", degrees))

@@ -51,6 +51,7 @@ def test_the_command(config_file, tmp_path, capsys):
     assert "all-to-all over seq" in out
 
 
+@pytest.mark.slow
 def test_a_wrong_plan_is_seen(config_file, monkeypatch, capsys):
     """XLA's bytes off by one float32 of each of the model's columns."""
     compile_on = check_module.compile_on

@@ -104,10 +104,8 @@ def assert_same_curves(got, want):
     "family, mesh_name",
     slow_but_for(
         [
-            ("grouped", "data 8"),
             ("gpt", "fsdp 2, seq 4"),
             ("gpt", "data 2, seq 2, tensor 2"),
-            ("gpt", "ring 4, seq 2"),
         ],
         FAMILIES,
         MESHES,
@@ -138,8 +136,8 @@ def test_the_curve_is_one_that_a_fault_would_change(family):
     "options",
     [
         dict(accumulation_steps=4),
-        dict(memory=(("remat", "none"),)),
-        dict(memory=(("head_chunks", 2),)),
+        pytest.param(dict(memory=(("remat", "none"),)), marks=pytest.mark.slow),
+        pytest.param(dict(memory=(("head_chunks", 2),)), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -154,7 +152,12 @@ def test_same_curve_however_it_is_computed(options):
 OTHER_OBJECTIVE = dict(label_smoothing=0.2, z_loss=0.01)
 
 
-@pytest.mark.parametrize("mesh_name", ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"])
+@pytest.mark.parametrize(
+    "mesh_name",
+    slow_but_for(
+        ["data 2, seq 2, tensor 2"], ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"]
+    ),
+)
 def test_another_objective_reports_the_plain_loss_too(mesh_name):
     got, _, _ = train(
         "grouped", MESHES[mesh_name], accumulation_steps=2, **OTHER_OBJECTIVE
@@ -238,7 +241,10 @@ def test_a_batch_without_labels_changes_nothing_but_the_step():
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("mesh_name", ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"])
+@pytest.mark.parametrize(
+    "mesh_name",
+    slow_but_for(["fsdp 2, seq 4"], ["fsdp 2, seq 4", "data 2, seq 2, tensor 2"]),
+)
 def test_compiled_from_shapes_for_real_state_and_batch(mesh_name):
     """The program takes and gives arrays where a made state and a batch lie."""
     degrees = MESHES[mesh_name]
@@ -287,6 +293,7 @@ def test_validation_gives_a_plain_sum_and_a_count(degrees, options):
     np.testing.assert_allclose(float(total), mean * NUM_VALID, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_remat_keeps_only_the_inputs_of_layers():
     """More layers take far less more memory than when everything is kept."""
 

@@ -55,11 +55,11 @@ CASES = {
     "offloaded, in chunks": (dict(fsdp=2, seq=4), dict(memory=OFFLOAD)),
 }
 # Stage 3 alone is what other tests train.
-QUICK_STAGES = {
-    "tiles of a gpt, accumulation": (1,),
-    "chunks and groups of heads": (2,),
-    "offloaded, in chunks": (2,),
-}
+QUICK = [
+    ("ring and seq, layers together", 1),
+    ("ring and seq, layers together", 2),
+    ("chunks and groups of heads", 2),
+]
 MORE_CASES = {
     "data, fsdp, seq": (dict(data=2, fsdp=2, seq=2), {}),
     "fsdp, tensor": (dict(fsdp=4, tensor=2), {}),
@@ -103,8 +103,7 @@ MORE_CASES = {
 def all_cases():
     for name, case in (CASES | MORE_CASES).items():
         for stage in (1, 2, 3):
-            slow = name in MORE_CASES or stage not in QUICK_STAGES.get(name, (1, 2))
-            marks = [pytest.mark.slow] if slow else []
+            marks = [] if (name, stage) in QUICK else [pytest.mark.slow]
             yield pytest.param(*case, stage, id=f"{name}, {stage}", marks=marks)
 
 
