@@ -250,7 +250,7 @@ OFFLOADED = ("--memory.offload", "inputs", "optimizer", "parameters")
         pytest.param((), ("--mesh.data=8", "--mesh.seq=1"), marks=pytest.mark.slow),
         ((), ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.seq=2", "--mesh.tensor=2")),
         pytest.param(OFFLOADED, OFFLOADED, marks=pytest.mark.slow),
-        (OFFLOADED, ()),
+        pytest.param(OFFLOADED, (), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -327,7 +327,9 @@ def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, cor
 @pytest.mark.parametrize(
     "override, measured",
     [
-        ("--training.validation-interval-steps=0", [2]),
+        pytest.param(
+            "--training.validation-interval-steps=0", [2], marks=pytest.mark.slow
+        ),
         pytest.param("--training.validation-batches=0", [], marks=pytest.mark.slow),
         ("--data.validation-fraction=0", []),
     ],

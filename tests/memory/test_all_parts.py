@@ -18,7 +18,7 @@ def plain(*, packed):
 
 
 @pytest.mark.parametrize(
-    "seq, packed", slow_but_for([(1, False), (4, True)], CHUNKS, [True, False])
+    "seq, packed", slow_but_for([(4, True)], CHUNKS, [True, False])
 )
 def test_all_at_once(seq, packed):
     config = make_config(
@@ -40,7 +40,7 @@ def test_all_at_once(seq, packed):
 @pytest.mark.parametrize(
     "mesh_name, remat",
     slow_but_for(
-        [("data 2, seq 4", "full"), ("fsdp 2, seq 2, tensor 2", "attention")],
+        [("fsdp 2, seq 2, tensor 2", "attention")],
         MESHES,
         ["full", "attention"],
     ),

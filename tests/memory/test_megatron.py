@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from memory_cases import assert_same, loss_and_gradients, make_config, mesh_of
+from slow import slow_but_for
 
 from ulysses_jax.models import gathered, megatron
 from ulysses_jax.sharding import MEGATRON, activation, parameter
@@ -90,7 +91,9 @@ def misplaced(x, axis, **options):
     return jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
 
 
-@pytest.mark.parametrize("fault", [own, misplaced, "a gradient summed over seq"])
+@pytest.mark.parametrize(
+    "fault", slow_but_for([own], [own, misplaced, "a gradient summed over seq"])
+)
 def test_faults_are_seen(monkeypatch, fault):
     if callable(fault):
         lax = types.SimpleNamespace(psum_scatter=fault, psum=jax.lax.psum)

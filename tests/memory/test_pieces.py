@@ -124,6 +124,7 @@ def test_memory_of_a_chunk():
     )
 
 
+@pytest.mark.slow
 def test_attention_is_not_computed_again_where_it_is_kept():
     again, kept = (
         wide(4096, remat=remat, sequence_chunk_tokens=64).text.count(" while(")

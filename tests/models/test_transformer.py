@@ -429,7 +429,10 @@ def test_embed_sums_the_table_gradient_in_float32():
     np.testing.assert_array_equal(np.asarray(gradient), want)
 
 
-@pytest.mark.parametrize("num_tokens, over_tensor", [(T, True), (14, False)])
+@pytest.mark.parametrize(
+    "num_tokens, over_tensor",
+    [(T, True), pytest.param(14, False, marks=pytest.mark.slow)],
+)
 def test_the_residual_stream_lies_over_tensor_too(num_tokens, over_tensor, monkeypatch):
     """Where tensor divides a device's tokens: 8, not 7."""
     seen = []

@@ -19,6 +19,7 @@ def row(found, what):
 SMALL = "--training.sequence-tokens 64 --model.compute-dtype float32".split()
 
 
+@pytest.mark.slow
 def test_bytes_planned_are_bytes_measured(config_file):
     """Arrays cut over tensor, over seq, over both, and not at all."""
     overrides = "--mesh.fsdp 1 --mesh.seq 4 --mesh.tensor 2 --data.mask-documents "

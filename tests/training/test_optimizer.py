@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from slow import slow_but_for
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
@@ -67,7 +68,7 @@ def by_name(tree):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but_for(["gpt"], FAMILIES))
 def test_only_matrices_decay(family):
     """Without a gradient a matrix shrinks by rate x decay, once; the rest stays."""
     before = parameters(family)
