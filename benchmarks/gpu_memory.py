@@ -57,8 +57,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             label = part if y == 0 else None
             axes.barh(y, width, left=left, color=color, height=0.6, label=label)
             left += width
-        inside = dict(x=left - 0.7, ha="right") if left > 70 else dict(x=left + 0.7)
-        axes.text(y=y, s=f"{left:.1f}", va="center", fontsize=8, **inside)
+        inside = left > 70  # else it would stand beyond the limit
+        x, side = (left - 0.7, "right") if inside else (left + 0.7, "left")
+        axes.text(x, y, f"{left:.1f}", va="center", ha=side, fontsize=8)
     limit = rows[0]["limit_bytes"] / GIB
     axes.axvline(limit, color="#333333", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), [each["rung"] for each in rows])

@@ -29,4 +29,4 @@ def slow_but_for(quick: list, *choices: Iterable) -> list[Any]:
 def _name(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
-    return str(value)
+    return getattr(value, "__name__", str(value))
