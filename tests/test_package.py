@@ -1,5 +1,6 @@
 """The built wheel works outside the clone; importing it touches nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def recorded(self, key):
     return get(self, key)
 os._Environ.__getitem__ = recorded
 import ulysses_jax
+for name in ulysses_jax.__all__:
+    getattr(ulysses_jax, name)
 os._Environ.__getitem__ = get
 
 from jax._src import xla_bridge
@@ -45,7 +48,12 @@ def run(site, folder, *command):
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        env={
+            "PYTHONPATH": str(site),
+            "JAX_PLATFORMS": "cpu",
+            "PATH": "",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),  # quick ones
+        },
         capture_output=True,
         text=True,
     )
@@ -59,6 +67,23 @@ def test_the_wheel_imports_in_an_empty_folder(installed, tmp_path):
     assert touched == "read: [] backends: []"
     for name in ("attention_fn", "heads_to_seq", "make_mesh", "seq_to_heads"):
         assert name in names
+
+
+TINY = """
+model: {vocab_size: 264, width: 8, num_layers: 1, num_heads: 1}
+data: {files: text.txt, validation_fraction: 0}
+training: {num_steps: 1, batch_size: 1, sequence_tokens: 8, warmup_steps: 1}
+"""
+
+
+def test_the_wheel_trains(installed, tmp_path):
+    (tmp_path / "mine.yaml").write_text(TINY)
+    (tmp_path / "text.txt").write_text("a text to learn from " * 9)
+    module = ("-m", "ulysses_jax.train", "--config", "mine.yaml")
+    done = run(installed, tmp_path, *module)
+    assert done.returncode == 0, done.stderr
+    assert "runs/mine: final loss" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "1").is_dir()
 
 
 def test_the_wheel_holds_every_module(installed):

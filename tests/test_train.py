@@ -1,7 +1,5 @@
 """The trainer from its command line: a run, its folder, resumption, every refusal."""
 
-import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -11,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +16,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from files import ROOT, module_of
+from files import ROOT
 from jax.sharding import AxisType, NamedSharding
 from matplotlib.image import imread
+from shared_programs import shared_programs as shared_programs
 
-from ulysses_jax.config import Data, Distributed, Run
+from ulysses_jax import train
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents, split
 from ulysses_jax.data.rows import read_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
+from ulysses_jax.training import run as story
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog, read_rows
-from ulysses_jax.training.state import abstract_state, bind, init_state
-from ulysses_jax.training.step import (
-    abstract_batch,
-    jit_train_step,
-    make_validation_step,
-)
-
-train = module_of("train.py")
+from ulysses_jax.training.state import abstract_state, bind
 
 CONFIG = {
     "run": {"simulated_cpu_devices": 8},
@@ -96,7 +88,7 @@ ORDER = []
 def whole_run(tmp_path_factory, config_file):
     """Six steps without interruption on data=2 x seq=4; the folder it left."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    log_step, batches = RunLog.log_step, train.batches
+    log_step, batches = RunLog.log_step, story.batches
 
     def log(self, step, *args, **numbers):
         ORDER.append(("row", step))
@@ -109,52 +101,9 @@ def whole_run(tmp_path_factory, config_file):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(RunLog, "log_step", log)
-        patched.setattr(train, "batches", taken)
+        patched.setattr(story, "batches", taken)
         start(config_file, folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs():
-    """Runs alike in mesh, model and training share their compiled programs."""
-
-    @functools.cache
-    def step(config, platform):
-        traced = jit_train_step(config, platform).trace(
-            abstract_state(config), abstract_batch(config)
-        )
-        compiled = traced.lower().compile()
-        again = SimpleNamespace(jaxpr=traced.jaxpr, compile=lambda: compiled)
-        again.trace, again.lower = lambda *_: again, lambda: again
-        return again
-
-    @functools.cache
-    def state(config):
-        return jax.jit(functools.partial(init_state, config)).lower().compile()
-
-    validation = functools.cache(make_validation_step)
-
-    def alike(config):
-        """But for what a program does not depend on."""
-        return dataclasses.replace(
-            config,
-            run=Run(seed=config.run.seed),
-            data=Data(mask_documents=config.data.mask_documents),
-            training=dataclasses.replace(
-                config.training,
-                validation_interval_steps=0,
-                validation_batches=0,
-                checkpoint_interval_steps=1,
-            ),
-            distributed=Distributed(),
-            quiet=False,
-        )
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "jit_train_step", lambda c, on: step(alike(c), on))
-        patched.setattr(train, "first_state", lambda c: state(alike(c))())
-        patched.setattr(train, "make_validation_step", lambda c: validation(alike(c)))
-        yield
 
 
 def start(config_file, folder, *overrides):
@@ -344,7 +293,7 @@ def test_validation_switched_off(config_file, tmp_path, override, measured):
 def test_quiet_and_null_reach_the_run(config_file, tmp_path, monkeypatch):
     quiet = []
     monkeypatch.setattr(
-        train, "RunLog", lambda *a, **k: quiet.append(k["quiet"]) or RunLog(*a, **k)
+        story, "RunLog", lambda *a, **k: quiet.append(k["quiet"]) or RunLog(*a, **k)
     )
     one = ("--training.num-steps=1", "--training.accumulation-steps", "null")
     start(config_file, tmp_path / "a", *one, "--quiet")
@@ -402,7 +351,7 @@ def test_another_learning_rate_is_said_before_the_first_step(
         def lower(self):
             raise SystemExit("compiles")
 
-    monkeypatch.setattr(train, "jit_train_step", lambda *_: NoCompile())
+    monkeypatch.setattr(story, "jit_train_step", lambda *_: NoCompile())
     config = str(whole_run / "config.yaml")
     with pytest.raises(SystemExit, match="compiles"):
         train.main(["--config", config, "--training.num-steps=12"])
@@ -537,7 +486,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(
     config_file, tmp_path, monkeypatch, capfd
 ):
     broken = lambda *_: (jnp.float32(jnp.nan), jnp.int32(1))  # noqa: E731
-    monkeypatch.setattr(train, "make_validation_step", lambda _: broken)
+    monkeypatch.setattr(story, "make_validation_step", lambda _: broken)
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         start(config_file, folder)
@@ -548,7 +497,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(
 
 def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd):
     """It is left, and the step saved: a scheduler does not wait for long."""
-    batches, taken = train.validation_batches, []
+    batches, taken = story.validation_batches, []
 
     def killed(*args, **options):
         for batch in batches(*args, **options):
@@ -557,7 +506,7 @@ def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd
                 os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 
-    monkeypatch.setattr(train, "validation_batches", killed)
+    monkeypatch.setattr(story, "validation_batches", killed)
     long = ("--training.validation-batches=100", "--data.validation-fraction=0.9")
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
@@ -582,11 +531,17 @@ def test_a_second_run_in_one_folder_is_refused(whole_run, config_file, capfd):
     assert after == before
 
 
-def started(*argv, options=()):
-    """`python train.py`, as a user starts it."""
-    command = [sys.executable, *options, str(ROOT / "train.py"), *map(str, argv)]
+DOORS = {
+    "train.py": [str(ROOT / "train.py")],
+    "python -m ulysses_jax.train": ["-m", "ulysses_jax.train"],
+}
+
+
+def started(*argv, door="train.py", options=()):
+    """As a user starts it, in the checkout or wherever the package is installed."""
     return subprocess.Popen(
-        command,
+        [sys.executable, *options, *DOORS[door], *map(str, argv)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -594,20 +549,21 @@ def started(*argv, options=()):
 
 
 INTERRUPTED = (
-    "train.py: interrupted; the same command goes on from the last checkpoint, if "
+    ": interrupted; the same command goes on from the last checkpoint, if "
     "there is one\n"
 )
 
 
-def test_ctrl_c_while_it_imports():
-    run = started(options=["-X", "importtime"])
+@pytest.mark.parametrize("door", DOORS)
+def test_ctrl_c_while_it_imports(door):
+    run = started(door=door, options=["-X", "importtime"])
     assert run.stderr is not None
     while not (line := run.stderr.readline()).strip().endswith(" dataclasses"):
         assert line
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     said = "".join(x for x in err.splitlines(True) if not x.startswith("import time"))
-    assert (run.returncode, out, said) == (130, "", INTERRUPTED)
+    assert (run.returncode, out, said) == (130, "", door + INTERRUPTED)
 
 
 def test_ctrl_c_while_it_compiles(config_file, tmp_path):
@@ -618,7 +574,7 @@ def test_ctrl_c_while_it_compiles(config_file, tmp_path):
     time.sleep(0.25)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert (run.returncode, err) == (130, INTERRUPTED)
+    assert (run.returncode, err) == (130, "train.py" + INTERRUPTED)
 
 
 DRIVER = """
@@ -633,8 +589,8 @@ def counted(document, offset, count):
     num_bytes += count
     return read_bytes(document, offset, count)
 rows.read_bytes = counted
-import train
-train.main(sys.argv[1:])
+from ulysses_jax.train import main
+main(sys.argv[1:])
 print("bytes read:", num_bytes, "processes:", jax.process_count())
 """
 

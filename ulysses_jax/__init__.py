@@ -1,8 +1,31 @@
 """DeepSpeed-Ulysses for JAX: attention over sequences spread over many GPUs."""
 
-from ulysses_jax.api import attention_fn, ulysses_attention
-from ulysses_jax.mesh import make_mesh
-from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ulysses_jax.api import attention_fn, ulysses_attention
+    from ulysses_jax.mesh import make_mesh
+    from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
+else:
+    _HOMES = {
+        "attention_fn": "api",
+        "heads_to_seq": "parallel.exchange",
+        "make_mesh": "mesh",
+        "seq_to_heads": "parallel.exchange",
+        "ulysses_attention": "api",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Imports a name when it is asked for: a program whose first line imports this
+        package (`python -m ulysses_jax.train`) can do something before JAX is there."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return [*globals(), *_HOMES]
+
 
 __all__ = [
     "attention_fn",

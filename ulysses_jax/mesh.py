@@ -5,7 +5,8 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -139,23 +140,39 @@ def simulate_cpu_devices(num_devices: int | None) -> None:
     None leaves JAX as it is. A device count in XLA_FLAGS wins over `num_devices`. A
     compilation cache on disk is not used: XLA on the CPU (jax 0.10.2) runs collectives
     of a program from there in no fixed order, and devices wait for each other for ever.
+
+    Raises:
+      ValueError: JAX has other devices already.
     """
     if num_devices is None:
         return
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        try:
+            jax.config.update("jax_num_cpu_devices", num_devices)
+        except RuntimeError:
+            platform, num_here = jax.default_backend(), jax.local_device_count()
+            if (platform, num_here) != ("cpu", num_devices):
+                raise ValueError(
+                    f"run.simulated_cpu_devices {num_devices} comes too late: this "
+                    f"process has used JAX, on {num_here} {platform} devices. In a "
+                    "new process, before anything else of JAX, call "
+                    f"jax.config.update('jax_num_cpu_devices', {num_devices}); or set "
+                    f"it to null, and mesh to degrees whose product is {num_here}"
+                ) from None
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", num_devices)
 
 
-def allow_promotion() -> None:
-    """Unsets `jax_numpy_rank_promotion=raise` and `jax_numpy_dtype_promotion=strict`.
+@contextmanager
+def allow_promotion() -> Iterator[None]:
+    """Inside, `jax_numpy_rank_promotion=raise` and `jax_numpy_dtype_promotion=strict`
+    do nothing.
 
     They find slips in code; a run's own broadcasts and promotes on purpose,
     and its values are the same.
     """
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def start_distributed(

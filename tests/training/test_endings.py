@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,33 +29,40 @@ def fail():
 """
 
 
-def ended(function, program):
+def ended(function):
     with pytest.raises(SystemExit) as stopped:
-        with ends_in_words(str(program)):
+        with ends_in_words("python -m mine"):
             function()
     return stopped.value.code
 
 
-def test_whose_fault_an_error_is(tmp_path, capfd):
-    """A library keeps its traceback, also one that is installed under the checkout."""
-    ours = module(tmp_path / "train.py")
-    assert ended(lambda: ours.fail(ValueError("no such mesh")), ours.__file__) == 2
-    assert capfd.readouterr().err == "train.py: no such mesh\n"
+def test_whose_fault_an_error_is(tmp_path, capfd, monkeypatch):
+    """A library keeps its traceback, also one that is installed beside this one."""
     (tmp_path / "file").write_text("")
-    assert ended(lambda: check_folder(tmp_path / "file"), ours.__file__) == 2
-    assert "run.folder" in capfd.readouterr().err
-    library = module(tmp_path / ".venv" / "lib" / "optax.py")
+    assert ended(lambda: check_folder(tmp_path / "file")) == 2
+    assert capfd.readouterr().err.startswith("python -m mine: run.folder")
+    site = tmp_path / "site-packages"
+    library = module(site / "optax.py")
+    monkeypatch.setattr(endings, "_PACKAGE", site / "ulysses_jax")
+    ours = module(site / "ulysses_jax" / "training" / "run.py")
+    assert ended(lambda: ours.fail(ValueError("no such mesh"))) == 2
+    assert capfd.readouterr().err == "python -m mine: no such mesh\n"
     for error in (ValueError("of optax"), KeyError("of optax"), RuntimeError()):
-        with pytest.raises(type(error)), ends_in_words(ours.__file__):
+        with pytest.raises(type(error)), ends_in_words("python -m mine"):
             library.fail(error)
     # Also where JAX leaves its own frames out of the traceback.
-    jax_s = module(tmp_path / "ours.py", CALLS_JAX)
+    jax_s = module(site / "ulysses_jax" / "ours.py", CALLS_JAX)
     with pytest.raises(ValueError, match="compiler_options"):
-        with ends_in_words(jax_s.__file__):
+        with ends_in_words("python -m mine"):
             jax_s.fail()
     # A disk's, whoever wrote to it.
-    assert ended(lambda: library.fail(OSError("full")), ours.__file__) == 2
-    assert capfd.readouterr().err == "train.py: full\n"
+    assert ended(lambda: library.fail(OSError("full"))) == 2
+    assert capfd.readouterr().err == "python -m mine: full\n"
+
+
+def test_the_package_is_the_one_that_runs():
+    assert Path(endings.__file__).is_relative_to(endings._PACKAGE)
+    assert endings._PACKAGE.name == "ulysses_jax"
 
 
 class Exited(BaseException):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ulysses_jax.training import output
-from ulysses_jax.training.output import guard_output
+from ulysses_jax.training.output import guard_output, print_every_name
 
 SCRIPT = f"""
 import importlib.util, os, sys
@@ -38,6 +38,16 @@ def test_a_reader_that_has_gone_ends_nothing(tmp_path, how, printed):
     assert done.stdout == printed
     said = (tmp_path / "file").read_text()
     assert said.startswith("went on") and int(said.split()[-1]) > 2
+
+
+def test_every_name_prints_for_a_while(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    with print_every_name():
+        print("café \udce9", flush=True)
+    assert output.buffer.getvalue() == b"caf\\xe9 \\udce9\n"
+    with pytest.raises(UnicodeEncodeError):
+        print("café", flush=True)
 
 
 def test_other_errors_are_errors(monkeypatch):

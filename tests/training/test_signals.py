@@ -44,6 +44,34 @@ def test_only_a_second_ctrl_c_ends_at_once():
         assert ended.wait(10)
 
 
+def test_without_an_end_a_second_ctrl_c_is_the_caller_s():
+    mine = []
+    before = signal.signal(signal.SIGINT, lambda *_: mine.append(1))
+    try:
+        with told_to_stop(None) as stopping:
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+            assert stopping.is_set() and mine == []
+            send(signal.SIGINT)
+            assert mine == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_signals_stay_the_caller_s():
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def run():
+        with told_to_stop(pytest.fail) as stopping:
+            found.append((signal.getsignal(signal.SIGTERM), stopping.is_set()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(before, False)]
+
+
 def test_it_ends_while_python_runs_no_handler():
     """As in XLA's compiler: the main thread does not come back, others run."""
     threads = []

@@ -21,6 +21,7 @@ from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
+@allow_promotion()
 def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
     """Compiles a run for this machine's devices, runs some steps of it, and compares.
 
@@ -37,7 +38,6 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
       ValueError: the mesh or the config does not fit the devices.
     """
     simulate_cpu_devices(config.run.simulated_cpu_devices)
-    allow_promotion()
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     device = mesh.devices.flat[0]
     target, gpus_per_host = target_of(device), jax.local_device_count()

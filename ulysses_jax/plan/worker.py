@@ -161,10 +161,10 @@ def _write(file: Path, result: dict[str, Any]) -> None:
         pass
 
 
+@allow_promotion()
 def main(result_file: str) -> None:
     """Reads a request from stdin, writes its result, or its error, as JSON."""
     request = json.load(sys.stdin)
-    allow_promotion()
     capability = tuple(request["target"]["compute_capability"])
     target = Target(**request["target"] | {"compute_capability": capability})
     config = from_dict(Config, request["config"])

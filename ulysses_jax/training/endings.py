@@ -26,19 +26,21 @@ _POLL_SECONDS = 1.0
 def ends_in_words(program: str) -> Iterator[None]:
     """Turns an error of the user's input or disk into one line and exit code 2.
 
-    Those are every OSError, and a ValueError that `program`, the file, or this package
-    raised. Another error is a fault of the program and keeps its traceback; on a pod
-    it, too, ends all processes.
+    Those are every OSError, and a ValueError that this package raised. Another error is
+    a fault of the program and keeps its traceback; on a pod it, too, ends all
+    processes.
+
+    Args:
+      program: what the line begins with.
     """
-    name = Path(program).name
     # With its own frames taken out, what JAX raises would look like this package's.
     filtering = jax.config.jax_traceback_filtering  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_traceback_filtering", "off")
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) or _is_ours(error, program):
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError) or _is_ours(error):
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
             stop(2, str(error))
         if jax.distributed.is_initialized():
             traceback.print_exc()
@@ -48,11 +50,11 @@ def ends_in_words(program: str) -> Iterator[None]:
         jax.config.update("jax_traceback_filtering", filtering)
 
 
-def _is_ours(error: Exception, program: str) -> bool:
+def _is_ours(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return raised_in == Path(program).resolve() or raised_in.is_relative_to(_PACKAGE)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.resolve().is_relative_to(_PACKAGE)
 
 
 def stop(code: int, why: str) -> NoReturn:

@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 # A pipe whose reader has ended, as in `| head`; a terminal that was closed.
@@ -25,13 +27,22 @@ def guard_output() -> None:
         sys.stderr = _Guarded(sys.stderr)
 
 
-def print_every_name() -> None:
-    """From now on a letter that the output's encoding lacks is written as its number.
+@contextmanager
+def print_every_name() -> Iterator[None]:
+    """Inside, a letter that the output's encoding lacks is written as its number.
 
     Names of files may hold any bytes, and an output be of ASCII alone.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper | _Guarded):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper | _Guarded):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 class _Guarded:

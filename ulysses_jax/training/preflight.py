@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ulysses_jax.config import Model
+from ulysses_jax.config import Distributed, Model
 
 
 @contextmanager
@@ -37,6 +37,22 @@ def agreed() -> Iterator[None]:
     if failed.any():
         others = np.flatnonzero(failed).tolist()
         raise ValueError(f"processes {others} refuse to start: their output says why")
+
+
+def check_processes(distributed: Distributed) -> None:
+    """Refuses a run of another number of processes than there are.
+
+    Raises:
+      ValueError: with both, and how to start them.
+    """
+    asked, here = distributed.num_processes, jax.process_count()
+    if asked not in (None, here):
+        raise ValueError(
+            f"distributed.num_processes is {asked}, but JAX knows of {here}: before "
+            "JAX has devices call ulysses_jax.mesh.start_distributed, in each process, "
+            "or run python -m ulysses_jax.train; to train in this process alone, leave "
+            "the section distributed out"
+        )
 
 
 def check_folder(folder: Path) -> None:

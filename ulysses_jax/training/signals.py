@@ -4,27 +4,45 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 # Ctrl-C; a scheduler; a terminal that closes; what `sbatch --signal=USR1@60` sends.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop, and has: the message says where."""
+
+
 @contextmanager
-def told_to_stop(end: Callable[[], Any]) -> Iterator[threading.Event]:
+def told_to_stop(end: Callable[[], Any] | None) -> Iterator[threading.Event]:
     """Set by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; a second Ctrl-C calls `end` at once.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    Without `end` the second one has the handler from before. A SIGHUP that is ignored,
+    as under nohup, stays so. In another thread than the main one, which alone may
+    handle signals, all stay as they are.
     """
     event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
     before = {
-        each: signal.signal(each, lambda *_: event.set())
+        each: handler
         for each in _SIGNALS
-        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN
+        if (handler := signal.getsignal(each)) is not None  # one that is not Python's
+        and not (each == signal.SIGHUP and handler == signal.SIG_IGN)
     }
+
+    def tell(number: int, _: Any) -> None:
+        event.set()
+        if number == signal.SIGINT and end is None:
+            signal.signal(number, before[signal.SIGINT])
+
+    for each in before:
+        signal.signal(each, tell)
     try:
-        with at_ctrl_c(2, end):
+        with nullcontext() if end is None else at_ctrl_c(2, end):
             yield event
     finally:
         for each, handler in before.items():

@@ -1,0 +1,60 @@
+"""Programs that a file's runs compile once: import the fixture to have it."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from ulysses_jax.config import Data, Distributed, Run
+from ulysses_jax.training import run
+from ulysses_jax.training.state import abstract_state, init_state
+from ulysses_jax.training.step import (
+    abstract_batch,
+    jit_train_step,
+    make_validation_step,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    """Runs alike in mesh, model and training share their compiled programs."""
+
+    @functools.cache
+    def step(config, platform):
+        traced = jit_train_step(config, platform).trace(
+            abstract_state(config), abstract_batch(config)
+        )
+        compiled = traced.lower().compile()
+        again = SimpleNamespace(jaxpr=traced.jaxpr, compile=lambda: compiled)
+        again.trace, again.lower = lambda *_: again, lambda: again
+        return again
+
+    @functools.cache
+    def state(config):
+        return jax.jit(functools.partial(init_state, config)).lower().compile()
+
+    validation = functools.cache(make_validation_step)
+
+    def alike(config):
+        """But for what a program does not depend on."""
+        return dataclasses.replace(
+            config,
+            run=Run(seed=config.run.seed),
+            data=Data(mask_documents=config.data.mask_documents),
+            training=dataclasses.replace(
+                config.training,
+                validation_interval_steps=0,
+                validation_batches=0,
+                checkpoint_interval_steps=1,
+            ),
+            distributed=Distributed(),
+            quiet=False,
+        )
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "jit_train_step", lambda c, on: step(alike(c), on))
+        patched.setattr(run, "first_state", lambda c: state(alike(c))())
+        patched.setattr(run, "make_validation_step", lambda c: validation(alike(c)))
+        yield

@@ -1,0 +1,73 @@
+"""The trainer as a program: its command line, how it ends, and a pod's processes.
+
+    python -m ulysses_jax.train --config my.yaml [--SECTION.FIELD VALUE ...]
+
+`train.py` in a checkout is another door to it; from Python there is
+`ulysses_jax.training.train`. Nothing that takes time is imported before Ctrl-C has its
+handler: so this file imports inside its functions.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def start(program: str) -> None:
+    """Runs what the command line says.
+
+    Args:
+      program: how the user calls it; its messages begin so.
+    """
+    interrupted = partial(_interrupted, program)
+    signal.signal(signal.SIGINT, interrupted)
+    from ulysses_jax.training.endings import as_program
+
+    with as_program(interrupted):
+        main(sys.argv[1:], program=program, interrupted=interrupted)
+
+
+def _interrupted(program: str, *_) -> None:
+    """Ctrl-C before the first step, or a second one. An exception might be lost."""
+    try:
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # the cursor, which the bar hides
+        line = f"{program}: interrupted; the same command goes on from the last "
+        os.write(2, f"{line}checkpoint, if there is one\n".encode())
+    finally:
+        os._exit(130)
+
+
+def main(
+    argv: list[str],
+    *,
+    program: str = "train.py",
+    interrupted: Callable[[], Any] | None = None,
+) -> None:
+    """`start`, in a process that may go on.
+
+    Raises:
+      SystemExit: with code 2 for an error in words, 130 where it was told to stop.
+    """
+    import dataclasses
+
+    from ulysses_jax.config_file import load_from_command_line
+    from ulysses_jax.mesh import start_distributed
+    from ulysses_jax.training import train
+    from ulysses_jax.training.endings import ends_in_words, ends_with_the_others, stop
+    from ulysses_jax.training.signals import Stopped
+
+    with ends_in_words(program):
+        config = load_from_command_line(argv, program=program)
+        start_distributed(**dataclasses.asdict(config.distributed))
+        with ends_with_the_others():
+            try:
+                train(config, interrupted=interrupted)
+            except Stopped:
+                stop(130, "it was told to stop")
+
+
+if __name__ == "__main__":
+    start("python -m ulysses_jax.train")

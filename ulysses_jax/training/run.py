@@ -1,0 +1,231 @@
+"""The story of a run, for Python: from a config to its last checkpoint."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+from ulysses_jax.config import Config
+from ulysses_jax.data.loader import batches, validation_batches
+from ulysses_jax.data.open import open_data, refuse_other_data
+from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
+from ulysses_jax.mesh import (
+    allow_promotion,
+    devices_per_host,
+    make_mesh,
+    platform_of,
+    simulate_cpu_devices,
+)
+from ulysses_jax.placement import complete
+from ulysses_jax.plan.head_chunks import place_on
+from ulysses_jax.plan.targets import target_of
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.choose_memory import choose_memory
+from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+from ulysses_jax.training.lock import RunLock
+from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.optimizer import rate_change, schedule_fields
+from ulysses_jax.training.output import print_every_name
+from ulysses_jax.training.preflight import (
+    agreed,
+    architecture,
+    check_folder,
+    check_processes,
+    check_space,
+    refuse_other_model,
+)
+from ulysses_jax.training.report import attention_of, describe
+from ulysses_jax.training.signals import Stopped, told_to_stop
+from ulysses_jax.training.state import (
+    TrainState,
+    abstract_state,
+    first_state,
+    host_bytes,
+)
+from ulysses_jax.training.step import (
+    abstract_batch,
+    batch_shape,
+    batch_spec,
+    jit_train_step,
+    make_validation_step,
+)
+
+
+@allow_promotion()
+@print_every_name()
+def train(
+    config: Config, *, interrupted: Callable[[], Any] | None = None
+) -> TrainState:
+    """Trains a run to its last step, from its last checkpoint where it has one.
+
+    It may be called in any thread, again and again, where JAX was used before and with
+    any mesh set; but what can be said only before JAX has devices (the number of
+    simulated ones, `mesh.start_distributed`) cannot be said later.
+
+    Args:
+      config: of `config_file.load`, or made by hand: it need not be complete. Its
+        folder is runs/run where it names none.
+      interrupted: what a second Ctrl-C calls, in a thread of its own; None: what it
+        does outside of a run.
+
+    Returns:
+      The state after the last step, on the run's mesh, as `state.lay` says where.
+
+    Raises:
+      ValueError: the config cannot be run here, with the numbers and a remedy; or a
+        number of a step is not finite.
+      OSError: the disk cannot be read or written.
+      Stopped: a KeyboardInterrupt, after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 in the main
+        thread, and the step that was under way. One process has saved it then.
+    """
+    # ---- What to run, and on what. All that can be refused is refused here, before
+    # anything is compiled or written.
+    config = complete(config, name="run")
+    simulate_cpu_devices(config.run.simulated_cpu_devices)
+    check_processes(config.distributed)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    # Of the same device on every process: all must compile one program.
+    target = target_of(mesh.devices.flat[0])
+    config = place_on(config, dict(mesh.shape), target, devices_per_host())
+    training = config.training
+    data = open_data(config)
+    tried: list[str] = []
+    if config.memory.auto:
+        config, tried = choose_memory(config, mesh)
+    check_host_memory(config.memory.offload, mesh.local_devices[0])
+    assert config.run.folder is not None
+    folder = Path(config.run.folder)
+    checkpointer = Checkpointer(
+        folder / "checkpoints",
+        interval_steps=training.checkpoint_interval_steps,
+        keep=training.keep_checkpoints,
+    )
+    is_main = jax.process_index() == 0
+    say = partial(print, flush=True) if is_main else lambda *_: None
+    with RunLock(folder) as lock, checkpointer, jax.set_mesh(mesh):
+        shapes = abstract_state(config)
+        step = jit_train_step(config, platform_of(mesh))
+        step = step.trace(shapes, abstract_batch(config))
+        # What a process finds on its own disk, all processes must hear of.
+        with agreed():
+            check_folder(folder)
+            meta = {
+                "model": architecture(config.model),
+                "data": data.meta,
+                "schedule": schedule_fields(training),
+            }
+            saved = checkpointer.latest_meta()
+            if saved is not None:
+                refuse_other_model(saved[1]["model"], meta["model"])
+                refuse_other_data(saved[1]["data"], meta["data"], config)
+            sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+            check_space(checkpointer.folder, sum(sizes), checkpointer.keep)
+        with agreed():
+            found = lock.take() if is_main else []
+        attention = attention_of(config, platform_of(mesh), step)
+        for line in (*describe(config, shapes, attention), *data.notes, *tried, *found):
+            say(line)
+
+        # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
+        restored = checkpointer.restore(shapes, on_skipped=say)
+        if restored is None:
+            first_step, state, changes = 0, first_state(config), []
+        else:
+            first_step, state, then = restored
+            say(f"resuming after step {first_step} of {training.num_steps}")
+            changes = rate_change(then.get("schedule", {}), training, first_step)
+        if first_step >= training.num_steps:
+            say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
+            return state
+        for line in changes:
+            say(line)
+
+        # ---- The step, compiled once.
+        started = time.monotonic()
+        step = step.lower().compile()
+        check_offload(host_bytes(config, shapes), memory_stats(step), platform_of(mesh))
+        validate = jax.jit(make_validation_step(config))
+        say(f"compiled the step in {time.monotonic() - started:.0f} s")
+
+        # ---- The loop. A step is in flight while the numbers of the one before are
+        # read; where it is validated or saved, its own are read first.
+        shape, sharding = batch_shape(config), NamedSharding(mesh, batch_spec(mesh))
+        members = config.zigzag_members()
+        stream = batches(
+            data.train,
+            shape,
+            sharding,
+            seed=config.run.seed,
+            start_step=first_step,
+            zigzag_members=members,
+        )
+
+        def validation_loss() -> float | None:
+            total, count = 0.0, 0
+            assert data.validation is not None
+            validation = validation_batches(
+                data.validation,
+                shape,
+                sharding,
+                num_batches=training.validation_batches,
+                zigzag_members=members,
+            )
+            parts = (validate(state.parameters, batch) for batch in validation)
+            for part, tokens in one_behind(parts):
+                if stopping.is_set():
+                    return None  # who waits to end this run may not wait for long
+                total, count = total + float(part), count + int(tokens)
+            return total / count
+
+        validates = data.validation is not None and training.validation_batches > 0
+        every = training.validation_interval_steps or training.num_steps
+        log = RunLog(
+            folder,
+            num_steps=training.num_steps,
+            quiet=config.quiet,
+            first_step=first_step,
+            is_main=is_main,
+        )
+        if is_main:
+            (folder / "config.yaml").write_text(config.to_yaml())
+        in_flight = InFlight(
+            training.batch_size * training.sequence_tokens, log.log_step
+        )
+        number = first_step
+        with log, closing(stream), told_to_stop(interrupted) as stopping:
+            while number < training.num_steps:
+                number += 1
+                started = time.monotonic()
+                state, metrics = step(state, next(stream))
+                in_flight.add(number, metrics, started)
+                last = number == training.num_steps
+                if validates and (last or number % every == 0):
+                    in_flight.settle()
+                    if (loss := validation_loss()) is not None:
+                        check_finite(number, {"validation_loss": loss})
+                        log.log_validation(number, loss)
+                # On a pod the others may be a step behind: none can save alone.
+                stops = stopping.is_set() and not last
+                saves = stops and jax.process_count() == 1
+                if checkpointer.due(number) or last or saves:
+                    in_flight.settle()
+                    checkpointer.save(number, state, meta)
+                if stops:
+                    where = "from the last checkpoint, if there is one"
+                    if saves:
+                        checkpointer.wait()
+                        where = "from there: it is saved"
+                    what = f"stopped at step {number}; the same command goes on {where}"
+                    log.say(what)
+                    raise Stopped(what)
+            checkpointer.wait()
+            log.finish()
+            if stopping.is_set() and interrupted is None:
+                raise Stopped(f"{folder} is done, and its last step saved")
+        return state
