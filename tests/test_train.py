@@ -692,6 +692,25 @@ checkpoint.aside = aside
 """
 
 
+TOLD = """
+import os, signal
+from ulysses_jax.training import run as story
+batches = story.validation_batches
+def told(*args, **options):
+    for batch in batches(*args, **options):
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+story.validation_batches = told
+"""
+# The other one is in it still when this one saves its step: that save has no end.
+LONG_VALIDATION = (
+    "--training.validation-interval-steps=2",
+    "--training.validation-batches=9",
+    "--data.validation-fraction=0.9",
+)
+
+
 @pytest.mark.parametrize(
     "prelude, rank, said",
     [
@@ -702,6 +721,7 @@ checkpoint.aside = aside
         pytest.param(
             FAILED_WRITE, 1, "not written", id="in a save", marks=pytest.mark.slow
         ),
+        pytest.param(TOLD, 1, "", id="told in a validation", marks=pytest.mark.slow),
     ],
 )
 def test_one_process_that_stops_stops_the_others(
@@ -717,12 +737,14 @@ def test_one_process_that_stops_stops_the_others(
             f"--distributed.coordinator=127.0.0.1:{port}",
             "--distributed.num-processes=2",
             f"--distributed.process-id={each}",
+            *(LONG_VALIDATION if prelude is TOLD else ()),
             prelude=prelude,
         )
         for each in range(2)
     ]
     errors = [process.communicate(timeout=240)[1] for process in pair]
-    assert [process.returncode for process in pair] == [2, 2]
+    code = 130 if prelude is TOLD else 2
+    assert [process.returncode for process in pair] == [code, code]
     assert said in errors[rank] and "Traceback" not in "".join(errors)
     others = errors[1 - rank]
     assert f"process {rank} ended the run: " in others or f"[{rank}] refuse" in others

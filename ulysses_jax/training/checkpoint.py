@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from ulysses_jax.training.arrays import aside, describe, on_devices, refuse_others
 from ulysses_jax.training.preflight import gb
 from ulysses_jax.training.proof import read_commit, why_broken, write_commit
-from ulysses_jax.training.signals import Stopped
 
 _SAVE_TIMEOUT_SECONDS = 2 * 60 * 60
 _NONE, _ALL_BROKEN = -1, -2
@@ -179,8 +178,6 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Stopped) and jax.process_count() > 1:
-            return  # the others, who do not know, may never write their part
         try:
             self.close()
         except OSError as failure:

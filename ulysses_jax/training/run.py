@@ -204,16 +204,21 @@ def train(
                 started = time.monotonic()
                 state, metrics = step(state, next(stream))
                 in_flight.add(number, metrics, started)
-                last = number == training.num_steps
+                last, is_left = number == training.num_steps, False
                 if validates and (last or number % every == 0):
                     in_flight.settle()
-                    if (loss := validation_loss()) is not None:
+                    if (loss := validation_loss()) is None:
+                        is_left = True
+                    else:
                         check_finite(number, {"validation_loss": loss})
                         log.log_validation(number, loss)
-                # On a pod the others may be a step behind: none can save alone.
-                stops = stopping.is_set() and not last
-                saves = stops and jax.process_count() == 1
-                if checkpointer.due(number) or last or saves:
+                # On a pod the others may be a step behind, or in the validation that
+                # this one left: none can save alone.
+                stops = stopping.is_set() and (is_left or not last)
+                saves = last or checkpointer.due(number)
+                if stops:
+                    saves = jax.process_count() == 1
+                if saves:
                     in_flight.settle()
                     checkpointer.save(number, state, meta)
                 if stops:
