@@ -53,9 +53,6 @@ HEADLINE: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
 TOKENS_A_GPU = 32 * K  # a step; the paper does not state its batch
 # A learned table of a million positions would outgrow the model.
 OPTIONS = ("--model.positions=rope", "--memory.mlp-tile-tokens=8192")
-# What only Ulysses can do of this library's means: all of a layer in pieces.
-PIECES = ("--memory.sequence-chunk-tokens=2048",)
-PIECES_LAYERS = {"gpt_7b": 2, "gpt_30b": 1}  # that are recomputed together
 # What the paper's runs had not, for both alike.
 OFFLOAD = ("--memory.offload", "inputs")
 
@@ -259,11 +256,6 @@ def main() -> None:
         console.print(table(f"{name} on {cluster.name}; times are predicted", found))
         rows += found
         if not args.quick:
-            pieces = PIECES + (f"--memory.remat-layers={PIECES_LAYERS[name]}",)
-            found = [limit(name, "ulysses", cluster, pieces)]
-            title = f"{name}, layers in pieces, recomputed by {PIECES_LAYERS[name]}"
-            console.print(table(title, found))
-            rows += [each | {"beside": "in pieces"} for each in found]
             found = [limit(name, each, cluster, OFFLOAD) for each in STRATEGIES]
             title = f"{name}, layers' inputs in the hosts' memory"
             console.print(table(title, found))

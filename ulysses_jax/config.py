@@ -120,8 +120,6 @@ class Memory:
     """What the backward pass recomputes: nothing; each layer from its input; or all of
     it but attention, whose output and logsumexp are kept (the memory of a second input,
     and no second attention)."""
-    remat_layers: int = 1
-    """Layers that are recomputed together, from the input of the first."""
     offload: tuple[
         Literal["inputs", "attention", "keys", "optimizer", "parameters"], ...
     ] = ()

@@ -258,13 +258,6 @@ def _check_model(model: Model, training: Training) -> None:
 def _check_memory(memory: Memory, model: Model, training: Training) -> None:
     if memory.auto:
         return  # they are replaced
-    if model.num_layers % memory.remat_layers:
-        layers = model.num_layers
-        fits = [n for n in range(1, layers + 1) if layers % n == 0]
-        raise ValueError(
-            f"memory.remat_layers {memory.remat_layers} does not divide "
-            f"model.num_layers {layers}: use one of {fits}"
-        )
     if memory.remat == "none" and "inputs" in memory.offload:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
@@ -305,10 +298,4 @@ def _check_memory(memory: Memory, model: Model, training: Training) -> None:
             "model.attention reference cannot attend to some keys at a time, as "
             "memory.sequence_chunk_tokens and memory.head_chunks ask: use "
             "model.attention auto or blockwise"
-        )
-    if memory.remat == "none" and memory.remat_layers > 1:
-        raise ValueError(
-            f"memory.remat_layers {memory.remat_layers} recomputes layers together, "
-            "but memory.remat none recomputes nothing: use memory.remat full or "
-            "attention, or memory.remat_layers 1"
         )

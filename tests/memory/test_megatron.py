@@ -49,7 +49,6 @@ def assert_plain(family, degrees, model, *, packed=True, **memory):
                 (dict(seq=2), FEW_HEADS, False, dict(remat="none")),
                 (dict(data=2, seq=4), FEW_HEADS, True, dict(remat="full")),
                 (dict(seq=8), LLAMA, True, dict(remat="none")),
-                (dict(fsdp=2, seq=4), FEW_HEADS, True, dict(remat_layers=2)),
             )
         ),
     ],

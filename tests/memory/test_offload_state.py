@@ -135,7 +135,6 @@ def test_same_steps(mesh_name, offload):
         pytest.param("gpt", 1, {}, marks=pytest.mark.slow),
         pytest.param("llama", 2, {}, marks=pytest.mark.slow),
         pytest.param("gpt", 2, dict(remat="attention"), marks=pytest.mark.slow),
-        pytest.param("llama", 1, dict(remat_layers=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

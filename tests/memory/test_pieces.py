@@ -56,7 +56,7 @@ def test_same_loss_and_gradients(family, mesh_name, packed):
 @pytest.mark.parametrize(
     "options",
     slow_but_for(
-        [ALL], [dict(remat="none"), dict(remat="attention"), dict(remat_layers=2), ALL]
+        [ALL], [dict(remat="none"), dict(remat="attention"), ALL]
     ),
 )
 @pytest.mark.parametrize("mesh_name", ["data 2, seq 4"])

@@ -148,12 +148,6 @@ def test_bytes_of_a_gather():
             (2 + 2, 2 + 2),
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            dict(fsdp=4, seq=2),
-            dict(remat_layers=3),
-            (2 + 2 + 2, 2 + 5 / 3 + 2),
-            marks=pytest.mark.slow,
-        ),
         # A feed-forward in tiles keeps its input alone.
         (dict(fsdp=2, seq=4), dict(mlp_tile_tokens=16), (2 + 1 + 3, 2 + 1 + 2)),
     ],

@@ -32,13 +32,12 @@ def test_memory_options_are_said_by_their_names():
     assert _memory(make_config({})) == ("remat full; loss_tile_tokens 6; zero_stage 3")
     memory = dict(
         remat="attention",
-        remat_layers=2,
         offload=("inputs", "optimizer"),
         offload_fraction=0.5,
         mlp_tile_tokens=2048,
         loss_tile_tokens=1024,
     )
     assert _memory(make_config({}, memory=memory, zero_stage=1)) == (
-        "remat attention of 2 layers at a time; offload inputs, optimizer (0.5 of "
-        "inputs); mlp_tile_tokens 2,048; loss_tile_tokens 1,024; zero_stage 1"
+        "remat attention; offload inputs, optimizer (0.5 of inputs); "
+        "mlp_tile_tokens 2,048; loss_tile_tokens 1,024; zero_stage 1"
     )

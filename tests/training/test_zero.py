@@ -36,7 +36,7 @@ OFFLOAD = dict(
     offload=["inputs", "attention", "keys", "optimizer"],
 )
 CASES = {
-    "ring and seq, layers together": (RING, dict(memory=dict(remat_layers=2))),
+    "ring and seq": (RING, {}),
     "tiles of a gpt, accumulation": (
         dict(data=2, seq=2, tensor=2),
         dict(family="gpt", accumulation_steps=2, memory=dict(mlp_tile_tokens=5)),
@@ -56,7 +56,7 @@ CASES = {
 }
 # Stage 3 alone is what other tests train.
 QUICK = [
-    ("ring and seq, layers together", 1),
+    ("ring and seq", 1),
     ("chunks and groups of heads", 2),
 ]
 MORE_CASES = {
@@ -168,7 +168,7 @@ def test_bytes_of_a_device(degrees, strategy, stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_program_takes_and_gives_just_these(stage):
-    degrees, options = CASES["ring and seq, layers together"]
+    degrees, options = CASES["ring and seq"]
     config = make_config(degrees, zero_stage=stage, **options)
     step = compiled(config)
     with jax.set_mesh(mesh_of(**degrees)):
@@ -211,7 +211,7 @@ SLOW_PAIRS = [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 1), *SLOW_PAIRS])
 def test_a_checkpoint_of_one_stage_restores_at_another(before, after, tmp_path):
-    degrees, options = CASES["ring and seq, layers together"]
+    degrees, options = CASES["ring and seq"]
     mesh = mesh_of(**degrees)
     saved = train(degrees, zero_stage=before, **options).state
     with jax.set_mesh(mesh), Checkpointer(tmp_path, interval_steps=1) as checkpointer:

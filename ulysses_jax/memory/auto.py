@@ -162,7 +162,7 @@ def kept_bytes(config: Config) -> tuple[int, int]:
     tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
     size = model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
     layer = tokens * size
-    inputs = rows * config.residual_tokens() * size * model.width // memory.remat_layers
+    inputs = rows * config.residual_tokens() * size * model.width
     heads = layer * model.num_heads * model.head_size // mesh.tensor
     attention = 0 if memory.remat == "full" else heads
     hidden = layer * model.feed_forward_width // mesh.tensor

@@ -27,39 +27,27 @@ def run_layers(
     Args:
       layer: `f(x, parameters)`.
       stacked: a pytree of parameters, each with a leading dim L. Of those in host
-        memory one block at a time is on the device, and their gradients go back.
+        memory one layer's at a time are on the device, and their gradients go back.
       memory: `remat` none keeps all that the backward pass reads. full keeps the input
-        of every block of `remat_layers` layers and computes the rest again, once.
-        attention also keeps each attention's output and logsumexp: its kernel runs
-        once, but its queries, keys and values are projected and exchanged again.
-        `offload` inputs, or attention, puts these in the host's memory.
+        of every layer and computes the rest again, once. attention also keeps each
+        attention's output and logsumexp: its kernel runs once, but its queries, keys
+        and values are projected and exchanged again. `offload` inputs, or attention,
+        puts these in the host's memory.
 
     Returns:
       The last layer's result, as x.
 
-    Cost: the input of every block; what the backward pass of one block reads, all its
-    layers at once.
+    Cost: the input of every layer; what the backward pass of one layer reads.
     """
-    num_layers = memory.remat_layers
 
-    def block(x, parameters):
-        x = _name_input(x, memory)
-        parameters = to_device(parameters)
-        if num_layers == 1:
-            return layer(x, parameters), None
-        for i in range(num_layers):
-            x = layer(x, jax.tree.map(lambda each, i=i: each[i], parameters))
-        return x, None
+    def one(x, parameters):
+        return layer(_name_input(x, memory), to_device(parameters)), None
 
-    if num_layers > 1:
-        stacked = jax.tree.map(
-            lambda each: each.reshape(-1, num_layers, *each.shape[1:]), stacked
-        )
     if memory.remat != "none":
         # A loop keeps XLA from merging the two computations; one trip is no loop.
         is_loop = jax.tree.leaves(stacked)[0].shape[0] > 1
-        block = jax.checkpoint(block, prevent_cse=not is_loop, policy=_policy(memory))
-    x, _ = jax.lax.scan(block, x, stacked)
+        one = jax.checkpoint(one, prevent_cse=not is_loop, policy=_policy(memory))
+    x, _ = jax.lax.scan(one, x, stacked)
     return x
 
 

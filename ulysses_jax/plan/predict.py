@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.config import Config
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.plan.targets import Target
-from ulysses_jax.plan.traffic import feed_forward_is_tiled
+from ulysses_jax.plan.traffic import feed_forward_is_tiled, num_passes
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
 # and layer: two norms and two residual sums touch D ten times; RoPE, casts and the
@@ -143,25 +143,14 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
         pairs = span * model.window - model.window * model.window / 2
     # One product of all visible pairs, over batch and layers.
     product = 2 * pairs * query_width * training.batch_size * model.num_layers
-    memory = config.memory
-    again = memory.remat != "none"
-    # Nothing reads what the feed-forward of a recomputed layer makes, but for the next
-    # layer that is recomputed with it; its backward pass reads the hidden activations,
-    # and in tiles makes them again, whether the layer is recomputed or not.
+    again = num_passes(config) > 2
+    # Nothing reads what the feed-forward of a recomputed layer makes; its backward pass
+    # reads the hidden activations, and in tiles makes them again, whether the layer is
+    # recomputed or not.
     hidden = model.num_layers * (gated - 1) * down
-    attention_matrices = layers - model.num_layers * gated * down
-    read = 1 - 1 / memory.remat_layers
-    recomputed = again * attention_matrices
-    attention_again = 1.0 * (memory.remat == "full")
-    if in_pieces(config.model, memory):
-        # A layer in pieces recomputes itself, and those before the last of a block are
-        # recomputed for the next one's input too.
-        recomputed = attention_matrices + hidden + again * read * layers
-        attention_again = (memory.remat != "attention") + read * attention_again
-    elif feed_forward_is_tiled(config):
-        recomputed += hidden + again * read * model.num_layers * gated * down
-    else:
-        recomputed += again * (hidden + read * model.num_layers * down)
+    recomputed = again * (layers - model.num_layers * gated * down)
+    recomputed += (again or feed_forward_is_tiled(config)) * hidden
+    attention_again = again and config.memory.remat != "attention"
     return {
         "matmul": 6.0 * tokens * (layers + head),
         "matmul_recompute": 2.0 * tokens * recomputed,

@@ -147,8 +147,8 @@ def _forwards_of_megatron(config: Config, kind: str) -> float:
     """Passes in which activations are gathered, or scattered, as in a forward pass."""
     recomputed = num_passes(config) - 2
     if kind == "reduce-scatter":
-        # Nothing reads what the last of layers that are recomputed together returns.
-        return 1 + recomputed * (1 - 1 / config.memory.remat_layers / 2)
+        # Of a layer's two, one: nothing reads what a recomputed layer returns.
+        return 1 + recomputed / 2
     if feed_forward_is_tiled(config):
         # Its backward pass gathers its input anew, recomputed or not.
         return 1 + max(recomputed, 1 / 2)
@@ -170,8 +170,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         unread = model.num_layers * model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
             unread *= 3 if model.feed_forward == "swiglu" else 2
-        # Of layers that are recomputed together, only the last one's is not read.
-        unread *= (passes - 2) / config.memory.remat_layers
+        unread *= passes - 2
         if in_pieces(config.model, config.memory):
             unread = layers  # the recomputation shares the backward pass's gathers
     layer_degrees, parts = degrees, mesh.tensor
@@ -207,16 +206,13 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     return sum(found) if found else None
 
 
-def num_passes(config: Config) -> float:
+def num_passes(config: Config) -> int:
     """Passes over the layers: forward, backward, and recomputation if there is any.
 
-    A layer in pieces recomputes itself in any case, and once more where it is not the
-    last of layers that are recomputed together.
+    A layer in pieces recomputes itself in any case.
     """
-    memory = config.memory
-    if in_pieces(config.model, memory):
-        return 4 - 1 / memory.remat_layers
-    return 2 if memory.remat == "none" else 3
+    is_recomputed = config.memory.remat != "none"
+    return 2 + (is_recomputed or in_pieces(config.model, config.memory))
 
 
 def feed_forward_is_tiled(config: Config) -> bool:

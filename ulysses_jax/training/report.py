@@ -75,8 +75,6 @@ def _memory(config: Config) -> str:
     """What memory and training.zero_stage save, in the fields' own names."""
     memory = config.memory
     options = [f"remat {memory.remat}"]
-    if memory.remat != "none" and memory.remat_layers > 1:
-        options[0] += f" of {memory.remat_layers} layers at a time"
     if memory.offload:
         part = memory.offload_fraction
         of = f" ({part:g} of inputs)" if part < 1 and "inputs" in memory.offload else ""

@@ -124,10 +124,9 @@ def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
     # Of one feature of all tokens that a device has.
     feature = rows * config.padded_tokens() // (mesh.ring * mesh.seq) * size
     if "inputs" in offload:
-        blocks = model.num_layers // config.memory.remat_layers
         kept = config.memory.kept_features(model.width)
         inputs = rows * config.residual_tokens() * size
-        sizes["inputs"] = blocks * inputs * (model.width - kept)
+        sizes["inputs"] = model.num_layers * inputs * (model.width - kept)
     if "attention" in offload:
         heads = model.num_heads // mesh.tensor * model.head_size
         sizes["attention"] = model.num_layers * feature * heads
