@@ -25,7 +25,8 @@ from ulysses_jax import make_mesh
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.mesh import simulate_cpu_devices
-from ulysses_jax.placement import complete, place
+from ulysses_jax.complete import complete
+from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import compile_on
 
 K = 1024

@@ -25,13 +25,14 @@ COSTS = {
 }
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"spreading", "config", "placement", "mesh", "sharding"}
+BASE = {"spreading", "config", "complete", "placement", "mesh", "sharding"}
 LAYERS = {"parallel", "attention", "memory"}
 ALLOWED = {
     "spreading": set(),
     "config": {"spreading"},
+    "complete": {"config"},
     "placement": {"spreading", "config"},
-    "config_file": {"config", "placement"},
+    "config_file": {"config", "complete"},
     "launcher": set(),
     "mesh": {"launcher"},
     "sharding": {"config", "mesh"},

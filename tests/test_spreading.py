@@ -11,6 +11,7 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.spreading import (
     STRATEGIES,
     check_strategy,
@@ -83,7 +84,7 @@ def placed(*, memory=None, data=1, fsdp=1, ring=1, seq=1, tensor=1, tokens=64, *
         training=configs.Training(batch_size=data * fsdp, sequence_tokens=tokens),
         memory=configs.Memory(**memory or {}),
     )
-    config = placement.complete(config, name="test")
+    config = complete(config, name="test")
     degrees = dict(data=data, fsdp=fsdp, ring=ring, seq=seq, tensor=tensor)
     return placement.place(config, degrees)
 

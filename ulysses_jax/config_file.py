@@ -3,16 +3,15 @@
 import argparse
 import dataclasses
 import difflib
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
+from ulysses_jax.complete import complete, typed
 from ulysses_jax.config import Config, Memory
-from ulysses_jax.placement import complete
 
 T = TypeVar("T")
 
@@ -159,38 +158,8 @@ def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
         elif dataclasses.is_dataclass(hints[key]):
             built[key] = _build(hints[key], value, where, (*path, key))
         else:
-            built[key] = _value(hints[key], value, f"{where}{name}")
+            built[key] = typed(hints[key], value, f"{where}{name}")
     return cls(**built)
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    options = (
-        get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    )
-    for option in options:
-        if get_origin(option) is Literal:
-            if value in get_args(option) and not isinstance(value, bool):
-                return value
-        elif get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(_value(get_args(option)[0], each, name) for each in value)
-        elif option is float and not isinstance(value, bool):
-            try:  # YAML reads 3e-4, without a dot, as a string
-                return float(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-        elif type(value) is option:
-            return value
-    wanted = " or ".join(
-        " | ".join(map(repr, get_args(option)))
-        if get_origin(option) is Literal
-        else "a list"
-        if get_origin(option) is tuple
-        else "null"
-        if option is types.NoneType
-        else option.__name__
-        for option in options
-    )
-    raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
 def _nearest(key: str, path: tuple[str, ...]) -> str:

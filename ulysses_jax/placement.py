@@ -1,12 +1,10 @@
-"""A config filled in and checked, by itself and on its mesh."""
+"""A config on its mesh: what is left to the mesh chosen, all that must divide checked."""
 
 import dataclasses
 import math
-import os
-import sys
 from typing import Any
 
-from ulysses_jax.config import Config, Memory, Mesh, Model, Training, in_pieces
+from ulysses_jax.config import Config, Memory, Mesh, Model
 from ulysses_jax.spreading import (
     Strategy,
     check_head_chunks,
@@ -17,50 +15,6 @@ from ulysses_jax.spreading import (
     strategy_of,
     total_bytes,
 )
-
-
-def complete(config: Config, *, name: str) -> Config:
-    """Fills in the fields that follow from others, and checks each on its own."""
-    _check_ranges(config)
-    model, training = config.model, config.training
-    if model.head_size is None and model.width % model.num_heads:
-        raise ValueError(
-            f"model.width {model.width} does not divide by model.num_heads "
-            f"{model.num_heads}: change one, or set model.head_size"
-        )
-    filled = dict(
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_size=model.head_size or model.width // model.num_heads,
-        feed_forward_width=model.feed_forward_width or 4 * model.width,
-        max_positions=(model.max_positions or training.sequence_tokens)
-        if model.positions == "learned"
-        else None,
-    )
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, **filled),
-        run=dataclasses.replace(config.run, folder=_folder(config.run.folder, name)),
-    )
-    _check_model(config.model, training)
-    _check_memory(config.memory, config.model, training)
-    return config
-
-
-def _folder(folder: str | None, name: str) -> str:
-    """The run's: ~ is the home folder, as in a shell, which does not see it after =."""
-    if folder is None:
-        return f"runs/{name}"
-    found = os.path.expanduser(folder)
-    if not found.strip():
-        why = "it is empty"
-    elif found[0] == "~":
-        why = f"there is no home folder {found.split('/')[0]}"
-    else:
-        return found
-    raise ValueError(
-        f"run.folder {folder!r} names no folder ({why}): leave it out for runs/{name}, "
-        "or write ./ before the name"
-    )
 
 
 def place(config: Config, degrees: dict[str, int]) -> Config:
@@ -190,112 +144,3 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
         )
     zigzag = by_blocks if model.zigzag is None else model.zigzag
     return dataclasses.replace(model, strategy=strategy, zigzag=zigzag)
-
-
-_MAY_BE_ZERO = {
-    "seed",
-    "validation_fraction",
-    "warmup_steps",
-    "weight_decay",
-    "learning_rate",
-    "final_learning_rate",
-    "validation_interval_steps",
-    "validation_batches",
-    "process_id",
-    "beta1",
-    "beta2",
-    "label_smoothing",
-    "z_loss",
-}
-_BELOW_ONE = {"validation_fraction", "beta1", "beta2", "label_smoothing"}
-
-
-def _check_ranges(config: Config) -> None:
-    """Numbers are positive, or not negative; counts are int32; fractions below 1."""
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        if not dataclasses.is_dataclass(values) or section.name == "mesh":
-            continue
-        for each in dataclasses.fields(values):
-            value = getattr(values, each.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            low = 0 if each.name in _MAY_BE_ZERO else sys.float_info.min
-            name = f"{section.name}.{each.name}"
-            if not math.isfinite(value) or value < low:
-                bound = "not negative" if low == 0 else "positive"
-                raise ValueError(f"{name} must be {bound}, not {value}")
-            if each.name == "seed" and value >= 2**32:
-                raise ValueError(f"{name} must be below 2^32, not {value}")
-            if each.name != "seed" and isinstance(value, int) and value >= 2**31:
-                raise ValueError(f"{name} must be below 2^31, not {value}")
-            if each.name == "offload_fraction" and value > 1:
-                raise ValueError(f"{name} must be at most 1, not {value}")
-            if each.name in _BELOW_ONE and value >= 1:
-                raise ValueError(f"{name} must be below 1, not {value}")
-
-
-def _check_model(model: Model, training: Training) -> None:
-    assert model.num_kv_heads and model.head_size
-    if model.num_heads % model.num_kv_heads:
-        fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-        raise ValueError(
-            f"model.num_kv_heads {model.num_kv_heads} does not divide model.num_heads "
-            f"{model.num_heads}: use one of {fits}"
-        )
-    if model.positions == "rope" and model.head_size % 2:
-        raise ValueError(
-            f"model.head_size {model.head_size} is odd: RoPE turns pairs; use "
-            f"{model.head_size + 1}"
-        )
-    if model.max_positions and model.max_positions < training.sequence_tokens:
-        raise ValueError(
-            f"model.max_positions {model.max_positions} is less than "
-            f"training.sequence_tokens {training.sequence_tokens}: raise it"
-        )
-
-
-def _check_memory(memory: Memory, model: Model, training: Training) -> None:
-    if memory.auto:
-        return  # they are replaced
-    if memory.remat == "none" and "inputs" in memory.offload:
-        raise ValueError(
-            "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
-            "everything: use memory.remat full or attention, or do not offload inputs"
-        )
-    if memory.remat == "none" and "parameters" in memory.offload:
-        raise ValueError(
-            "memory.offload parameters fetches a layer's parameters once more for its "
-            "backward pass, but memory.remat none keeps what the first fetch brought: "
-            "use memory.remat full or attention, or do not offload parameters"
-        )
-    if training.zero_stage < 3 and "parameters" in memory.offload:
-        raise ValueError(
-            "memory.offload parameters fetches a device's own part of each layer, but "
-            f"training.zero_stage {training.zero_stage} keeps all parameters on every "
-            "device: use training.zero_stage 3, or do not offload parameters"
-        )
-    moved = model.width - memory.kept_features(model.width)
-    if memory.offload_fraction < 1 and ("inputs" not in memory.offload or not moved):
-        raise ValueError(
-            f"memory.offload_fraction {memory.offload_fraction} moves nothing: it is of"
-            f" the {model.width} features that memory.offload inputs moves; offload "
-            "inputs, with a larger fraction, or leave it at 1"
-        )
-    if memory.remat != "attention" and "attention" in memory.offload:
-        raise ValueError(
-            "memory.offload attention moves attention's outputs, which memory.remat "
-            f"{memory.remat} does not keep apart: use memory.remat attention, or do "
-            "not offload attention"
-        )
-    if memory.sequence_chunk_tokens is None and "keys" in memory.offload:
-        raise ValueError(
-            "memory.offload keys moves the keys and values of a layer in chunks: set "
-            "memory.sequence_chunk_tokens, or do not offload keys"
-        )
-    if in_pieces(model, memory) and model.attention == "reference":
-        raise ValueError(
-            "model.attention reference cannot attend to some keys at a time, as "
-            "memory.sequence_chunk_tokens and memory.head_chunks ask: use "
-            "model.attention auto or blockwise"
-        )

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Model, Run, Training
 from ulysses_jax.data.open import open_data, refuse_other_data
 
@@ -19,7 +19,7 @@ def make_config(files, **kwargs):
         data=Data(files=str(files), validation_fraction=0.2),
         training=Training(sequence_tokens=16, batch_size=8),
     )
-    return placement.complete(Config(**sections | kwargs), name="test")  # pyright: ignore
+    return complete(Config(**sections | kwargs), name="test")  # pyright: ignore
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_folder_becomes_rows_of_both_parts(folder):
 
 
 def test_the_default_is_the_standard_library():
-    data = open_data(placement.complete(Config(), name="test"))
+    data = open_data(complete(Config(), name="test"))
     assert data.validation is not None
     assert data.train.num_tokens > 5_000_000
     assert data.validation.num_tokens > 100_000
@@ -176,7 +176,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, rank, out, same, other = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 from jax.sharding import NamedSharding, PartitionSpec
-from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Training
 from ulysses_jax.data.loader import batches
 from ulysses_jax.data.open import open_data
@@ -185,7 +185,7 @@ from ulysses_jax.mesh import make_mesh
 def opened(files):
     data = Data(files=files, validation_fraction=0.2)
     training = Training(sequence_tokens=16, batch_size=8)
-    return open_data(placement.complete(Config(data=data, training=training), name="x"))
+    return open_data(complete(Config(data=data, training=training), name="x"))
 
 spec = PartitionSpec(None, ("data", "fsdp"), ("ring", "seq"))
 rows = opened(same).train

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
+from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.plan.compile import compile_on
 from ulysses_jax.sharding import activation
@@ -61,7 +62,7 @@ def make_config(family="llama", degrees=None, *, tokens=56, model=None, **memory
         training=dict(num_steps=5, batch_size=B, sequence_tokens=tokens),
         memory=dict(loss_tile_tokens=64) | memory,
     )
-    config = placement.complete(from_dict(configs.Config, values), name="test")
+    config = complete(from_dict(configs.Config, values), name="test")
     return placement.place(config, dict(mesh_of(**(degrees or {})).shape))
 
 

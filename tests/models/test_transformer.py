@@ -16,6 +16,7 @@ from slow import slow_but_for
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
+from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.memory.remat import run_layers
 from ulysses_jax.models import transformer
@@ -75,7 +76,7 @@ def make_config(family, degrees=None, **memory):
         training=dict(num_steps=5, warmup_steps=1, batch_size=B, sequence_tokens=T),
         memory=dict(loss_tile_tokens=5) | memory,
     )
-    config = placement.complete(from_dict(configs.Config, values), name="test")
+    config = complete(from_dict(configs.Config, values), name="test")
     return placement.place(config, dict(mesh_of(**(degrees or {})).shape))
 
 
@@ -351,7 +352,7 @@ WIDE = dict(SHAPE, width=256, vocab_size=2048, feed_forward_width=1024, head_siz
 def test_no_device_ever_holds_the_whole_state():
     degrees = MESHES["fsdp x seq x tensor"]
     values = dict(model=WIDE, training=dict(batch_size=B, sequence_tokens=T))
-    config = placement.complete(from_dict(configs.Config, values), name="test")
+    config = complete(from_dict(configs.Config, values), name="test")
     with on_mesh(**degrees) as mesh:
         config = placement.place(config, dict(mesh.shape))
         state = abstract_state(config)

@@ -7,6 +7,7 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.mesh import AXES
 from ulysses_jax.plan import compare as compare_module
 from ulysses_jax.plan.compare import compare
@@ -32,7 +33,7 @@ def run(*, batch_size=4, steps=1, num_heads=8, **degrees):
         ),
         mesh=configs.Mesh(**degrees),
     )
-    return placement.complete(config, name="run")
+    return complete(config, name="run")
 
 
 @pytest.fixture

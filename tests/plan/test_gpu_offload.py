@@ -11,6 +11,7 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.plan.compile import analyse, compile_step
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
@@ -39,7 +40,7 @@ def make_config(*, tokens=32768, batch_size=1, steps=1, seq=8, **memory):
         mesh=configs.Mesh(seq=seq),
         memory=configs.Memory(**memory),
     )
-    return placement.complete(config, name="tiny")
+    return complete(config, name="tiny")
 
 
 @cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from ulysses_jax import config as configs
-from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.attention.cudnn import cudnn_gradients
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.plan.compile import (
@@ -53,7 +53,7 @@ def tiny(
         mesh=configs.Mesh(**degrees),
         memory=configs.Memory(**(memory or {})),
     )
-    return placement.complete(config, name="tiny")
+    return complete(config, name="tiny")
 
 
 def plan(config: configs.Config, gpus: str = "h100:1x8"):

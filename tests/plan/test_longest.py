@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ulysses_jax import config as configs
-from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.plan import longest as longest_module
 from ulysses_jax.plan.longest import MAX_TOKENS, longest
 from ulysses_jax.plan.plan import Cluster
@@ -57,7 +57,7 @@ def run(tokens, *, seq=8, **model):
         training=configs.Training(batch_size=8, sequence_tokens=tokens),
         mesh=configs.Mesh(seq=seq),
     )
-    return placement.complete(config, name="run")
+    return complete(config, name="run")
 
 
 def find(tokens=131_072, **options):

@@ -6,6 +6,7 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.plan import predict as prediction
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
@@ -42,7 +43,7 @@ def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model)
         mesh=configs.Mesh(**mesh or dict(fsdp=2, seq=4)),
         memory=configs.Memory(remat=remat),
     )
-    config = placement.complete(config, name="run")
+    config = complete(config, name="run")
     return placement.place(config, dataclasses.asdict(config.mesh))
 
 

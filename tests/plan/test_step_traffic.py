@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan.compile import analyse, compile_on
 from ulysses_jax.plan.targets import TARGETS
@@ -35,7 +36,7 @@ def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
         mesh=configs.Mesh(**degrees),
         memory=configs.Memory(**(memory or {})),
     )
-    config = placement.complete(config, name="tiny")
+    config = complete(config, name="tiny")
     return placement.place(config, dataclasses.asdict(config.mesh))
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ulysses_jax import config as configs
-from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.plan import compile as plan_compile
 from ulysses_jax.plan.compile import PlanError
 from ulysses_jax.plan.targets import TARGETS
@@ -34,7 +34,7 @@ def tiny(**degrees):
         training=configs.Training(batch_size=8, sequence_tokens=64),
         mesh=configs.Mesh(**degrees),
     )
-    return placement.complete(config, name="tiny")
+    return complete(config, name="tiny")
 
 
 def test_an_abort_is_a_message():

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
+from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.spreading import zigzag_order
 from ulysses_jax.training.loss import IGNORED
@@ -63,7 +64,7 @@ def make_config(
         | training,
         memory=dict(loss_tile_tokens=6) | (memory or {}),
     )
-    config = placement.complete(from_dict(configs.Config, values), name="test")
+    config = complete(from_dict(configs.Config, values), name="test")
     return placement.place(config, dict(mesh_of(**degrees).shape))
 
 

@@ -13,7 +13,8 @@ from jax.sharding import AxisType
 from slow import slow_but_for
 
 from ulysses_jax import config as configs
-from ulysses_jax import make_mesh, placement
+from ulysses_jax import make_mesh
+from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.training.optimizer import (
     learning_rate_schedule,
@@ -43,7 +44,7 @@ TRAINING = configs.Training(
 def parameters(family):
     """The names and shapes of a whole model, with values away from 0."""
     values = dict(model=dict(num_layers=2, vocab_size=8, **FAMILIES[family]))
-    config = placement.complete(from_dict(configs.Config, values), name="test")
+    config = complete(from_dict(configs.Config, values), name="test")
     mesh = make_mesh(devices=jax.devices()[:1], axis_type=AxisType.Explicit)
     with jax.set_mesh(mesh):
         shapes = abstract_state(config).parameters

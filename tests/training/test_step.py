@@ -23,6 +23,7 @@ from slow import slow_but_for
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.complete import complete
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
@@ -298,7 +299,7 @@ def test_remat_keeps_only_the_inputs_of_layers():
     """More layers take far less more memory than when everything is kept."""
 
     def temporary_bytes(remat, num_layers):
-        config = placement.complete(
+        config = complete(
             configs.Config(
                 model=configs.Model(
                     vocab_size=V, width=32, num_layers=num_layers, num_heads=4

@@ -1,0 +1,77 @@
+"""A config filled in and checked by itself: what follows, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from ulysses_jax.complete import complete, complete_model
+from ulysses_jax.config import Config, Memory, Model, Training
+
+
+def small(**fields):
+    return Model(**dict(vocab_size=320, width=128, num_layers=2, num_heads=4) | fields)
+
+
+def test_a_model_is_filled_in_without_a_run():
+    model = complete_model(small())
+    filled = dict(num_kv_heads=4, head_size=32, feed_forward_width=512)
+    assert model == dataclasses.replace(small(), **filled)
+    assert complete_model(model) == model
+    given = dict(num_kv_heads=2, head_size=64, feed_forward_width=100)
+    assert complete_model(small(**given)) == small(**given)
+
+
+def test_learned_positions_need_a_table_s_rows():
+    """Of a run they follow from its tokens; rotary ones have none."""
+    learned = small(positions="learned")
+    with pytest.raises(ValueError, match="learned is a table of model.max_positions"):
+        complete_model(learned)
+    rows = complete_model(dataclasses.replace(learned, max_positions=64))
+    assert rows.max_positions == 64 and complete_model(rows) == rows
+    assert complete_model(small(max_positions=64)).max_positions is None
+    run = Config(model=learned, training=Training(sequence_tokens=96))
+    assert complete(run, name="x").model.max_positions == 96
+    with pytest.raises(ValueError, match="max_positions 64 is less than .* 96: raise"):
+        complete(dataclasses.replace(run, model=rows), name="x")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(width=-1), "model.width must be positive, not -1"),
+        (dict(num_layers=0), "model.num_layers must be positive, not 0"),
+        (dict(window=2**31), r"model.window must be below 2\^31"),
+        (dict(rope_base=float("nan")), "model.rope_base must be positive, not nan"),
+        (dict(num_heads="4"), "model.num_heads must be int, not '4'"),
+        (dict(num_layers=True), "model.num_layers must be int, not True"),
+        (dict(num_kv_heads=1.0), "model.num_kv_heads must be int or null, not 1.0"),
+        (dict(norm="rmsnorm"), "model.norm must be 'rms' | 'layer', not 'rmsnorm'"),
+        (dict(compute_dtype="float16"), "'bfloat16' | 'float32', not 'float16'"),
+        (dict(biases="no"), "model.biases must be bool, not 'no'"),
+        (dict(strategy="ulises"), "'auto' or 'ulysses' | .*, not 'ulises'"),
+        (dict(num_heads=3), "width 128 does not divide by model.num_heads 3"),
+        (dict(num_kv_heads=3), r"3 does not divide .* 4: use one of \[1, 2, 4\]"),
+        (dict(head_size=31), "head_size 31 is odd: RoPE turns pairs; use 32"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_is_refused_in_words(fields, message):
+    with pytest.raises(ValueError, match=message.replace("' |", "' [|]")):
+        complete_model(small(**fields))
+
+
+def test_odd_heads_turn_no_pairs_under_learned_positions():
+    model = complete_model(small(head_size=31, positions="learned", max_positions=8))
+    assert model.head_size == 31
+
+
+def test_every_section_is_checked_as_a_file_s_is():
+    """Made in Python, where nothing has read it yet."""
+    with pytest.raises(ValueError, match="training.num_steps must be int, not '5'"):
+        complete(Config(training=Training(num_steps="5")), name="x")  # pyright: ignore
+    with pytest.raises(ValueError, match="zero_stage must be 1 . 2 . 3, not 3.0"):
+        complete(Config(training=Training(zero_stage=3.0)), name="x")  # pyright: ignore
+    offload = ["inputs"]
+    run = Config(memory=Memory(offload=offload))  # pyright: ignore
+    assert complete(run, name="x").memory.offload == ("inputs",)
+    assert complete(complete(run, name="x"), name="y") == complete(run, name="x")

@@ -1,0 +1,240 @@
+"""A config filled in, and checked by itself: no mesh is known yet."""
+
+import dataclasses
+import math
+import os
+import sys
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ulysses_jax.config import Config, Memory, Model, Training, in_pieces
+
+T = TypeVar("T")
+
+
+def complete(config: Config, *, name: str) -> Config:
+    """Fills in the fields that follow from others, and checks each on its own.
+
+    Args:
+      name: of the run, where run.folder does not say.
+
+    Raises:
+      ValueError: a value of another type or out of its range, by the field's name; or
+        fields that exclude each other, with the numbers and what would do.
+    """
+    config = dataclasses.replace(
+        config,
+        **{
+            section: checked(getattr(config, section), section)
+            for section, cls in get_type_hints(Config).items()
+            if dataclasses.is_dataclass(cls) and cls is not Model
+        },
+    )
+    model, training = config.model, config.training
+    if model.positions == "learned" and model.max_positions is None:
+        model = dataclasses.replace(model, max_positions=training.sequence_tokens)
+    model = complete_model(model)
+    if model.max_positions and model.max_positions < training.sequence_tokens:
+        raise ValueError(
+            f"model.max_positions {model.max_positions} is less than "
+            f"training.sequence_tokens {training.sequence_tokens}: raise it"
+        )
+    _check_memory(config.memory, model, training)
+    run = dataclasses.replace(config.run, folder=_folder(config.run.folder, name))
+    return dataclasses.replace(config, model=model, run=run)
+
+
+def complete_model(model: Model) -> Model:
+    """Fills in what follows from a model's other fields, and checks it by itself.
+
+    A completed model stays as it is.
+
+    Raises:
+      ValueError: as `complete`; learned positions without model.max_positions, which a
+        run takes from training.sequence_tokens.
+    """
+    model = checked(model, "model")
+    if model.head_size is None and model.width % model.num_heads:
+        raise ValueError(
+            f"model.width {model.width} does not divide by model.num_heads "
+            f"{model.num_heads}: change one, or set model.head_size"
+        )
+    learned = model.positions == "learned"
+    if learned and model.max_positions is None:
+        raise ValueError(
+            "model.positions learned is a table of model.max_positions rows: set "
+            "model.max_positions to the longest sequence's tokens, or use "
+            "model.positions rope"
+        )
+    model = dataclasses.replace(
+        model,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_size=model.head_size or model.width // model.num_heads,
+        feed_forward_width=model.feed_forward_width or 4 * model.width,
+        max_positions=model.max_positions if learned else None,
+    )
+    assert model.num_kv_heads and model.head_size
+    if model.num_heads % model.num_kv_heads:
+        fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        raise ValueError(
+            f"model.num_kv_heads {model.num_kv_heads} does not divide model.num_heads "
+            f"{model.num_heads}: use one of {fits}"
+        )
+    if not learned and model.head_size % 2:
+        raise ValueError(
+            f"model.head_size {model.head_size} is odd: RoPE turns pairs; use "
+            f"{model.head_size + 1}"
+        )
+    return model
+
+
+def checked(section: T, name: str) -> T:
+    """A section of a config with every value of its field's type, in its range.
+
+    Raises:
+      ValueError: names the field, what it must be and what it is.
+    """
+    values = {
+        field: typed(hint, getattr(section, field), f"{name}.{field}")
+        for field, hint in get_type_hints(type(section)).items()
+    }
+    if name != "mesh":  # whose degrees may be -1: `make_mesh` checks them
+        _check_ranges(name, values)
+    return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
+
+
+def typed(hint: Any, value: Any, name: str) -> Any:
+    """The value as a field of this type has it: a list as a tuple, a number as float.
+
+    Raises:
+      ValueError: it is of another type; says which ones are right.
+    """
+    options = (
+        get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    )
+    for option in options:
+        if get_origin(option) is Literal:
+            words = get_args(option)
+            if type(value) in map(type, words) and value in words:
+                return value
+        elif get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(typed(get_args(option)[0], each, name) for each in value)
+        elif option is float and not isinstance(value, bool):
+            try:  # YAML reads 3e-4, without a dot, as a string
+                return float(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+        elif type(value) is option:
+            return value
+    wanted = " or ".join(
+        " | ".join(map(repr, get_args(option)))
+        if get_origin(option) is Literal
+        else "a list"
+        if get_origin(option) is tuple
+        else "null"
+        if option is types.NoneType
+        else option.__name__
+        for option in options
+    )
+    raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+_MAY_BE_ZERO = {
+    "seed",
+    "validation_fraction",
+    "warmup_steps",
+    "weight_decay",
+    "learning_rate",
+    "final_learning_rate",
+    "validation_interval_steps",
+    "validation_batches",
+    "process_id",
+    "beta1",
+    "beta2",
+    "label_smoothing",
+    "z_loss",
+}
+_BELOW_ONE = {"validation_fraction", "beta1", "beta2", "label_smoothing"}
+
+
+def _check_ranges(section: str, values: dict[str, Any]) -> None:
+    """Numbers are positive, or not negative; counts are int32; fractions below 1."""
+    for field, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low = 0 if field in _MAY_BE_ZERO else sys.float_info.min
+        name = f"{section}.{field}"
+        if not math.isfinite(value) or value < low:
+            bound = "not negative" if low == 0 else "positive"
+            raise ValueError(f"{name} must be {bound}, not {value}")
+        if field == "seed" and value >= 2**32:
+            raise ValueError(f"{name} must be below 2^32, not {value}")
+        if field != "seed" and isinstance(value, int) and value >= 2**31:
+            raise ValueError(f"{name} must be below 2^31, not {value}")
+        if field == "offload_fraction" and value > 1:
+            raise ValueError(f"{name} must be at most 1, not {value}")
+        if field in _BELOW_ONE and value >= 1:
+            raise ValueError(f"{name} must be below 1, not {value}")
+
+
+def _folder(folder: str | None, name: str) -> str:
+    """The run's: ~ is the home folder, as in a shell, which does not see it after =."""
+    if folder is None:
+        return f"runs/{name}"
+    found = os.path.expanduser(folder)
+    if not found.strip():
+        why = "it is empty"
+    elif found[0] == "~":
+        why = f"there is no home folder {found.split('/')[0]}"
+    else:
+        return found
+    raise ValueError(
+        f"run.folder {folder!r} names no folder ({why}): leave it out for runs/{name}, "
+        "or write ./ before the name"
+    )
+
+
+def _check_memory(memory: Memory, model: Model, training: Training) -> None:
+    if memory.auto:
+        return  # they are replaced
+    if memory.remat == "none" and "inputs" in memory.offload:
+        raise ValueError(
+            "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
+            "everything: use memory.remat full or attention, or do not offload inputs"
+        )
+    if memory.remat == "none" and "parameters" in memory.offload:
+        raise ValueError(
+            "memory.offload parameters fetches a layer's parameters once more for its "
+            "backward pass, but memory.remat none keeps what the first fetch brought: "
+            "use memory.remat full or attention, or do not offload parameters"
+        )
+    if training.zero_stage < 3 and "parameters" in memory.offload:
+        raise ValueError(
+            "memory.offload parameters fetches a device's own part of each layer, but "
+            f"training.zero_stage {training.zero_stage} keeps all parameters on every "
+            "device: use training.zero_stage 3, or do not offload parameters"
+        )
+    moved = model.width - memory.kept_features(model.width)
+    if memory.offload_fraction < 1 and ("inputs" not in memory.offload or not moved):
+        raise ValueError(
+            f"memory.offload_fraction {memory.offload_fraction} moves nothing: it is of"
+            f" the {model.width} features that memory.offload inputs moves; offload "
+            "inputs, with a larger fraction, or leave it at 1"
+        )
+    if memory.remat != "attention" and "attention" in memory.offload:
+        raise ValueError(
+            "memory.offload attention moves attention's outputs, which memory.remat "
+            f"{memory.remat} does not keep apart: use memory.remat attention, or do "
+            "not offload attention"
+        )
+    if memory.sequence_chunk_tokens is None and "keys" in memory.offload:
+        raise ValueError(
+            "memory.offload keys moves the keys and values of a layer in chunks: set "
+            "memory.sequence_chunk_tokens, or do not offload keys"
+        )
+    if in_pieces(model, memory) and model.attention == "reference":
+        raise ValueError(
+            "model.attention reference cannot attend to some keys at a time, as "
+            "memory.sequence_chunk_tokens and memory.head_chunks ask: use "
+            "model.attention auto or blockwise"
+        )
