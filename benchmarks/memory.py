@@ -22,10 +22,10 @@ from rich.progress import track
 from rich.table import Table
 
 from ulysses_jax import make_mesh
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.mesh import simulate_cpu_devices
-from ulysses_jax.complete import complete
 from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import compile_on
 

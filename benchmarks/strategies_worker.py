@@ -11,9 +11,9 @@ from side_by_side import Program, serve
 from ulysses_jax import make_mesh
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
-from ulysses_jax.complete import complete
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
 from ulysses_jax.spreading import Strategy, num_members, zigzag_order

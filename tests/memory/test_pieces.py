@@ -55,9 +55,7 @@ def test_same_loss_and_gradients(family, mesh_name, packed):
 
 @pytest.mark.parametrize(
     "options",
-    slow_but_for(
-        [ALL], [dict(remat="none"), dict(remat="attention"), ALL]
-    ),
+    slow_but_for([ALL], [dict(remat="none"), dict(remat="attention"), ALL]),
 )
 @pytest.mark.parametrize("mesh_name", ["data 2, seq 4"])
 def test_with_every_rematerialisation(mesh_name, options):
