@@ -15,9 +15,11 @@ def small(**fields):
 def test_a_model_is_filled_in_without_a_run():
     model = complete_model(small())
     filled = dict(num_kv_heads=4, head_size=32, feed_forward_width=512)
+    filled |= dict(pattern=("full",))
     assert model == dataclasses.replace(small(), **filled)
     assert complete_model(model) == model
     given = dict(num_kv_heads=2, head_size=64, feed_forward_width=100)
+    given |= dict(pattern=("window", "mine"), window=7)
     assert complete_model(small(**given)) == small(**given)
 
 
@@ -48,6 +50,22 @@ def test_learned_positions_need_a_table_s_rows():
         (dict(norm="rmsnorm"), "model.norm must be 'rms' | 'layer', not 'rmsnorm'"),
         (dict(compute_dtype="float16"), "'bfloat16' | 'float32', not 'float16'"),
         (dict(biases="no"), "model.biases must be bool, not 'no'"),
+        (dict(pattern="window"), "model.pattern must be a list or null, not 'window'"),
+        (dict(pattern=("full", 1)), "model.pattern must be str, not 1"),
+        (dict(pattern=()), "model.pattern is empty: name the kinds of layers"),
+        (
+            dict(pattern=["full"] * 3),
+            "pattern names 3 kinds of layers, but model.num_layers is 2: use at least 3"
+            " layers, or a pattern of at most 2",
+        ),
+        (
+            dict(pattern=("full", "window")),
+            "pattern full, window has layers of kind window, but model.window does not",
+        ),
+        (
+            dict(pattern=("full", "mine"), window=64),
+            "window 64 is of layers of kind window, but model.pattern full, mine has",
+        ),
         (dict(strategy="ulises"), "'auto' or 'ulysses' | .*, not 'ulises'"),
         (dict(num_heads=3), "width 128 does not divide by model.num_heads 3"),
         (dict(num_kv_heads=3), r"3 does not divide .* 4: use one of \[1, 2, 4\]"),
@@ -58,6 +76,28 @@ def test_learned_positions_need_a_table_s_rows():
 def test_a_model_that_cannot_be_is_refused_in_words(fields, message):
     with pytest.raises(ValueError, match=message.replace("' |", "' [|]")):
         complete_model(small(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields, kinds, windows",
+    [
+        (dict(), ["full"] * 7, [None] * 7),
+        (dict(window=9), ["window"] * 7, [9] * 7),
+        (
+            dict(pattern=["window", "window", "full"], window=9),
+            ["window", "window", "full"] * 2 + ["window"],
+            [9, 9, None] * 2 + [9],
+        ),
+        (dict(pattern=["full", "mine"]), ["full", "mine"] * 3 + ["full"], [None] * 7),
+    ],
+    ids=str,
+)
+def test_a_pattern_repeats_along_the_depth(fields, kinds, windows):
+    """The last time it may be cut short; a user's own kinds are left alone."""
+    model = complete_model(small(num_layers=7, **fields))
+    assert model.kinds() == tuple(kinds)
+    assert model.windows() == tuple(windows)
+    assert complete_model(model) == model and hash(model)
 
 
 def test_odd_heads_turn_no_pairs_under_learned_positions():

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from files import ROOT
 
 from ulysses_jax.config_file import load, load_from_command_line
 
@@ -133,6 +134,36 @@ def test_the_home_folder(load_text, tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     assert load(path, ["--run.folder=~/y"]).run.folder == f"{tmp_path}/y"
     assert load(path, ["--run.folder=./~"]).run.folder == "./~"
+
+
+def test_a_pattern_of_layers(load_text, tmp_path):
+    """A list in a file, words on the command line; null is the default again."""
+    text = "model: {num_layers: 7, window: 9, pattern: [window, window, full]}"
+    model = load_text(text).model
+    assert model.windows() == (9, 9, None) * 2 + (9,)
+    resolved = load_text(load_text(text).to_yaml())
+    assert resolved.model == model
+
+    def overridden(*argv):
+        return load(tmp_path / "run.yaml", argv).model.pattern
+
+    assert overridden("--model.pattern", "window", "full") == ("window", "full")
+    assert overridden("--model.pattern", "window", "--quiet") == ("window",)
+    assert overridden("--model.pattern", "null") == ("window",)
+    assert overridden("--model.pattern=full", "--model.window=null") == ("full",)
+    with pytest.raises(ValueError, match="has none: .* or set model.window to null"):
+        overridden("--model.pattern", "full")
+    with pytest.raises(ValueError, match="pattern must be a list or null, not 'full'"):
+        load_text("model: {pattern: full}")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem
+)
+def test_every_config_here_loads_and_says_how_it_is_run(path):
+    config = load(path)
+    assert config.run.folder == f"runs/{path.stem}"
+    assert f"--config configs/{path.name}" in path.read_text()
 
 
 def test_one_config_at_a_time(tmp_path):

@@ -72,7 +72,11 @@ def complete_model(model: Model) -> Model:
         head_size=model.head_size or model.width // model.num_heads,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
         max_positions=model.max_positions if learned else None,
+        pattern=(("full",) if model.window is None else ("window",))
+        if model.pattern is None
+        else model.pattern,
     )
+    _check_pattern(model)
     assert model.num_kv_heads and model.head_size
     if model.num_heads % model.num_kv_heads:
         fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
@@ -86,6 +90,34 @@ def complete_model(model: Model) -> Model:
             f"{model.head_size + 1}"
         )
     return model
+
+
+def _check_pattern(model: Model) -> None:
+    """Which kinds there are is not known here: `models` has them, or a user."""
+    pattern, layers = model.pattern, model.num_layers
+    if not pattern:
+        raise ValueError(
+            "model.pattern is empty: name the kinds of layers that repeat along the "
+            "depth, such as full, or leave it out"
+        )
+    if len(pattern) > layers:
+        raise ValueError(
+            f"model.pattern names {len(pattern)} kinds of layers, but model.num_layers "
+            f"is {layers}: use at least {len(pattern)} layers, or a pattern of at most "
+            f"{layers}"
+        )
+    if "window" in pattern and model.window is None:
+        raise ValueError(
+            f"model.pattern {', '.join(pattern)} has layers of kind window, but "
+            "model.window does not say how many tokens they see: set it, or use full "
+            "in place of window"
+        )
+    if "window" not in pattern and model.window is not None:
+        raise ValueError(
+            f"model.window {model.window} is of layers of kind window, but "
+            f"model.pattern {', '.join(pattern)} has none: put window into the "
+            "pattern, or set model.window to null"
+        )
 
 
 def checked(section: T, name: str) -> T:

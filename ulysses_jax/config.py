@@ -43,8 +43,12 @@ class Model:
     """Rows of a learned position table; default: training.sequence_tokens."""
     biases: bool = False
     tied_embeddings: bool = False
+    pattern: tuple[str, ...] | None = None
+    """Kinds of layers, which repeat along the depth; the last time may be cut short.
+    full: attends to all tokens before; window: to those in model.window. Default:
+    window where model.window is set, else full."""
     window: int | None = None
-    """Attend only to keys fewer than this many positions away."""
+    """Layers of kind window attend only to keys fewer than this many positions away."""
     attention: Literal["auto", "blockwise", "cudnn", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
     strategy: Literal["auto"] | Strategy = "auto"
@@ -57,6 +61,16 @@ class Model:
     """Tokens lie in zigzag order over the members that attend block by block, so that
     all work equally under a causal mask; default: where there are such members."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def kinds(self) -> tuple[str, ...]:
+        """Of every layer of a completed model, from the first on."""
+        assert self.pattern, "complete.complete_model fills it in"
+        repeats = math.ceil(self.num_layers / len(self.pattern))
+        return (self.pattern * repeats)[: self.num_layers]
+
+    def windows(self) -> tuple[int | None, ...]:
+        """Of every layer: how many tokens it sees; None: all."""
+        return tuple(self.window if kind == "window" else None for kind in self.kinds())
 
 
 @dataclass(frozen=True)

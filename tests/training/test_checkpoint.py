@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips over meshes; every planted fault is seen."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -22,9 +23,15 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import make_mesh
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
 from ulysses_jax.training import checkpoint
 from ulysses_jax.training.checkpoint import Checkpointer
-from ulysses_jax.training.preflight import check_space, refuse_other_model
+from ulysses_jax.training.preflight import (
+    architecture,
+    check_space,
+    refuse_other_model,
+)
 from ulysses_jax.training.proof import COMMIT_FILE
 
 META = {"model": {"width": 8, "norm": "rms"}, "tokens_read": 2**40, "data": "f00d"}
@@ -427,6 +434,19 @@ def test_refuse_other_model():
     ):
         assert part in str(error.value)
     assert "norm" not in str(error.value)
+
+
+def test_the_pattern_of_layers_belongs_to_the_model():
+    full, mixed = (
+        architecture(complete_model(Model(**changes)))
+        for changes in ({}, dict(pattern=("window", "full"), window=8))
+    )
+    saved = json.loads(json.dumps(mixed))
+    refuse_other_model(saved, mixed)
+    with pytest.raises(
+        ValueError, match=r"pattern was \['window', 'full'\], is \['full"
+    ):
+        refuse_other_model(saved, full)
 
 
 def test_check_space(tmp_path, monkeypatch):
