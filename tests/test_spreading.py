@@ -100,6 +100,8 @@ def placed(*, memory=None, data=1, fsdp=1, ring=1, seq=1, tensor=1, tokens=64, *
         (dict(seq=2, num_kv_heads=8), "ulysses", False),
         (dict(seq=2, memory=dict(head_chunks=2)), "ulysses", False),
         (dict(seq=2, window=8), "ulysses", False),
+        (dict(seq=2, window=8, pattern=("full", "window")), "ulysses", False),
+        (dict(seq=2, pattern=("full", "full")), "all_gather", True),
         (dict(seq=2, attention="reference"), "ulysses", False),
         (dict(seq=4, strategy="all_gather"), "all_gather", True),
         (dict(ring=4, zigzag=False), "ring", False),

@@ -1,4 +1,4 @@
-"""A config on its mesh: what is left to the mesh chosen, all that must divide checked."""
+"""A config on its mesh: choices that are left to it, and what must divide over it."""
 
 import dataclasses
 import math
@@ -90,12 +90,12 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
     if strategy == "auto":
         strategy = strategy_of(ring, seq)
         # What all_gather lacks: groups of heads, layers in pieces, parts of the
-        # reference, a window where an attention knows no positions.
+        # reference, windows where an attention knows no positions.
         can_gather = (
             memory.head_chunks == 1
             and not (memory.sequence_chunk_tokens or memory.auto)
             and model.attention != "reference"
-            and model.window is None
+            and not any(model.windows())
         )
         if strategy == "ulysses" and seq > 1 and can_gather:
             sizes: dict[str, Any] = dict(

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Memory, Mesh, Model, Training
 from ulysses_jax.plan.head_chunks import GROUP_SECONDS, LEAST_SAVING, place_on
 from ulysses_jax.plan.targets import TARGETS
@@ -24,12 +25,14 @@ def chunks(
 ):
     shape = dict(num_heads=32, num_kv_heads=8, num_layers=2, strategy="ulysses")
     config = Config(
-        model=Model(
-            width=4096,
-            head_size=128,
-            feed_forward_width=14336,
-            compute_dtype="bfloat16",
-            **shape | (model or {}),
+        model=complete_model(
+            Model(
+                width=4096,
+                head_size=128,
+                feed_forward_width=14336,
+                compute_dtype="bfloat16",
+                **shape | (model or {}),
+            )
         ),
         training=Training(
             sequence_tokens=tokens,
@@ -89,6 +92,17 @@ def test_the_saving_is_worth_it():
         assert chunks(tokens, seq=16) == (2 if worth else 1), tokens
         found.add(worth)
     assert found == {True, False}
+
+
+def test_layers_with_windows_hide_little():
+    """At 32K tokens an exchange takes 0.56 ms, a full layer's attention 1.01, a window
+    layer's 0.01; two groups save 0.28 ms less 0.1 of the one, and cost the other 0.1.
+    The mean of attention alone would hide most of it with four windows of six too."""
+    for num_windows, want in ((0, 2), (3, 2), (4, 1), (6, 1)):
+        pattern = ("window",) * num_windows + ("full",) * (6 - num_windows)
+        window = 128 if num_windows else None
+        model = dict(num_layers=6, pattern=pattern, window=window)
+        assert chunks(2**15, seq=16, model=model) == want, num_windows
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def plan(config_file, capsys, *args):
             "strategy ring .* ring=1, seq=4: use ring=4, seq=1 or ring=2, seq=1",
         ),
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
+        (
+            "--gpus h100:1x8 --model.pattern full mine",
+            "plan knows layers of kind full and window, not mine: .*--model.pattern",
+        ),
+        ("--check --model.pattern full mine", "full and window, not mine"),
         ("--gpus h100:1x8 --config nowhere.yaml", "--config stands twice"),
         ("--gpus h100:1x8 --plot nowhere/x.png", "nowhere/x.png: there is no folder"),
         ("--gpus h100:1x8 --json nowhere/x.json", "nowhere/x.json: there is no folder"),

@@ -105,6 +105,11 @@ def test_flops_of_other_models():
     pairs = 100 * 1024 - 100 * 100 / 2
     assert narrow["attention"] / base["attention"] == pairs / (1024 * 1024 / 2)
     assert step_flops(run(window=5000)) == base
+    # Of three layers whose pattern is full and window, the last is full too.
+    mixed = step_flops(run(num_layers=3, pattern=("full", "window"), window=100))
+    by_hand = 2 * base["attention"] / 2 + narrow["attention"] / 2
+    assert mixed["attention"] == by_hand
+    assert mixed["attention_recompute"] == by_hand / 2
     # The step is the same work in parts, and on any mesh.
     assert step_flops(run(parts=2)) == step_flops(run(mesh=dict(seq=8))) == base
     # Tokens are those of the padded sequence.

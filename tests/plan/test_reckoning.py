@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Mesh, Model, Training
 from ulysses_jax.placement import place
 from ulysses_jax.plan.reckoning import meshes, reckon
@@ -12,10 +13,11 @@ from ulysses_jax.plan.targets import TARGETS
 T, D, N, K, H = 65536, 4096, 32, 8, 128
 
 
-def placed(strategy="auto", **degrees):
+def placed(strategy="auto", *, changes=None, **degrees):
     model = Model(width=D, num_heads=N, num_kv_heads=K, num_layers=2, strategy=strategy)
+    model = dataclasses.replace(model, head_size=H, compute_dtype="bfloat16")
     config = Config(
-        model=dataclasses.replace(model, head_size=H, compute_dtype="bfloat16"),
+        model=complete_model(dataclasses.replace(model, **changes or {})),
         training=Training(sequence_tokens=T, batch_size=1),
     )
     degrees = dataclasses.asdict(Mesh()) | {"data": 1} | degrees
@@ -39,6 +41,17 @@ def test_one_host():
     rate = target.nvlink_bytes_per_second * target.nvlink_efficiency
     for row in rows.values():
         assert row["link_seconds"] == pytest.approx(row["bytes"] / rate)
+
+
+def test_windows_of_some_layers():
+    """Of two layers, the mean: a window of a block takes one hop of a ring's seven,
+    where tokens lie in their own order."""
+    mix = dict(pattern=("window", "full"), window=T // 8 + 1)
+    one, seven = 2 * K * H * T // 8 * (0 + 4), 2 * K * H * T // 8 * (6 * 2 + 7 * 4)
+    one, seven = one + 2 * K * H * T // 8 * 2, seven + 2 * K * H * T // 8 * 7 * 2
+    config = placed(changes=mix | dict(zigzag=False), ring=8)
+    assert rows_of(config)["ring"]["bytes"] == (one + seven) / 2
+    assert rows_of(config)["ulysses"] == rows_of(placed(ring=8))["ulysses"]
 
 
 def test_two_hosts():

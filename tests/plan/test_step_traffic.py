@@ -11,9 +11,10 @@ from ulysses_jax.complete import complete
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan.compile import analyse, compile_on
 from ulysses_jax.plan.targets import TARGETS
+from ulysses_jax.plan.traffic import attention_bytes
 
 
-def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
+def tiny(*, accumulation_steps=1, memory=None, strategy="auto", model=None, **degrees):
     config = configs.Config(
         model=configs.Model(
             vocab_size=96,
@@ -26,6 +27,7 @@ def tiny(*, accumulation_steps=1, memory=None, strategy="auto", **degrees):
             strategy=strategy,
             # CPU devices send bfloat16 as float32.
             compute_dtype="float32",
+            **model or {},
         ),
         data=configs.Data(mask_documents=False),
         training=configs.Training(
@@ -114,16 +116,28 @@ def test_bytes_of_a_ring(changes, remat, forwards):
 def test_bytes_of_a_ring_under_a_window():
     """Half-blocks of 8: the members on both sides alone, 2 of 3; with attention kept,
     one hop of the second round."""
-    config = tiny(memory=dict(remat="attention"), ring=4, fsdp=2)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, window=9)
-    )
+    memory = dict(remat="attention")
+    config = tiny(memory=memory, model=dict(window=9), ring=4, fsdp=2)
     result = analysed(config)
     block = 2 * 2 * 64 // 4 * 4 * 8 * 4
     permute = row(result, "collective-permute", "ring")
     assert permute["bytes"] == pytest.approx(3 * (2 + 1 + 1 + 2) * block)
     assert permute["ratio"] == pytest.approx(1)
     assert result["warnings"] == []
+
+
+@pytest.mark.parametrize("remat", ["none", "attention"])
+def test_each_layer_s_own_window_counts(remat):
+    """Of full, window, full: of a ring's hops, and of those of a second round."""
+
+    def sent(**model):
+        config = tiny(memory=dict(remat=remat), model=model, ring=4, fsdp=2)
+        ((_, total),) = attention_bytes(config).items()
+        return total
+
+    full, narrow = sent(), sent(window=9)
+    assert sent(pattern=("full", "window"), window=9) == (2 * full + narrow) / 3
+    assert narrow < full
 
 
 def test_bytes_of_a_gather():

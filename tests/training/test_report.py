@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from run_cases import make_config
 
-from ulysses_jax.training.report import _memory, attention_of
+from ulysses_jax.training.report import _kinds, _memory, attention_of
 
 
 def dot_product_attention_fwd(q):
@@ -41,3 +41,20 @@ def test_memory_options_are_said_by_their_names():
         "remat attention; offload inputs, optimizer (0.5 of inputs); "
         "mlp_tile_tokens 2,048; loss_tile_tokens 1,024; zero_stage 1"
     )
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ({}, ""),
+        (dict(window=2000), ", in layers window (of 2,000 tokens)"),
+        (
+            dict(pattern=["window"] * 5 + ["full"], window=4, num_layers=8),
+            ", in layers 5 window, full (of 4 tokens)",
+        ),
+        (dict(pattern=["full", "mine"]), ", in layers full, mine"),
+    ],
+    ids=str,
+)
+def test_a_pattern_is_said_where_it_is_not_full_alone(model, said):
+    assert _kinds(make_config({}, model=model).model) == said

@@ -15,7 +15,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.mesh import allow_promotion, make_mesh, simulate_cpu_devices
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.plan.head_chunks import place_on
-from ulysses_jax.plan.predict import predict
+from ulysses_jax.plan.predict import check_kinds, predict
 from ulysses_jax.plan.targets import TARGETS, target_of
 from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
@@ -35,8 +35,9 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
       for a GPU of `TARGETS`).
 
     Raises:
-      ValueError: the mesh or the config does not fit the devices.
+      ValueError: the mesh or the config does not fit the devices, or as `check_kinds`.
     """
+    check_kinds(config.model)
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     device = mesh.devices.flat[0]

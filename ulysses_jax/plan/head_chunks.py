@@ -1,12 +1,13 @@
 """How many groups of heads a run exchanges, where the config leaves it open."""
 
 import dataclasses
+import statistics
 
 from ulysses_jax.config import Config
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.parallel.ulysses import head_chunk_counts
 from ulysses_jax.placement import place
-from ulysses_jax.plan.predict import link_seconds, step_flops
+from ulysses_jax.plan.predict import link_seconds, step_flops, visible_pairs
 from ulysses_jax.plan.reckoning import share_outside
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import received_by
@@ -40,9 +41,10 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     """The groups with which a layer's exchanges take the least beside its attention.
 
     Of the seconds E of an exchange forward and A of attention, c groups leave
-    `E/c + max(E - A, 0) (c-1)/c` that no attention hides, and cost `GROUP_SECONDS`
-    each. One group, unless more save `LEAST_SAVING` of the layer. So within a host,
-    where E is small, one group mostly; between hosts, several.
+    `E/c + max(E - A, 0) (c-1)/c` that no attention hides (the mean over layers, where
+    their windows differ), and cost `GROUP_SECONDS` each. One group, unless more save
+    `LEAST_SAVING` of the layer. So within a host, where E is small, one group mostly;
+    between hosts, several.
 
     Args:
       config: placed.
@@ -69,8 +71,12 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     attention = flops["attention"] / part / (peak * target.attention_efficiency)
     layer = attention + flops["matmul"] / part / (peak * target.matmul_efficiency)
 
+    pairs = [visible_pairs(config.padded_tokens(), each) for each in model.windows()]
+    spared = [attention * each / statistics.fmean(pairs) for each in pairs]
+
     def seconds(chunks: int) -> float:
-        exposed = exchange + max(exchange - attention, 0) * (chunks - 1)
+        over = statistics.fmean(max(exchange - each, 0) for each in spared)
+        exposed = exchange + over * (chunks - 1)
         return exposed / chunks + chunks * GROUP_SECONDS
 
     layout = head_layout(

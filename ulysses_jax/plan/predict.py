@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ulysses_jax.config import Config
+from ulysses_jax.config import Config, Model
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import feed_forward_is_tiled, num_passes
@@ -122,9 +122,10 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
 
     `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
     multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
-    and 4 backward; windows narrow it; documents packed into a sequence are counted as
-    one; heads that pad N to a multiple of seq are not counted. `*_recompute`: what
-    rematerialisation, and flash attention's backward (T^2 N H more), do again.
+    and 4 backward; a layer's window narrows it; documents packed into a sequence are
+    counted as one; heads that pad N to a multiple of seq are not counted.
+    `*_recompute`: what rematerialisation, and flash attention's backward (T^2 N H
+    more), do again.
     """
     model, training = config.model, config.training
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
@@ -138,11 +139,9 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     )
     layers = model.num_layers * layer
     head = model.width * model.vocab_size
-    pairs = span * span / 2
-    if model.window is not None and model.window < span:
-        pairs = span * model.window - model.window * model.window / 2
     # One product of all visible pairs, over batch and layers.
-    product = 2 * pairs * query_width * training.batch_size * model.num_layers
+    pairs = sum(visible_pairs(span, window) for window in model.windows())
+    product = 2 * pairs * query_width * training.batch_size
     again = num_passes(config) > 2
     # Nothing reads what the feed-forward of a recomputed layer makes; its backward pass
     # reads the hidden activations, and in tiles makes them again, whether the layer is
@@ -158,6 +157,26 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
         # Kept out and logsumexp: the backward pass calls no forward.
         "attention_recompute": (1.0 + 2.0 * attention_again) * product,
     }
+
+
+def visible_pairs(span: int, window: int | None) -> float:
+    """Pairs of a query and a key under a causal mask, a token's own counted as half."""
+    if window is None or window >= span:
+        return span * span / 2
+    return span * window - window * window / 2
+
+
+def check_kinds(model: Model) -> None:
+    """Refuses kinds of layers whose work no formula here counts.
+
+    Raises:
+      ValueError: names them.
+    """
+    if others := sorted(set(model.kinds()) - {"full", "window"}):
+        raise ValueError(
+            f"the plan knows layers of kind full and window, not {', '.join(others)}: "
+            "plan the run with one of these in their place (--model.pattern)"
+        )
 
 
 def _head_padding(config: Config) -> float:

@@ -18,8 +18,8 @@ def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str,
 
     Returns:
       Rows of `strategy`, `ring`, `seq`; `bytes`, `between_hosts_bytes` (a GPU, layer
-      and row, forward and backward: `spreading.received_bytes`), `link_seconds` (of
-      these, predicted, nothing hidden under compute), `is_taken` (by this config).
+      and row, forward and backward: `traffic.received_by`), `link_seconds` (of these,
+      predicted, nothing hidden under compute), `is_taken` (by this config).
       Empty where one GPU has the sequence.
     """
     model, mesh = config.model, config.mesh

@@ -1,6 +1,7 @@
 """What a step sends, by kind of collective and mesh axis, beside what it should."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -86,7 +87,22 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 def received_by(
     config: Config, strategy: Strategy, *, ring: int, seq: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """`spreading.received_bytes` of a run's model, under any strategy and degrees."""
+    """`spreading.received_bytes` of a run's model, under any strategy and degrees; the
+    mean over its layers, where their windows differ."""
+    model, found = config.model, {}
+    for window, count in Counter(model.windows()).items():
+        share = count / model.num_layers
+        received = _received_by(config, strategy, ring=ring, seq=seq, window=window)
+        for key, (forward, backward) in received.items():
+            sums = found.get(key, (0.0, 0.0))
+            found[key] = (sums[0] + share * forward, sums[1] + share * backward)
+    return found
+
+
+def _received_by(
+    config: Config, strategy: Strategy, *, ring: int, seq: int, window: int | None
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """`received_by` of the layers with this window."""
     model, tensor = config.model, config.mesh.tensor
     assert model.num_kv_heads and model.head_size
     is_own = strategy == model.strategy
@@ -100,7 +116,7 @@ def received_by(
         ring=ring,
         seq=seq,
         width=model.width,
-        window=model.window,
+        window=window,
         zigzag=bool(model.zigzag) if is_own else True,
     )
 
@@ -108,14 +124,24 @@ def received_by(
 def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
     """Bytes that a GPU sends a step so that attention reaches all tokens (and, of
     megatron, so that each feed-forward does); by kind and axis."""
+    found: dict[tuple[str, str], float] = {}
+    for window, num_layers in Counter(config.model.windows()).items():
+        for key, sent in _layer_bytes(config, window).items():
+            found[key] = found.get(key, 0.0) + num_layers * sent
+    return found
+
+
+def _layer_bytes(config: Config, window: int | None) -> dict[tuple[str, str], float]:
+    """`attention_bytes` of one layer with this window."""
     model, training, mesh = config.model, config.training, config.mesh
-    assert model.strategy != "auto"
-    received = received_by(config, model.strategy, ring=mesh.ring, seq=mesh.seq)
+    strategy, ring, seq = model.strategy, mesh.ring, mesh.seq
+    assert strategy != "auto"
+    received = _received_by(config, strategy, ring=ring, seq=seq, window=window)
     parts = mesh.seq * mesh.tensor
     if model.strategy == "megatron" and parts > mesh.seq:
         if config.residual_tokens() * parts == config.padded_tokens():
             # Tokens lie over tensor too, and are gathered and scattered over both.
-            both = received_by(config, "megatron", ring=1, seq=parts)
+            both = _received_by(config, strategy, ring=1, seq=parts, window=window)
             received = {(kind, "seq+tensor"): n for (kind, _), n in both.items()}
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     found = {}
@@ -131,13 +157,13 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
                 tokens,
                 mesh.ring,
                 causal=True,
-                window=model.window,
+                window=window,
                 zigzag=zigzag,
             )
             forwards = 1 + 1 / max(len(hops), 1)
         if model.strategy == "megatron":
             forwards = _forwards_of_megatron(config, key[0])
-        sent = rows * model.num_layers * (forwards * forward + backward)
+        sent = rows * (forwards * forward + backward)
         if sent:
             found[key] = sent
     return found

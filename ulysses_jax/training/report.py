@@ -1,10 +1,11 @@
 """What a run says of itself before it starts: its size, its mesh, its padding."""
 
+import itertools
 import math
 
 import jax
 
-from ulysses_jax.config import Config
+from ulysses_jax.config import Config, Model
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import ZERO, zero_axes
 from ulysses_jax.spreading import shared_out
@@ -33,7 +34,7 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
         chunks = config.memory.head_chunks or 1
         groups = f", heads in {chunks} groups" if chunks > 1 else ""
         lines[0] += f"; strategy {model.strategy}{order}{groups}"
-    lines.append(f"attention {attention}; memory {_memory(config)}")
+    lines.append(f"attention {attention}{_kinds(model)}; memory {_memory(config)}")
     padding = config.padded_tokens() - training.sequence_tokens
     if padding:
         halves = "half-blocks of " if config.zigzag_members() > 1 else ""
@@ -60,6 +61,17 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
             f"{copies} copies there"
         )
     return lines
+
+
+def _kinds(model: Model) -> str:
+    """The pattern, where not all layers are full."""
+    assert model.pattern
+    if set(model.pattern) == {"full"}:
+        return ""
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(model.pattern)]
+    names = [kind if n == 1 else f"{n} {kind}" for kind, n in runs]
+    sees = f" (of {model.window:,} tokens)" if model.window is not None else ""
+    return f", in layers {', '.join(names)}{sees}"
 
 
 def attention_of(config: Config, platform: str, step: jax.stages.Traced) -> str:
