@@ -25,7 +25,7 @@ GPU = dataclasses.replace(
 )
 
 
-def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model):
+def run(*, mesh=None, memory=None, tokens=1024, batch_size=4, parts=1, **model):
     defaults = dict(
         vocab_size=512,
         width=256,
@@ -41,7 +41,7 @@ def run(*, mesh=None, remat="full", tokens=1024, batch_size=4, parts=1, **model)
             batch_size=batch_size, sequence_tokens=tokens, accumulation_steps=parts
         ),
         mesh=configs.Mesh(**mesh or dict(fsdp=2, seq=4)),
-        memory=configs.Memory(remat=remat),
+        memory=configs.Memory(**memory or {}),
     )
     config = complete(config, name="run")
     return placement.place(config, dataclasses.asdict(config.mesh))
@@ -83,11 +83,26 @@ def test_flops_by_hand():
     assert flops["attention_recompute"] == 3 * product  # 1 by flash, 2 by remat
 
 
-def test_flops_without_rematerialisation():
-    full, kept = step_flops(run()), step_flops(run(remat="none"))
-    assert kept["matmul_recompute"] == 0
-    assert kept["attention_recompute"] == full["attention"] / 6
-    assert kept["matmul"] == full["matmul"] and kept["attention"] == full["attention"]
+@pytest.mark.parametrize(
+    "memory, weights, products",
+    [
+        (dict(remat="none"), 0, 1),
+        (dict(remat="attention"), 786_432 - 131_072, 1),
+        # Tiles make gate and up again by themselves; a layer in pieces all.
+        (dict(remat="none", mlp_tile_tokens=128), 2 * 131_072, 1),
+        (dict(remat="none", mlp_tile_tokens=512), 0, 1),  # all of a device's
+        (dict(remat="full", mlp_tile_tokens=128), 786_432 - 131_072, 3),
+        (dict(remat="none", sequence_chunk_tokens=64), 786_432 - 131_072, 3),
+        (dict(remat="attention", sequence_chunk_tokens=64), 786_432 - 131_072, 1),
+    ],
+    ids=str,
+)
+def test_flops_of_what_is_recomputed(memory, weights, products):
+    """By the weights of a layer as above, and products of attention."""
+    full, found = step_flops(run()), step_flops(run(memory=memory))
+    assert found["matmul_recompute"] == 2 * 4096 * 2 * weights
+    assert found["attention_recompute"] == products * full["attention"] / 6
+    assert (found["matmul"], found["attention"]) == (full["matmul"], full["attention"])
 
 
 def test_flops_of_other_models():
