@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ulysses_jax.api import attention_fn, ulysses_attention
+    from ulysses_jax.config import Model
     from ulysses_jax.mesh import make_mesh
+    from ulysses_jax.models.transformer import Transformer
     from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
 else:
     _HOMES = {
+        "Model": "config",
+        "Transformer": "models.transformer",
         "attention_fn": "api",
         "heads_to_seq": "parallel.exchange",
         "make_mesh": "mesh",
@@ -28,6 +32,8 @@ else:
 
 
 __all__ = [
+    "Model",
+    "Transformer",
     "attention_fn",
     "heads_to_seq",
     "make_mesh",

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import Parts
+from ulysses_jax.ids import int32_ids
 from ulysses_jax.parallel.ulysses import LocalAttention
 from ulysses_jax.sharding import activation
 
@@ -349,29 +350,9 @@ def _pair(ids: Any, name: str, q: Array, k: Array) -> tuple[Any, Any]:
                 "as a pair, [B, T] for the queries and [B, S] for the keys"
             )
         q_ids = kv_ids = ids
-    return _int32(q_ids, name, q), _int32(kv_ids, name, k)
-
-
-def _int32(ids: Any, name: str, like: Array) -> Array:
-    """The ids in the one dtype in which they are compared."""
-    limits = np.iinfo(np.int32)
-    is_jax = isinstance(ids, jax.Array)
-    if not is_jax:
-        ids = np.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"{name} are integers, not {ids.dtype}")
-    if ids.shape != like.shape[:2]:
-        raise ValueError(
-            f"{name} has shape {ids.shape}, but there are {like.shape[:2]} (batch, "
-            "tokens)"
-        )
-    if is_jax:
-        if jnp.iinfo(ids.dtype).max > limits.max:
-            # Under jit no value is known: they would wrap in silence.
-            raise ValueError(
-                f"{name} are {ids.dtype}, and int32 does not hold all of its values: "
-                "cast them, .astype(jnp.int32), where it holds yours"
-            )
-    elif ids.size and (ids.min() < limits.min or ids.max() > limits.max):
-        raise ValueError(f"{name} {ids.min()} to {ids.max()} exceed int32")
-    return ids.astype(np.int32)
+    shapes = q.shape[:2], k.shape[:2]
+    q_ids, kv_ids = (
+        int32_ids(each, name, shape)
+        for each, shape in zip((q_ids, kv_ids), shapes, strict=True)
+    )
+    return q_ids, kv_ids

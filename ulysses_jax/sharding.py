@@ -2,26 +2,40 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
 
 from jax.sharding import PartitionSpec as P
 
-Table = Mapping[str, tuple[str, ...]]
 
-# Activations: the batch, the tokens and the heads or features are spread; D and H are
-# whole on every device.
-ACTIVATION: Table = {
-    "B": ("data", "fsdp"),
-    "T": ("ring", "seq"),
-    "N": ("tensor",),
-    "K": ("tensor",),
-    "F": ("tensor",),
-    "V": ("tensor",),
-}
+@dataclass(frozen=True, repr=False)
+class Table:
+    """On which mesh axes the dims of an activation lie, by their letters."""
+
+    name: str
+    tokens: tuple[str, ...]
+    heads: tuple[str, ...]
+    """Features and the vocabulary's parts too, but for V, whose are tensor's alone."""
+
+    def get(self, letter: str) -> tuple[str, ...]:
+        """D, H and every other letter are whole on every device."""
+        return {
+            "B": ("data", "fsdp"),
+            "T": self.tokens,
+            "V": ("tensor",),
+            **dict.fromkeys("NKF", self.heads),
+        }.get(letter, ())
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# The batch, the tokens and the heads or features are spread.
+ACTIVATION = Table("ACTIVATION", tokens=("ring", "seq"), heads=("tensor",))
 
 # Megatron's sequence parallelism: heads and features are spread over seq too. What has
 # any has all tokens; what has none (the residual stream, norms) lies as above.
-MEGATRON: Table = {**ACTIVATION, **dict.fromkeys("NKF", ("tensor", "seq"))}
+MEGATRON = Table("MEGATRON", tokens=("ring", "seq"), heads=("tensor", "seq"))
 
 # Parameters, their gradients and their optimizer moments: as activations, and D over
 # every axis that would otherwise hold copies (ZeRO over data and sequence together).
@@ -47,7 +61,7 @@ def activation(letters: str, axes: Mapping[str, int], table: Table = ACTIVATION)
     spread = (
         tuple(
             axis
-            for axis in table.get(letter, ())
+            for axis in table.get(letter)
             if axis in axes and not (letter == "T" and axis in taken)
         )
         for letter in letters
@@ -63,7 +77,7 @@ def residual(num_tokens: int, axes: Mapping[str, int]) -> P:
     4.2.2, over tensor); else as `activation` says.
     """
     spec = activation("BTD", axes)
-    over = ("ring", "seq", "tensor")
+    over = tuple(axis for axis in ("ring", "seq", "tensor") if axis in axes)
     if axes.get("tensor", 1) == 1 or num_tokens % math.prod(axes[a] for a in over):
         return spec
     return P(spec[0], over, None)
@@ -91,7 +105,7 @@ def parameter(
 
 def _taken(letters: str, table: Table) -> set[str]:
     """The axes that letters other than the tokens' lie on."""
-    return {a for letter in letters if letter != "T" for a in table.get(letter, ())}
+    return {a for letter in letters if letter != "T" for a in table.get(letter)}
 
 
 def zero_axes(width: int, axes: Mapping[str, int]) -> tuple[str, ...]:

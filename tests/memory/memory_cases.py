@@ -15,7 +15,8 @@ from ulysses_jax.config_file import from_dict
 from ulysses_jax.plan.compile import compile_on
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy
-from ulysses_jax.training.state import abstract_state, bind, init_state
+from ulysses_jax.training.model import bind, features_and_head
+from ulysses_jax.training.state import abstract_state, init_state
 
 B, V = 4, 28
 TOLERANCE = 1e-5
@@ -102,9 +103,8 @@ def loss_and_gradients(config, *, packed=True):
 
     def function(parameters, batch):
         model = bind(config, parameters)
-        x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
-        tile = config.memory.loss_tile_tokens
-        return cross_entropy(x, model.head, batch["labels"], tile)
+        x, head = features_and_head(model, batch, config.memory)
+        return cross_entropy(x, head, batch["labels"], config.memory.loss_tile_tokens)
 
     def put(values, spec, kind=None):
         return jax.device_put(values, NamedSharding(mesh, spec, memory_kind=kind))

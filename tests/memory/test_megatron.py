@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 from memory_cases import assert_same, loss_and_gradients, make_config, mesh_of
 from slow import slow_but_for
 
-from ulysses_jax.models import gathered, megatron
+from ulysses_jax import layout
 from ulysses_jax.sharding import MEGATRON, activation, parameter
 from ulysses_jax.training.state import abstract_state
+from ulysses_jax.weights import gathered_tokens, whole
 
 # 24 features: of eight devices each has three.
 LLAMA, GPT = dict(num_kv_heads=8), {}
@@ -76,16 +77,16 @@ def test_gpt(degrees, packed, memory):
     assert_plain("gpt", degrees, GPT, packed=packed, **memory)
 
 
-def own(x, axis, *, scatter_dimension, tiled):
+def own(x, axis, dim):
     """A scatter that forgets the other devices' products."""
-    size = x.shape[scatter_dimension] // jax.lax.axis_size(axis)
+    size = x.shape[dim] // jax.lax.axis_size(axis)
     start = jax.lax.axis_index(axis) * size
-    return jax.lax.dynamic_slice_in_dim(x, start, size, scatter_dimension)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, dim)
 
 
-def misplaced(x, axis, **options):
+def misplaced(x, axis, dim):
     """A scatter whose shards are one device too far."""
-    x = jax.lax.psum_scatter(x, axis, **options)
+    x = layout.psum_scatter(x, axis, dim)
     size = jax.lax.axis_size(axis)
     return jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
 
@@ -95,12 +96,12 @@ def misplaced(x, axis, **options):
 )
 def test_faults_are_seen(monkeypatch, fault):
     if callable(fault):
-        lax = types.SimpleNamespace(psum_scatter=fault, psum=jax.lax.psum)
-        monkeypatch.setattr(megatron, "lax", lax)
+        faulty = types.SimpleNamespace(**vars(layout) | {"psum_scatter": fault})
+        monkeypatch.setattr(gathered_tokens, "layout", faulty)
     else:
-        summed = gathered.sum_gradient
+        summed = whole.sum_gradient
         monkeypatch.setattr(
-            gathered,
+            whole,
             "sum_gradient",
             lambda gradient, spec: jax.lax.psum(summed(gradient, spec), "seq"),
         )
@@ -121,7 +122,7 @@ def test_where_parameters_lie():
     assert activation("BTNH", axes, MEGATRON) == P(rows, ("ring",), heads, None)
     with jax.set_mesh(mesh_of(**axes)):
         state = abstract_state(of_family("llama", dict(axes), FEW_HEADS))
-    attention = state.parameters["layers"]["attention"]
+    attention = state.parameters["layers"][0]["attention"]
     assert attention["k"].sharding.spec == of("LDKH", (2, 16, 4, 4))
     assert attention["out"].sharding.shard_shape((2, 8, 4, 16)) == (2, 2, 4, 8)
     shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(attention)]

@@ -11,7 +11,7 @@ from float64 import exact_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.memory.passes import backward, forward
-from ulysses_jax.memory.pieces import Pieces
+from ulysses_jax.memory.block_attention import Pieces
 
 H = 4
 

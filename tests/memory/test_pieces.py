@@ -19,10 +19,10 @@ from memory_cases import (
 )
 from slow import slow_but_for
 
-from ulysses_jax.models.linear import project
-from ulysses_jax.models.weights import Gathered
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.weights.gathered import Gathered
+from ulysses_jax.weights.products import project
 
 # Chunks of a device's tokens: 56, 7, 14 and 28 of them.
 CHUNKS = dict(zip(MESHES, (8, 1, 7, 4), strict=True))
@@ -92,12 +92,12 @@ def test_a_chunk_longer_than_a_device_has():
 
 
 def test_in_bfloat16():
-    """Root mean squares of errors, which for whole layers are 0.03 at most, too."""
+    """Root mean squares of errors, which for whole layers are 0.04 at most, too."""
     model = dict(compute_dtype="bfloat16")
     config = make_config("llama", model=model, sequence_chunk_tokens=8)
     got, want = loss_and_gradients(config), plain("llama", "one device")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.square(a - b).mean() < np.square(0.04 * b).mean()
+        assert np.square(a - b).mean() < np.square(0.05 * b).mean()
 
 
 def wide(tokens, **memory):

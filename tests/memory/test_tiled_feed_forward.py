@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from memory_cases import (
     FAMILIES,
@@ -19,9 +20,12 @@ from memory_cases import (
 )
 from slow import slow_but_for
 
+from ulysses_jax.config import Model
+from ulysses_jax.memory.tiled import Tiled
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.models.tiled import tiled_feed_forward
-from ulysses_jax.sharding import activation, parameter
+from ulysses_jax.models import FeedForward
+from ulysses_jax.sharding import activation
+from ulysses_jax.weights.whole import unbind
 
 
 @pytest.mark.parametrize(
@@ -84,40 +88,36 @@ def num_loops(config):
 
 def test_weight_gradients_are_summed_in_float32():
     """Ones: 2056 is no bfloat16, and a bfloat16 sum of tiles stops at 256."""
-    degrees = dict(data=2, seq=2, tensor=2)
-    mesh = mesh_of(**degrees)
+    model = Model(
+        width=8, num_heads=2, feed_forward_width=4, feed_forward="gelu", biases=True
+    )
+    mesh = mesh_of(data=2, seq=2, tensor=2)
     with jax.set_mesh(mesh):
+        feed_forward = FeedForward(model, rngs=nnx.Rngs(0))
+        for name, value in (("up", 2.0), ("down", 1 / 16)):
+            parameter = getattr(feed_forward, name)
+            parameter[...] = jnp.full_like(parameter[...], value)
+        sharding = NamedSharding(mesh, activation("BTD", mesh.shape))
+        x = jax.device_put(jnp.ones((4, 514, 8), jnp.bfloat16), sharding)
+        module, values = unbind(feed_forward)
 
-        def put(value, spec):
-            return jax.device_put(value, NamedSharding(mesh, spec))
-
-        x = put(jnp.ones((4, 514, 8), jnp.bfloat16), activation("BTD", mesh.shape))
-        weights = {
-            name: put(
-                jnp.full(shape, value, jnp.float32),
-                parameter(letters, shape, mesh.shape),
-            )
-            for name, letters, shape, value in (
-                ("up", "DF", (8, 4), 2.0),
-                ("down", "FD", (4, 8), 1 / 16),
-                ("up_bias", "F", (4,), 0.0),
-            )
-        }
-
-        def backward(x, weights):
-            y, pull = jax.vjp(lambda x, w: tiled_feed_forward(x, w, 5), x, weights)
+        @jax.jit
+        def backward(x, values):
+            y, pull = jax.vjp(lambda x, w: Tiled(module.bind(w), 5)(x), x, values)
             return y, *pull(jnp.ones_like(y))
 
-        y, dx, dw = jax.jit(backward)(x, weights)
+        y, dx, gradients = backward(x, values)
+        dw = module.bind(gradients)
     assert y.dtype == dx.dtype == jnp.bfloat16
     # gelu(16) = 16: down's gradient is 16 a token, up's sum over D of 1/16: a half.
     np.testing.assert_array_equal(np.asarray(y, np.float32), 4)
     np.testing.assert_array_equal(np.asarray(dx, np.float32), 4)
-    np.testing.assert_array_equal(np.asarray(dw["down"]), 16 * 2056)
-    np.testing.assert_array_equal(np.asarray(dw["up"]), 2056 / 2)
-    np.testing.assert_array_equal(np.asarray(dw["up_bias"]), 2056 / 2)
-    for name, w in weights.items():
-        assert dw[name].dtype == jnp.float32 and dw[name].sharding == w.sharding
+    np.testing.assert_array_equal(np.asarray(dw.down[...]), 16 * 2056)
+    np.testing.assert_array_equal(np.asarray(dw.up[...]), 2056 / 2)
+    np.testing.assert_array_equal(np.asarray(dw.up_bias[...]), 2056 / 2)
+    np.testing.assert_array_equal(np.asarray(dw.down_bias[...]), 2056)
+    for gradient, w in zip(gradients, values, strict=True):
+        assert gradient.dtype == jnp.float32 and gradient.sharding == w.sharding
 
 
 @pytest.mark.parametrize("num_tokens, tile", [(12, 4), (13, 4), (3, 4), (4, 4), (5, 1)])

@@ -18,13 +18,15 @@ from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
 from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
-from ulysses_jax.memory.remat import run_layers
 from ulysses_jax.models import transformer
-from ulysses_jax.models.linear import embed, project
+from ulysses_jax.models.stack import run_stacks
 from ulysses_jax.sharding import activation, parameter
 from ulysses_jax.training.loss import cross_entropy
-from ulysses_jax.training.state import abstract_state, bind, init_state
+from ulysses_jax.training.model import bind, features_and_head
+from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
+from ulysses_jax.weights.products import project
+from ulysses_jax.weights.rows import embed
 
 # No two dims are alike, and heads x head size is not the width.
 SHAPE = dict(
@@ -48,7 +50,14 @@ GPT = dict(
 )
 FAMILIES = {
     "llama": {},
-    "llama, tied, window, biases": dict(tied_embeddings=True, window=3, biases=True),
+    # Twice around the pattern, and a layer is left.
+    "llama, tied, pattern, biases": dict(
+        tied_embeddings=True,
+        num_layers=5,
+        pattern=("window", "full"),
+        window=3,
+        biases=True,
+    ),
     "gpt": GPT,
 }
 MESHES = {"one device": {}, "fsdp x seq x tensor": dict(fsdp=2, seq=2, tensor=2)}
@@ -134,13 +143,12 @@ def dense(model, parameters, batch):
         return jnp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
 
     t = np.arange(T)
-    sees = t[:, None] >= t[None, :]
-    if model.window:
-        sees &= t[:, None] - t[None, :] < model.window
     segments = batch["segment_ids"]
-    sees = sees[None] & (segments[:, :, None] == segments[:, None, :])
+    causal = t[:, None] >= t[None, :]
+    causal = causal[None] & (segments[:, :, None] == segments[:, None, :])
+    narrow = causal & (t[:, None] - t[None, :] < (model.window or T))
 
-    def attention(x, p):
+    def attention(x, p, sees):
         q = linear("BTD,DNH->BTNH", x, p, "q")
         k = linear("BTD,DNH->BTNH", x, p, "k")
         v = linear("BTD,DNH->BTNH", x, p, "v")
@@ -169,8 +177,14 @@ def dense(model, parameters, batch):
     if model.positions == "learned":
         x = x + parameters["position_table"][batch["positions"]]
     for index in range(model.num_layers):
-        p = jax.tree.map(lambda leaf, i=index: leaf[i], parameters["layers"])
-        x = x + attention(norm(x, p["attention_norm"]), p["attention"])
+        again, place = divmod(index, len(model.pattern))
+        if again < model.num_layers // len(model.pattern):
+            stack = parameters["layers"][place]
+            p = jax.tree.map(lambda leaf, i=again: leaf[i], stack)
+        else:
+            p = parameters["rest"][place]
+        sees = narrow if model.pattern[place] == "window" else causal
+        x = x + attention(norm(x, p["attention_norm"]), p["attention"], sees)
         x = x + feed_forward(norm(x, p["feed_forward_norm"]), p["feed_forward"])
     x = norm(x, parameters["norm"])
 
@@ -220,8 +234,8 @@ def library(family, mesh_name, remat="full", num_tokens=T):
 
     def function(parameters, batch):
         model = bind(config, parameters)
-        x = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return cross_entropy(x, model.head, batch["labels"], 5), x
+        x, head = features_and_head(model, batch, config.memory)
+        return cross_entropy(x, head, batch["labels"], 5), x
 
     with jax.set_mesh(mesh):
         parameters = sharded_parameters(config, mesh)
@@ -247,7 +261,7 @@ def assert_close(got, want):
     slow_but_for(
         [
             ("llama", "one device"),
-            ("llama, tied, window, biases", "fsdp x seq x tensor"),
+            ("llama, tied, pattern, biases", "fsdp x seq x tensor"),
             ("gpt", "fsdp x seq x tensor"),
         ],
         FAMILIES,
@@ -280,7 +294,7 @@ def test_without_segments_a_row_is_one_document():
     with on_mesh() as mesh:
         batch = sharded_batch(mesh)
         model = bind(config, sharded_parameters(config, mesh))
-        run = jax.jit(lambda: model(batch["tokens"], batch["positions"], None))
+        run = jax.jit(lambda: model.features(batch["tokens"], batch["positions"]))
         x = run()
     want = oracle("llama")[1]
     assert_close(x[0], want[0])
@@ -336,7 +350,7 @@ def test_abstract_state_lies_as_the_made_one(family):
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
     parameters = state.parameters
     assert parameters["embedding"].sharding.spec == P("tensor", ZERO)
-    attention = parameters["layers"]["attention"]
+    attention = parameters["layers"][0]["attention"]
     assert attention["q"].sharding.spec == P(None, ZERO, "tensor", None)
     assert attention["out"].sharding.spec == P(None, "tensor", None, ZERO)
     moments = state.optimizer[1][0]
@@ -438,11 +452,11 @@ def test_the_residual_stream_lies_over_tensor_too(num_tokens, over_tensor, monke
     """Where tensor divides a device's tokens: 8, not 7."""
     seen = []
 
-    def spy(layer, x, stacked, memory):
+    def spy(stacks, rest, x, *others):
         seen.append(jax.typeof(x).sharding.spec[1])
-        return run_layers(layer, x, stacked, memory)
+        return run_stacks(stacks, rest, x, *others)
 
-    monkeypatch.setattr(transformer, "run_layers", spy)
+    monkeypatch.setattr(transformer, "run_stacks", spy)
     loss, x, gradients, _ = library.__wrapped__(
         "llama", "fsdp x seq x tensor", num_tokens=num_tokens
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ulysses_jax.memory.pieces import Pieces, attend, pull_attention
+from ulysses_jax.memory.block_attention import Pieces, attend_group, pull_group
 from ulysses_jax.memory.tiles import over_tiles
 
 Tree = Any
@@ -103,7 +103,7 @@ def backward(
             )
             q = q if qs is None else qs[g]  # not to exchange it again
             given = (outs[g], logsumexps[g], douts[g])
-            dq, dkeys = pull_attention(pieces, q, keys, *given, dkeys, i, g)
+            dq, dkeys = pull_group(pieces, q, keys, *given, dkeys, i, g)
             dleaves, more = pull(dq)
             dpart, sums = dpart + more, _add(sums, dleaves)
         return (_write(dx, dpart, start), dkeys, sums), None
@@ -186,7 +186,7 @@ def _attend_chunk(pieces, leaves, x, angles, keys, i):
     groups = []
     for g in range(len(pieces.key_slots)):
         q = pieces.queries(leaves, part, its_angles, g)
-        groups.append((q, *attend(pieces, q, keys, i, g)))
+        groups.append((q, *attend_group(pieces, q, keys, i, g)))
     return tuple(zip(*groups, strict=True))
 
 

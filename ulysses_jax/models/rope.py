@@ -56,7 +56,7 @@ def _rows(table: np.ndarray, indices: Int[Array, "B T"]) -> Float[Array, "B T ha
 
 def apply_rope(
     x: Float[Array, "B T N H"],
-    angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    angles: tuple[Float[Array, "B T half"], ...],
 ) -> Float[Array, "B T N H"]:
     """Turns pairs (x[i], x[i + H/2]) by their angles, in float32; returns x's dtype.
 

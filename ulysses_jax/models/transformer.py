@@ -1,41 +1,78 @@
 """One decoder-only transformer that is Llama or GPT by its config."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import get_abstract_mesh, reshard
 from jaxtyping import Array, Float, Int
 
-from ulysses_jax.config import Memory, Model, in_pieces
-from ulysses_jax.memory.remat import run_layers
-from ulysses_jax.models.layers import Block, Norm, letter_sizes
-from ulysses_jax.models.linear import embed, weight
-from ulysses_jax.models.pieces import Layer, layer_in_pieces
-from ulysses_jax.models.residual import to_layer, to_residual
-from ulysses_jax.models.rope import rope_angles
-from ulysses_jax.models.weights import Gathered
+from ulysses_jax import layout
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
+from ulysses_jax.ids import int32_ids
+from ulysses_jax.models.inputs import positions_and_segments
+from ulysses_jax.models.layer import Layer
+from ulysses_jax.models.norm import Norm
+from ulysses_jax.models.sizes import STD, letter_sizes
+from ulysses_jax.models.stack import RunLayer, make_stack, run_layer, run_stacks
+from ulysses_jax.residual import to_layer, to_residual
 from ulysses_jax.sharding import activation
+from ulysses_jax.weights.gathered import Gathered
+from ulysses_jax.weights.parameter import matrix
+from ulysses_jax.weights.products import project
+from ulysses_jax.weights.rows import embed
+from ulysses_jax.weights.whole import Unbound, Values, unbind
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(module: Unbound, values: Values, ids: dict[str, Array]) -> Array:
+    model = module.bind(values)
+    x = model.features(**ids)
+    return project("BTD,VD->BTV", x, model.head, jnp.dtype(jnp.float32))
 
 
 class Transformer(nnx.Module):
-    """Tokens to the last layer's normed activations; the loss applies `head`.
+    """Tokens to logits, `model(tokens)`, on the mesh that is set, or on one device.
 
-    Parameters are float32 and lie on the mesh that is set (`jax.set_mesh`, Explicit
-    axes) as `sharding.parameter` says. Made inside `jax.jit` they are made sharded, and
-    inside `jax.eval_shape` not at all, but with their shardings.
+    Parameters are float32 and lie as `sharding.parameter` says: made inside `jax.jit`
+    they are made sharded, and inside `jax.eval_shape` not at all.
+
+    Attributes:
+      layers: for each place in `model.pattern` a stack, a `Layer` whose parameters have
+        a leading dim: layer i of stack p is layer `i * len(pattern) + p` of the model.
+      rest: the layers that are left where the pattern does not divide the depth.
     """
 
-    def __init__(self, model: Model, memory: Memory, rngs: nnx.Rngs):
+    def __init__(self, model: Model, *, rngs: nnx.Rngs, make_layer: Any = Layer):
+        """Args: make_layer: `f(model, rngs=..., kind=...)`, called as `Layer` is.
+
+        Raises:
+          ValueError: what `complete.complete_model` refuses; dims that do not divide
+            over the mesh; a kind that there is not.
+        """
+        model = complete_model(model)
+        assert model.pattern
         sizes = letter_sizes(model)
-        self.model, self.memory = model, memory
-        self.embedding = weight(rngs, "VD", sizes, std=0.02)
+        self.model = model
+        self.embedding = matrix(rngs, "VD", sizes, std=STD)
         # Its rows lie over tensor, as those of a vocabulary do.
         rows = sizes | {"V": model.max_positions or 0}
         learned = model.positions == "learned"
-        self.position_table = weight(rngs, "VD", rows, std=0.02) if learned else None
-        self.layers = Block(model, memory, rngs)
-        self.norm = Norm(model, stacked=False)
+        self.position_table = matrix(rngs, "VD", rows, std=STD) if learned else None
+
+        def make(kind: str, rngs: nnx.Rngs) -> Any:
+            return make_layer(model, rngs=rngs, kind=kind)
+
+        repeats, left = divmod(model.num_layers, len(model.pattern))
+        self.layers = nnx.List(
+            make_stack(partial(make, kind), repeats, rngs) for kind in model.pattern
+        )
+        self.rest = nnx.List(make(kind, rngs) for kind in model.pattern[:left])
+        self.norm = Norm(model)
         tied = model.tied_embeddings
-        self.unembedding = None if tied else weight(rngs, "VD", sizes, std=0.02)
+        self.unembedding = None if tied else matrix(rngs, "VD", sizes, std=STD)
 
     @property
     def head(self) -> Float[Array, "V D"] | Gathered:
@@ -46,46 +83,81 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """The logits of each token's next one, float32.
+
+        Args: as `features`.
+
+        Returns:
+          Global, B over (data, fsdp), T over (ring, seq), V over tensor.
+
+        Compiled once for a model and a shape, without jit too.
+
+        Cost: `[B, T, V]` float32. To train, give `features` and `head` to
+        `training.loss.cross_entropy`, whose logits exist tile by tile.
+        """
+        given = {"positions": positions, "segment_ids": segment_ids}
+        ids = {
+            name: int32_ids(each, name, tokens.shape)
+            for name, each in {"tokens": tokens, **given}.items()
+            if each is not None
+        }
+        module, values = unbind(self)
+        for array in jax.tree.leaves((values, ids)):
+            layout.check_mesh(array)
+        return _logits(module, values, ids)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        run: RunLayer = run_layer,
     ) -> Float[Array, "B T D"]:
-        """Runs the layers; `memory` says what the backward pass finds and recomputes.
+        """The last layer's normed activations.
 
         Args:
           tokens: global ids, B over (data, fsdp), T over (ring, seq); where the model's
             `zigzag` says so, in zigzag order (`spreading.zigzag_order`).
-          positions: global positions, sharded alike.
-          segment_ids: sharded alike; None: one document a row.
+          positions: global, of RoPE or the learned table; None: 0, 1, 2, ...
+          segment_ids: global; tokens see only tokens of their own segment. None: one
+            document a row.
+          run: how a layer is run: `memory.saving.Saving(memory)` has a run's options.
 
         Returns:
-          `[B, T, D]` in the compute dtype, sharded alike.
+          `[B, T, D]` in the compute dtype, sharded as tokens should be.
+
+        Raises:
+          ValueError: ids of another shape or dtype; a batch or tokens that the mesh
+            does not divide; more tokens than `max_positions`; arrays that lie on
+            another mesh than the one that is set.
         """
-        model, axes = self.model, get_abstract_mesh().shape
+        model, axes = self.model, layout.axes()
+        if len(tokens.shape) != 2:
+            raise ValueError(f"tokens are [B, T], and have shape {tokens.shape}")
+        rows = model.max_positions
+        if self.position_table is not None and positions is None:
+            assert rows
+            if tokens.shape[1] > rows:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens, but model.max_positions is {rows}: "
+                    "raise it, or give positions below it"
+                )
+        positions, segment_ids = positions_and_segments(
+            model, tokens.shape, positions, segment_ids
+        )
+        ids = int32_ids(tokens, "tokens", tokens.shape)
+        ids = layout.lay(ids, activation("BT", axes))
         dtype = jnp.dtype(model.compute_dtype)
-        x: Array = to_residual(embed(self.embedding[...], tokens, dtype))
-        angles = None
+        x: Array = to_residual(embed(self.embedding[...], ids, dtype))
         if self.position_table is not None:
             where: Array = embed(self.position_table[...], positions, dtype)
             x = x + to_residual(where)
-        else:
-            assert model.head_size
-            if model.strategy == "megatron":  # its heads turn over whole rows
-                positions = reshard(positions, activation("B", axes))
-            angles = rope_angles(positions, model.head_size, model.rope_base)
         if segment_ids is not None:
             # A device attends over whole rows: gather the ids once, not in each layer.
-            segment_ids = reshard(segment_ids, activation("B", axes))
-
-        graph, stacked = nnx.split(self.layers)
-
-        pieces = Layer(graph, model, self.memory)
-
-        def layer(x, parameters) -> Array:
-            if in_pieces(model, self.memory):
-                y: Array = layer_in_pieces(
-                    pieces, to_layer(x), parameters, angles, segment_ids
-                )
-                return to_residual(y)
-            return nnx.merge(graph, parameters)(x, angles, segment_ids)
-
-        return to_layer(self.norm(run_layers(layer, x, stacked, self.memory)))
+            segment_ids = layout.lay(segment_ids, activation("B", axes))
+        x = run_stacks(self.layers, self.rest, x, positions, segment_ids, run)
+        return to_layer(self.norm(x))

@@ -32,7 +32,8 @@ def spread(
         heads over tensor, whichever of these axes the mesh has.
       mask: a pytree of arrays `[B, global length]`: a device has its part of the batch
         and all tokens.
-      mesh: over axes that are not of this library's the arrays are whole.
+      mesh: over axes that are not of this library's the arrays are whole; an empty one
+        is one device.
       table: of `sharding`; under MEGATRON a device has all tokens of its heads.
       with_logsumexp: `local` returns a pair, whose second is `[B, T, N]`.
 
@@ -40,6 +41,8 @@ def spread(
       The global result, sharded as q should be; on a mesh with Explicit axes with q's
       own type, where that lies alike. With the logsumexp a pair.
     """
+    if mesh.empty:
+        return local(q, k, v, mask)
     axes = _free_axes(mesh)
     spec = activation("BTNH", axes, table)
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)

@@ -4,22 +4,23 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
-from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from ulysses_jax import layout
 from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.models.linear import all_gather, sum_gradient
-from ulysses_jax.models.weights import (
+from ulysses_jax.sharding import activation, zero_cut
+from ulysses_jax.weights.gathered import (
     Gathered,
     as_cotangent,
     gradient_spec,
+    slot_of,
+    spec_of,
     value_of,
 )
-from ulysses_jax.sharding import activation, zero_cut
+from ulysses_jax.weights.whole import sum_gradient
 
 
 def cross_entropy(
@@ -109,9 +110,10 @@ def _is_valid(labels: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
 def _check_labels(labels: Int[Array, "..."], vocab_size: int) -> None:
     if isinstance(labels, Tracer):
         return
-    wrong = (labels != IGNORED) & ~_is_valid(labels, vocab_size)
-    if num := int(wrong.sum()):
-        low, high = int(labels.min()), int(labels.max())
+    with jax.ensure_compile_time_eval():  # of labels that a jitted function holds
+        wrong = (labels != IGNORED) & ~_is_valid(labels, vocab_size)
+        num, low, high = int(wrong.sum()), int(labels.min()), int(labels.max())
+    if num:
         raise ValueError(
             f"{num} labels are neither tokens, 0 to {vocab_size - 1}, nor {IGNORED}, "
             f"which has no loss; they go from {low} to {high}: set those without a "
@@ -139,29 +141,31 @@ _training_loss.defvjp(_forward, _backward)
 def _tiled(
     x, head, labels, tile_tokens, label_smoothing, z_loss, *, with_gradients: bool
 ):
-    axes = get_abstract_mesh().shape
-    x_spec = activation("BTD", axes)
-    head, dhead_spec = value_of(head), gradient_spec(head)
-    head_spec = jax.typeof(head).sharding.spec
-    return jax.shard_map(
+    axes = layout.axes()
+    x_spec, head_spec = activation("BTD", axes), spec_of(head, "VD")
+    dhead_spec = gradient_spec(head, "VD")
+    losses, dx, dhead = layout.over_devices(
         partial(
             _local_loss,
             tile_tokens=tile_tokens,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            vocab_size=head.shape[0],
+            vocab_size=value_of(head).shape[0],
             head_cut=zero_cut(head_spec),
             dhead_spec=dhead_spec,
             with_gradients=with_gradients,
         ),
-        in_specs=(x_spec, head_spec, activation("BT", axes)),
-        out_specs=(
+        (x_spec, head_spec, activation("BT", axes)),
+        (
             (P(), P()),
             x_spec if with_gradients else None,
             dhead_spec if with_gradients else None,
         ),
-        check_vma=False,
-    )(x, head, labels)
+    )(x, value_of(head), labels)
+    if with_gradients:
+        dx = layout.lay_like(dx, x)
+        dhead = layout.lay_like(dhead, slot_of(head))
+    return losses, dx, dhead
 
 
 def _local_loss(
@@ -178,23 +182,23 @@ def _local_loss(
     with_gradients,
 ):
     """One device's tokens, against its part of the vocabulary."""
-    head = all_gather(head.astype(x.dtype), *head_cut)
-    first = lax.axis_index("tensor") * head.shape[0]
+    head = layout.all_gather(head.astype(x.dtype), *head_cut)
+    first = layout.axis_index("tensor") * head.shape[0]
 
     def tile(sums, labels, x):
         objective, plain, dhead = sums
         logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
-        highest = lax.pmax(logits.max(axis=-1), "tensor")
-        total = lax.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), "tensor")
+        highest = layout.pmax(logits.max(axis=-1), ("tensor",))
+        total = layout.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), ("tensor",))
         logsumexp = highest + jnp.log(total)
         is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
-        label_logit = lax.psum(jnp.where(is_label, logits, 0).sum(axis=-1), "tensor")
+        label_logit = layout.psum(jnp.where(is_label, logits, 0).sum(axis=-1), ("tensor",))
         valid = _is_valid(labels, vocab_size)
         nats = logsumexp - label_logit
         plain = plain + jnp.where(valid, nats, 0).sum()
         if label_smoothing:
             # Of differences: the sum of large logits would lose the small ones.
-            below = lax.psum((logsumexp[:, None] - logits).sum(axis=-1), "tensor")
+            below = layout.psum((logsumexp[:, None] - logits).sum(axis=-1), ("tensor",))
             nats = (1 - label_smoothing) * nats + label_smoothing / vocab_size * below
         if z_loss:
             nats = nats + z_loss * jnp.square(logsumexp)
@@ -224,8 +228,8 @@ def _local_loss(
         x.reshape(labels.size, -1),
         tile_tokens=tile_tokens,
     )
-    losses = lax.psum((objective, plain), ("data", "fsdp", "ring", "seq"))
+    losses = layout.psum((objective, plain), ("data", "fsdp", "ring", "seq"))
     if dhead is None:
         return losses, None, None
-    dx = lax.psum(dx, "tensor").reshape(x.shape)
+    dx = layout.psum(dx, ("tensor",)).reshape(x.shape)
     return losses, dx, sum_gradient(dhead, dhead_spec)

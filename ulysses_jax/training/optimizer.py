@@ -1,7 +1,6 @@
 """AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import optax
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Training
-from ulysses_jax.models.weights import is_matrix
 
 
 def learning_rate_schedule(training: Training) -> optax.Schedule:
@@ -55,8 +53,13 @@ def rate_change(before: dict[str, Any], training: Training, step: int) -> list[s
     ]
 
 
-def make_optimizer(training: Training) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    training: Training, decayed: dict[str, Any]
+) -> optax.GradientTransformationExtraArgs:
     """Clips by the global norm, then AdamW; only matrices decay (arXiv 1711.05101).
+
+    Args:
+      decayed: a tree like the parameters: whether weight decay is of each.
 
     `update(gradients, state, parameters, norm=...)` takes the norm of all gradients, so
     that it may be given a part of them; without one they are all there are.
@@ -68,9 +71,7 @@ def make_optimizer(training: Training) -> optax.GradientTransformationExtraArgs:
             b1=training.beta1,
             b2=training.beta2,
             weight_decay=training.weight_decay,
-            mask=partial(
-                jax.tree_util.tree_map_with_path, lambda path, _: is_matrix(path)
-            ),
+            mask=lambda parameters: {name: decayed[name] for name in parameters},
         ),
     )
 

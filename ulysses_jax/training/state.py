@@ -15,9 +15,10 @@ from jax.sharding import reshard
 from jaxtyping import Array, Int
 
 from ulysses_jax.config import Config
-from ulysses_jax.memory.offload import HOST, to_device, to_host
+from ulysses_jax.memory.offload import HOST, to_host
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import at_stage
+from ulysses_jax.training.model import MakeModel, abstract_model, decayed, made
 from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
 
@@ -32,32 +33,41 @@ class TrainState:
     optimizer: optax.OptState
 
 
-def init_state(config: Config) -> TrainState:
+def init_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
     """Draws the parameters from `run.seed`; call it inside `jax.jit` or `eval_shape`.
 
     The mesh is the one set with `jax.set_mesh`: under jit every array is made as its
     shards, so no device ever holds the whole; what `memory.offload` names leaves the
     device as it is made.
     """
-    made = nnx.to_pure_dict(nnx.state(_model(config)))
-    moments_like = lay("moments", made, config)
+    drawn = nnx.to_pure_dict(nnx.state(made(config, make_model)))
+    moments_like = lay("moments", drawn, config, make_model)
+    optimizer = optimizer_of(config, make_model)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        parameters=lay("parameters", made, config),
-        optimizer=make_optimizer(config.training).init(moments_like),
+        parameters=lay("parameters", drawn, config, make_model),
+        optimizer=optimizer.init(moments_like),
     )
     return _offloaded(config, state, to_host)
 
 
-def first_state(config: Config) -> TrainState:
+def first_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
     """`init_state` compiled and run, on the mesh that is set with `jax.set_mesh`."""
-    return jax.jit(partial(init_state, config))()
+    return jax.jit(partial(init_state, config, make_model))()
+
+
+def optimizer_of(
+    config: Config, make_model: MakeModel = Transformer
+) -> optax.GradientTransformationExtraArgs:
+    """Of a run: what is decayed is a property of the model's parameters."""
+    return make_optimizer(config.training, decayed(config, make_model))
 
 
 def lay(
     what: Literal["parameters", "gradients", "moments"],
     tree: dict[str, Any],
     config: Config,
+    make_model: MakeModel = Transformer,
 ) -> dict[str, Any]:
     """A tree like the parameters, moved to where `what` lies at training.zero_stage.
 
@@ -69,11 +79,11 @@ def lay(
         spec = at_stage(like.sharding.spec, what, config.training.zero_stage)
         return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
 
-    model = nnx.eval_shape(partial(_model, config))
+    model = abstract_model(config, make_model)
     return jax.tree.map(move, tree, nnx.to_pure_dict(nnx.state(model)))
 
 
-def abstract_state(config: Config) -> TrainState:
+def abstract_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
     """The state as shapes, dtypes and shardings on the mesh that is set.
 
     Numbers (the step, the optimizer's counts) have no sharding: whole on every device.
@@ -86,7 +96,7 @@ def abstract_state(config: Config) -> TrainState:
         sharding = x.sharding.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    state = jax.eval_shape(partial(init_state, config))
+    state = jax.eval_shape(partial(init_state, config, make_model))
     return _offloaded(config, state, partial(jax.tree.map, in_host))
 
 
@@ -158,17 +168,3 @@ def _offloaded(
         if name in config.memory.offload
     }
     return dataclasses.replace(state, **moved)
-
-
-def bind(config: Config, parameters: dict[str, Any]) -> Transformer:
-    """The model with these parameters; from host memory the layers fetch their own,
-    one after another, and the others are fetched here."""
-    others = {name: x for name, x in parameters.items() if name != LAYERS}
-    parameters = parameters | to_device(others)
-    graph, state = nnx.split(nnx.eval_shape(partial(_model, config)))
-    nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(graph, state)
-
-
-def _model(config: Config) -> Transformer:
-    return Transformer(config.model, config.memory, nnx.Rngs(config.run.seed))

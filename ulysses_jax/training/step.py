@@ -10,12 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
-from ulysses_jax.models.weights import Gathered, Weight
+from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
-from ulysses_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from ulysses_jax.training.state import TrainState, bind, lay
+from ulysses_jax.training.model import MakeModel, bind, features_and_head, is_own
+from ulysses_jax.training.optimizer import learning_rate_schedule
+from ulysses_jax.training.state import TrainState, lay, optimizer_of
 from ulysses_jax.training.update import add, update, zeros_like
+from ulysses_jax.weights.gathered import Gathered, Weight
 
 Batch = dict[str, Int[Array, "A B T"]]
 Metrics = dict[str, Array]
@@ -48,14 +50,16 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(names, array)
 
 
-def jit_train_step(config: Config, platform: str) -> jax.stages.Wrapped:
+def jit_train_step(
+    config: Config, platform: str, make_model: MakeModel = Transformer
+) -> jax.stages.Wrapped:
     """`make_train_step` jitted as a run has it: the state donated, XLA's options set.
 
     Args:
       platform: of the devices that it is for, "gpu", "cuda" or "cpu".
     """
     return jax.jit(
-        make_train_step(config),
+        make_train_step(config, make_model),
         donate_argnums=0,
         compiler_options=xla_options(config, platform),
     )
@@ -79,7 +83,7 @@ def xla_options(config: Config, platform: str) -> dict[str, int]:
 
 
 def make_train_step(
-    config: Config,
+    config: Config, make_model: MakeModel = Transformer
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the step of a run, not jitted: `jit_train_step` does.
 
@@ -97,14 +101,19 @@ def make_train_step(
       training.z_loss make it another), `gradient_norm` (of the objective, before
       clipping) and `learning_rate`.
     """
-    optimizer = make_optimizer(config.training)
+    optimizer = optimizer_of(config, make_model)
     schedule = learning_rate_schedule(config.training)
     training, vocab_size = config.training, config.model.vocab_size
     changed = bool(training.label_smoothing or training.z_loss)
+    own = is_own(config, make_model)
+
+    def laid(what: Any, tree: dict[str, Any]) -> dict[str, Any]:
+        return lay(what, tree, config, make_model)
 
     def objective(slots: dict[str, Any], parameters: dict[str, Any], batch):
+        weights = jax.tree.map(_weight, parameters, slots)
         return training_loss(
-            *_loss_arguments(config, jax.tree.map(_weight, parameters, slots), batch),
+            *_loss_arguments(config, weights, batch, make_model),
             training.label_smoothing,
             training.z_loss,
         )
@@ -113,7 +122,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         parameters = state.parameters
-        slots = lay("gradients", parameters, config)
+        slots = parameters if own else laid("gradients", parameters)
         if batch["labels"].shape[0] == 1:
             sums = losses_and_gradients(slots, parameters, _part(batch, 0))
         else:
@@ -130,8 +139,8 @@ def make_train_step(
         # A step in which no token has a label leaves a loss of 0 and no gradient.
         tokens = num_valid(batch["labels"], vocab_size)
         tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
-        gradients = lay("moments", gradients, config)
-        parameters = lay("moments", parameters, config)
+        gradients = laid("moments", gradients)
+        parameters = laid("moments", parameters)
         parameters, optimizer_state, norm = update(
             optimizer, gradients, tokens, parameters, state.optimizer
         )
@@ -142,14 +151,14 @@ def make_train_step(
         }
         if changed:
             metrics["objective"] = minimised / tokens
-        parameters = lay("parameters", parameters, config)
+        parameters = laid("parameters", parameters)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return step
 
 
 def make_validation_step(
-    config: Config,
+    config: Config, make_model: MakeModel = Transformer
 ) -> Callable[[dict[str, Any], Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """Makes `step(parameters, batch) -> (sum of the loss, number of valid tokens)`.
 
@@ -159,18 +168,21 @@ def make_validation_step(
 
     def step(parameters: dict[str, Any], batch: Batch):
         part = _part(batch, 0)
-        loss = cross_entropy(*_loss_arguments(config, parameters, part))
+        loss = cross_entropy(*_loss_arguments(config, parameters, part, make_model))
         return loss, num_valid(part["labels"], config.model.vocab_size)
 
     return step
 
 
 def _loss_arguments(
-    config: Config, parameters: dict[str, Any], batch: dict[str, Array]
+    config: Config,
+    parameters: dict[str, Any],
+    batch: dict[str, Array],
+    make_model: MakeModel,
 ) -> tuple[Array, Weight, Array, int]:
-    model = bind(config, parameters)
-    x = model(batch["tokens"], batch["positions"], batch.get("segment_ids"))
-    return x, model.head, batch["labels"], config.memory.loss_tile_tokens
+    model = bind(config, parameters, make_model)
+    x, head = features_and_head(model, batch, config.memory)
+    return x, head, batch["labels"], config.memory.loss_tile_tokens
 
 
 def _weight(parameter: Array, slot: Array) -> Weight:

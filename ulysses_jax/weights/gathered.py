@@ -5,8 +5,10 @@ from typing import Any, cast
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jax.sharding import get_abstract_mesh
 from jaxtyping import Array
+
+from ulysses_jax import layout
+from ulysses_jax.sharding import ACTIVATION, Table, activation, parameter
 
 
 @jax.tree_util.register_dataclass
@@ -36,26 +38,33 @@ def value_of(w: Weight) -> Array:
     return w.value if isinstance(w, Gathered) else w
 
 
-def gradient_spec(w: Weight) -> P:
+def spec_of(w: Weight, letters: str, table: Table = ACTIVATION) -> P:
+    """How a global weight lies in use: its D as its type says, the rest by the table.
+
+    On Auto axes, where types do not say, D as `sharding.parameter` says.
+    """
+    w, axes = value_of(w), layout.axes()
+    made = parameter(letters, w.shape, axes, table)
+    said = layout.spec_of(w, made)
+    in_use = activation(letters, axes, table)
+    return P(
+        *(
+            theirs if letter == "D" else ours
+            for letter, theirs, ours in zip(letters, said, in_use, strict=True)
+        )
+    )
+
+
+def gradient_spec(w: Weight, letters: str, table: Table = ACTIVATION) -> P:
     """How the gradient of a global weight lies: it arrives so."""
-    gradient = w.gradient if isinstance(w, Gathered) else w
-    return jax.typeof(gradient).sharding.spec
+    return spec_of(slot_of(w), letters, table)
+
+
+def slot_of(w: Weight) -> Array:
+    """The array whose cotangent the gradient is."""
+    return w.gradient if isinstance(w, Gathered) else w
 
 
 def as_cotangent(w: Any, gradient: Any) -> Any:
     """The gradient, in the place that it has in a weight, or in a weight's specs."""
     return Gathered(cast(Any, None), gradient) if isinstance(w, Gathered) else gradient
-
-
-def is_matrix(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter at this path is multiplied with, as norms and biases are not.
-
-    The names of those end in scale or bias; they are never cut over the ZeRO axes.
-    """
-    names = [str(getattr(key, "key", "")) for key in path]
-    return not any(name.endswith(("scale", "bias")) for name in names)
-
-
-def inside_shard_map() -> bool:
-    """Whether arrays are local here."""
-    return bool(get_abstract_mesh().manual_axes)

@@ -93,7 +93,7 @@ def _over_earlier_blocks(pieces, keys, q_block, g, step, start):
     return carry
 
 
-def attend(pieces, q, keys, i, g) -> tuple[Array, Array]:
+def attend_group(pieces, q, keys, i, g) -> tuple[Array, Array]:
     """Attention of chunk i and group g: out as q, logsumexp `[P, B, n, t]`."""
     number = keys[0].shape[0]
 
@@ -116,7 +116,7 @@ def attend(pieces, q, keys, i, g) -> tuple[Array, Array]:
     return lax.map(one_piece, (jnp.arange(q.shape[0]), q))
 
 
-def pull_attention(pieces, q, keys, out, logsumexp, dout, dkeys, i, g):
+def pull_group(pieces, q, keys, out, logsumexp, dout, dkeys, i, g):
     """dq of chunk i and group g; and dkeys, to which its part has been added."""
     number = keys[0].shape[0]
 

@@ -1,0 +1,122 @@
+"""How a layer is run under a run's memory options: they act on it from outside."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from ulysses_jax.config import Memory, in_pieces
+from ulysses_jax.memory.layer_in_pieces import ATTENTION, layer_in_pieces
+from ulysses_jax.memory.offload import to_device
+from ulysses_jax.memory.tiled import Tiled
+from ulysses_jax.models.attention import Attend, Attention
+from ulysses_jax.residual import to_layer, to_residual
+from ulysses_jax.weights.whole import Unbound, Values
+
+LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Runs a layer, to be recomputed in the backward pass as `memory` says.
+
+    `model.features(tokens, run=Saving(Memory(remat="full")))`. Every layer may be any
+    module that is called as `models.Layer` is; one whose attention is no
+    `models.Attention` has no groups of heads and no chunks of the sequence.
+
+    memory: `remat` none keeps all that the backward pass reads. full keeps the input of
+      every layer and computes the rest again, once. attention also keeps each
+      attention's output and logsumexp: its kernel runs once, but its queries, keys and
+      values are projected and exchanged again. `offload` inputs, or attention, puts
+      these in the host's memory; parameters that lie there come to the device one layer
+      at a time, and their gradients go back.
+    """
+
+    memory: Memory
+
+    def __call__(
+        self,
+        layer: Unbound,
+        values: Values,
+        x: Float[Array, "B T D"],
+        *tokens: Any,
+        angles: Any,
+        in_loop: bool,
+    ) -> Float[Array, "B T D"]:
+        """As `models.stack.RunLayer` says.
+
+        Raises:
+          ValueError: sequence_chunk_tokens, and a layer that has no chunks.
+        """
+        memory = self.memory
+
+        def run(x: Array, values: Values, tokens: Any, angles: Any) -> Array:
+            x = _name_input(x, memory)
+            values = to_device(values)
+            bound = layer.bind(values)
+            attention, _, segment_ids = bound.attention, *tokens
+            if not isinstance(attention, Attention):
+                _refuse_chunks(attention, memory)
+            elif in_pieces(attention.model, memory):
+                y: Array = layer_in_pieces(
+                    layer, memory, to_layer(x), values, angles, segment_ids
+                )
+                return to_residual(y)
+            _act_on(bound, memory)
+            return bound(x, *tokens, angles=angles)
+
+        if memory.remat != "none":
+            # A loop keeps XLA from merging the two computations; one trip is no loop.
+            run = jax.checkpoint(run, prevent_cse=not in_loop, policy=_policy(memory))
+        return run(x, values, tokens, angles)
+
+
+def _act_on(layer: Any, memory: Memory) -> None:
+    """Replaces the parts of a bound layer that have options of their own."""
+    attend = getattr(layer.attention, "attend", None)
+    if isinstance(attend, Attend) and memory.head_chunks:
+        layer.attention.attend = dataclasses.replace(
+            attend, head_chunks=memory.head_chunks
+        )
+    if memory.mlp_tile_tokens and hasattr(layer, "feed_forward"):
+        layer.feed_forward = Tiled(layer.feed_forward, memory.mlp_tile_tokens)
+
+
+def _refuse_chunks(attention: Any, memory: Memory) -> None:
+    if memory.sequence_chunk_tokens:
+        raise ValueError(
+            f"memory.sequence_chunk_tokens {memory.sequence_chunk_tokens} takes "
+            f"attention apart, and {type(attention).__name__} is no "
+            "ulysses_jax.models.Attention: leave it out"
+        )
+
+
+def _name_input(x: Array, memory: Memory) -> Array:
+    """As the policy knows it: the features that are kept, and those that are moved."""
+    width = memory.kept_features(x.shape[-1])
+    if not width:
+        return checkpoint_name(x, LAYER_INPUT)
+    kept = checkpoint_name(x[..., :width], KEPT_INPUT)
+    moved = checkpoint_name(x[..., width:], LAYER_INPUT)
+    return jnp.concatenate((kept, moved), axis=-1)
+
+
+def _policy(memory: Memory) -> Callable[..., Any]:
+    kept = ATTENTION if memory.remat == "attention" else ()
+    offloaded = (LAYER_INPUT,) if "inputs" in memory.offload else ()
+    if "attention" in memory.offload:
+        kept, offloaded = (), offloaded + kept
+    kept = (*kept, KEPT_INPUT)
+    if not offloaded:
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

@@ -1,0 +1,146 @@
+"""Grouped-query self-attention over a sequence that is spread over the mesh."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.sharding import get_abstract_mesh
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax import layout
+from ulysses_jax.attend import attend
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
+from ulysses_jax.models.bias import add_bias
+from ulysses_jax.models.inputs import positions_and_segments
+from ulysses_jax.models.rope import apply_rope, rope_angles
+from ulysses_jax.models.sizes import STD, letter_sizes, output_std
+from ulysses_jax.sharding import activation
+from ulysses_jax.spreading import Strategy
+from ulysses_jax.weights.by_strategy import products_of
+from ulysses_jax.weights.parameter import matrix, vector
+
+# Cosines and sines of RoPE; empty where there is none to turn by; None: not known yet.
+Angles = tuple[Float[Array, "B T half"], ...] | None
+
+_QUERY, _KEY = "BTD,DNH->BTNH", "BTD,DKH->BTKH"
+
+
+@dataclass(frozen=True)
+class Attend:
+    """`ulysses_jax.attend.attend` on the mesh that is set, with a model's options.
+
+    Who acts on a layer from outside may replace it.
+    """
+
+    strategy: Strategy | None
+    attention: str
+    zigzag: bool
+    head_chunks: int = 1
+
+    def __call__(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+        return attend(
+            q, k, v, mesh=get_abstract_mesh(), mask=mask, **dataclasses.asdict(self)
+        )
+
+
+class Attention(nnx.Module):
+    """Causal; every query sees all tokens before it, or the last `window` of them."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs, window: int | None = None):
+        model = complete_model(model)
+        self.model, self.window = model, window
+        self.products = products_of(model.strategy)
+        self.attend = Attend(
+            strategy=None if model.strategy == "auto" else model.strategy,
+            attention=model.attention,
+            zigzag=bool(model.zigzag),
+        )
+        sizes, table = letter_sizes(model), self.products.table
+        self.q = matrix(rngs, "DNH", sizes, std=STD, table=table)
+        self.k = matrix(rngs, "DKH", sizes, std=STD, table=table)
+        self.v = matrix(rngs, "DKH", sizes, std=STD, table=table)
+        self.out = matrix(rngs, "NHD", sizes, std=output_std(model), table=table)
+        biased = model.biases
+        self.q_bias = vector("NH", sizes, 0.0, table) if biased else None
+        self.k_bias = vector("KH", sizes, 0.0, table) if biased else None
+        self.v_bias = vector("KH", sizes, 0.0, table) if biased else None
+        self.out_bias = vector("D", sizes, 0.0) if biased else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        angles: Angles = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends over all tokens, in the order in which they lie.
+
+        Args:
+          x: global, in the compute dtype, B over (data, fsdp), T over (ring, seq).
+          positions: of RoPE; None: 0, 1, 2, ... What a query sees goes by the order of
+            the tokens (in zigzag order where `model.zigzag` says so).
+          segment_ids: tokens see only those of their own segment.
+          angles: `self.angles(positions)`, where they are known: a stack makes them
+            once for all of its layers.
+
+        Returns:
+          As x, lying as x.
+
+        Raises:
+          ValueError: dims that do not fit the mesh, as `ulysses_attention`.
+        """
+        if angles is None:
+            positions, segment_ids = positions_and_segments(
+                self.model, x.shape[:2], positions, segment_ids
+            )
+            angles = self.angles(positions)
+        weights = self.q[...], self.k[...], self.v[...]
+        q, k, v = self.products.into((_QUERY, _KEY, _KEY), x, weights)
+        k, v = self._finish_keys_values(k, v, angles)
+        mask = Mask(
+            causal=True,
+            window=self.window,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+        )
+        out = self.attend(_turn(add_bias(q, self.q_bias), angles), k, v, mask)
+        return layout.lay_like(self.project_out(out), x)
+
+    def angles(self, positions: Int[Array, "B T"]) -> Angles:
+        """Of RoPE, lying as the tokens of queries and keys do; empty without RoPE."""
+        if self.model.positions != "rope":
+            return ()
+        assert self.model.head_size
+        axes = layout.axes()
+        spec = P(*activation("BTNH", axes, self.products.table)[:2])
+        positions = layout.lay(positions, spec)
+        return rope_angles(positions, self.model.head_size, self.model.rope_base)
+
+    def queries(
+        self, x: Float[Array, "B T D"], angles: Angles
+    ) -> Float[Array, "B T N H"]:
+        (q,) = self.products.into((_QUERY,), x, (self.q[...],))
+        return _turn(add_bias(q, self.q_bias), angles)
+
+    def keys_values(
+        self, x: Float[Array, "B T D"], angles: Angles
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        k, v = self.products.into((_KEY, _KEY), x, (self.k[...], self.v[...]))
+        return self._finish_keys_values(k, v, angles)
+
+    def project_out(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        y = self.products.out_of("BTNH,NHD->BTD", out, self.out[...])
+        return add_bias(y, self.out_bias)
+
+    def _finish_keys_values(
+        self, k: Array, v: Array, angles: Angles
+    ) -> tuple[Array, Array]:
+        return _turn(add_bias(k, self.k_bias), angles), add_bias(v, self.v_bias)
+
+
+def _turn(x: Array, angles: Angles) -> Array:
+    return apply_rope(x, angles) if angles else x

@@ -1,0 +1,46 @@
+"""The feed-forward of a layer: of each token by itself."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ulysses_jax import layout
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
+from ulysses_jax.models.bias import add_bias
+from ulysses_jax.models.sizes import STD, letter_sizes, output_std
+from ulysses_jax.weights.by_strategy import products_of
+from ulysses_jax.weights.parameter import matrix, vector
+
+
+def activate(gate: Array | None, up: Array) -> Array:
+    """SwiGLU (arXiv 2002.05202), or GELU in the tanh form of GPT-2 without a gate."""
+    if gate is None:
+        return jax.nn.gelu(up, approximate=True)
+    return jax.nn.silu(gate) * up
+
+
+class FeedForward(nnx.Module):
+    """`activate(x gate, x up) down`, with biases where the model has them."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+        model = complete_model(model)
+        self.products = products_of(model.strategy)
+        sizes, table = letter_sizes(model), self.products.table
+        gated, biased = model.feed_forward == "swiglu", model.biases
+        self.gate = matrix(rngs, "DF", sizes, std=STD, table=table) if gated else None
+        self.up = matrix(rngs, "DF", sizes, std=STD, table=table)
+        self.down = matrix(rngs, "FD", sizes, std=output_std(model), table=table)
+        self.gate_bias = vector("F", sizes, 0.0, table) if biased and gated else None
+        self.up_bias = vector("F", sizes, 0.0, table) if biased else None
+        self.down_bias = vector("D", sizes, 0.0) if biased else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Global, in the compute dtype; lies as x."""
+        inputs = (self.up,) if self.gate is None else (self.up, self.gate)
+        equations = ("BTD,DF->BTF",) * len(inputs)
+        up, *gate = self.products.into(equations, x, tuple(w[...] for w in inputs))
+        up = add_bias(up, self.up_bias)
+        gate = add_bias(gate[0], self.gate_bias) if gate else None
+        y = self.products.out_of("BTF,FD->BTD", activate(gate, up), self.down[...])
+        return layout.lay_like(add_bias(y, self.down_bias), x)

@@ -1,0 +1,38 @@
+"""The kinds of layers, by the names that `model.pattern` has for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from ulysses_jax.config import Model
+from ulysses_jax.models.attention import Attention
+
+
+def full(model: Model, *, rngs: nnx.Rngs) -> Attention:
+    """A query sees all tokens before it."""
+    return Attention(model, rngs=rngs)
+
+
+def window(model: Model, *, rngs: nnx.Rngs) -> Attention:
+    """A query sees the last `model.window` tokens, its own among them."""
+    return Attention(model, rngs=rngs, window=model.window)
+
+
+KINDS: dict[str, Callable[..., Any]] = {"full": full, "window": window}
+"""What makes the part of a layer that reaches other tokens: `f(model, rngs=...)`, a
+module that is called as `Attention` is. `docs/architecture.md` says how to add one."""
+
+
+def make_kind(kind: str, model: Model, *, rngs: nnx.Rngs) -> Any:
+    """The module of a kind.
+
+    Raises:
+      ValueError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(
+            f"model.pattern has {kind!r}, which is no kind of layer: use "
+            + ", ".join(map(repr, KINDS))
+        )
+    return KINDS[kind](model, rngs=rngs)

@@ -1,0 +1,53 @@
+"""One layer of a transformer: attention, then a feed-forward, each after its norm."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
+from ulysses_jax.models.attention import Angles
+from ulysses_jax.models.feed_forward import FeedForward
+from ulysses_jax.models.kinds import make_kind
+from ulysses_jax.models.norm import Norm
+
+
+class Layer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs, kind: str | None = None):
+        """Of a kind in `models.kinds.KINDS`; None: the first of the model's pattern."""
+        model = complete_model(model)
+        assert model.pattern
+        self.kind = model.pattern[0] if kind is None else kind
+        self.attention_norm = Norm(model)
+        self.attention: Any = make_kind(self.kind, model, rngs=rngs)
+        self.feed_forward_norm = Norm(model)
+        self.feed_forward: Any = FeedForward(model, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        angles: Angles = None,
+    ) -> Float[Array, "B T D"]:
+        """Args, returns, raises: as `Attention`."""
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, positions, segment_ids, angles=angles)
+        _check_shape(self.kind, attended, x)
+        return self.add_feed_forward(x + attended)
+
+    def add_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _check_shape(kind: str, got: Any, x: Array) -> None:
+    shape = getattr(got, "shape", type(got).__name__)
+    if shape != x.shape:
+        raise ValueError(
+            f"the kind {kind!r} returned {shape} for an x of {x.shape}: it must return "
+            "an array of x's shape"
+        )

@@ -1,0 +1,27 @@
+"""The sizes of a model's letters, and how large its weights start."""
+
+import math
+
+from ulysses_jax.config import Model
+
+
+def letter_sizes(model: Model) -> dict[str, int]:
+    """The size of every letter that a parameter has."""
+    assert model.num_kv_heads and model.head_size and model.feed_forward_width
+    return {
+        "D": model.width,
+        "N": model.num_heads,
+        "K": model.num_kv_heads,
+        "H": model.head_size,
+        "F": model.feed_forward_width,
+        "V": model.vocab_size,
+    }
+
+
+# Standard deviations as in GPT-2 and Megatron: projections back into the residual
+# stream are smaller, so that its variance does not grow with the number of layers.
+STD = 0.02
+
+
+def output_std(model: Model) -> float:
+    return STD / math.sqrt(2 * model.num_layers)

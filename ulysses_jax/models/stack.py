@@ -1,0 +1,72 @@
+"""Stacks: layers of one kind whose parameters have a leading dim, run by one scan."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.models.attention import Angles
+from ulysses_jax.weights.whole import Unbound, Values, unbind
+
+RunLayer = Callable[..., Float[Array, "B T D"]]
+"""`f(layer, values, x, positions, segment_ids, angles=..., in_loop=...)`: runs one
+layer, an `Unbound` and its values. in_loop: whether the loop goes round more than once.
+`run_layer` is the plain one; `memory.saving` has others."""
+
+
+def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> Any:
+    """A module like `make(rngs)`, of `size` layers: each parameter has a leading dim.
+
+    It is a module to look at and to change, not to call: `run_stacks` runs it.
+    """
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(size))
+
+
+def run_layer(
+    layer: Unbound, values: Values, x: Array, *tokens: Any, angles: Angles, in_loop: bool
+) -> Array:
+    """Keeps what the backward pass reads."""
+    del in_loop
+    return layer.bind(values)(x, *tokens, angles=angles)
+
+
+def run_stacks(
+    stacks: Sequence[Any],
+    rest: Sequence[Any],
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    run: RunLayer = run_layer,
+) -> Float[Array, "B T D"]:
+    """One layer of each stack in turn, as often as they have layers; then the rest.
+
+    Args:
+      stacks: all of one size.
+      rest: layers.
+    """
+    unbound, values = zip(*map(unbind, stacks), strict=True)
+    tokens = positions, segment_ids
+    angles = [_angles(stack, positions) for stack in stacks]
+    (size,) = {x.shape[0] for x in jax.tree.leaves(values)}
+
+    def once(x: Array, values: Sequence[Values]) -> tuple[Array, None]:
+        for layer, its_values, its_angles in zip(unbound, values, angles, strict=True):
+            x = run(
+                layer, its_values, x, *tokens, angles=its_angles, in_loop=size > 1
+            )
+        return x, None
+
+    x, _ = lax.scan(once, x, values)
+    for layer in rest:
+        its_angles = _angles(layer, positions)
+        x = run(*unbind(layer), x, *tokens, angles=its_angles, in_loop=False)
+    return x
+
+
+def _angles(layer: Any, positions: Array) -> Angles:
+    """What a kind makes of positions once for all layers of a stack, if it does."""
+    make = getattr(layer.attention, "angles", None)
+    return None if make is None else make(positions)
