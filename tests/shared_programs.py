@@ -22,9 +22,9 @@ def shared_programs():
     """Runs alike in mesh, model and training share their compiled programs."""
 
     @functools.cache
-    def step(config, platform):
-        traced = jit_train_step(config, platform).trace(
-            abstract_state(config), abstract_batch(config)
+    def step(config, platform, make_model):
+        traced = jit_train_step(config, platform, make_model).trace(
+            abstract_state(config, make_model), abstract_batch(config)
         )
         compiled = traced.lower().compile()
         again = SimpleNamespace(jaxpr=traced.jaxpr, compile=lambda: compiled)
@@ -32,8 +32,9 @@ def shared_programs():
         return again
 
     @functools.cache
-    def state(config):
-        return jax.jit(functools.partial(init_state, config)).lower().compile()
+    def state(config, make_model):
+        init = functools.partial(init_state, config, make_model)
+        return jax.jit(init).lower().compile()
 
     validation = functools.cache(make_validation_step)
 
@@ -54,7 +55,14 @@ def shared_programs():
         )
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "jit_train_step", lambda c, on: step(alike(c), on))
-        patched.setattr(run, "first_state", lambda c: state(alike(c))())
-        patched.setattr(run, "make_validation_step", lambda c: validation(alike(c)))
+        for name, program in (
+            ("jit_train_step", step),
+            ("first_state", lambda *args: state(*args)()),
+            ("make_validation_step", validation),
+        ):
+            patched.setattr(
+                run,
+                name,
+                lambda config, *args, program=program: program(alike(config), *args),
+            )
         yield

@@ -76,11 +76,23 @@ training: {num_steps: 1, batch_size: 1, sequence_tokens: 8, warmup_steps: 1}
 """
 
 
+TRAINER = ("-m", "ulysses_jax.train", "--config", "mine.yaml")
+
+
+def test_the_wheel_has_the_trainer(installed, tmp_path):
+    """Up to the first thing that is refused with all modules imported."""
+    (tmp_path / "mine.yaml").write_text(TINY)
+    done = run(installed, tmp_path, *TRAINER)
+    assert (done.returncode, done.stdout) == (2, "")
+    want = "python -m ulysses_jax.train: data.files 'text.txt' "
+    assert done.stderr.startswith(want)
+
+
+@pytest.mark.slow
 def test_the_wheel_trains(installed, tmp_path):
     (tmp_path / "mine.yaml").write_text(TINY)
     (tmp_path / "text.txt").write_text("a text to learn from " * 9)
-    module = ("-m", "ulysses_jax.train", "--config", "mine.yaml")
-    done = run(installed, tmp_path, *module)
+    done = run(installed, tmp_path, *TRAINER)
     assert done.returncode == 0, done.stderr
     assert "runs/mine: final loss" in done.stdout
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "1").is_dir()

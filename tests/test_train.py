@@ -32,7 +32,8 @@ from ulysses_jax.training import run as story
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog, read_rows
-from ulysses_jax.training.state import abstract_state, bind
+from ulysses_jax.training.model import bind
+from ulysses_jax.training.state import abstract_state
 
 CONFIG = {
     "run": {"simulated_cpu_devices": 8},
@@ -261,7 +262,8 @@ def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, cor
                 [np.arange(n) for n in np.diff([*starts, len(row)])]
             )
             arrays = (tokens, positions[None].astype(np.int32), segments)
-            x = model(*(jax.device_put(array, by_token) for array in arrays))
+            ids = [jax.device_put(array, by_token) for array in arrays]
+            x = model.features(*ids)
             logits = np.asarray(x[0], np.float64) @ np.asarray(model.head, np.float64).T
             log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
             for i, ((_, document), (label, same)) in enumerate(
@@ -486,7 +488,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(
     config_file, tmp_path, monkeypatch, capfd
 ):
     broken = lambda *_: (jnp.float32(jnp.nan), jnp.int32(1))  # noqa: E731
-    monkeypatch.setattr(story, "make_validation_step", lambda _: broken)
+    monkeypatch.setattr(story, "make_validation_step", lambda *_: broken)
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         start(config_file, folder)

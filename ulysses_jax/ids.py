@@ -1,4 +1,4 @@
-"""Integers of each token, such as positions: in the one dtype that they are compared in."""
+"""Integers of each token, such as positions, in the one dtype that is compared."""
 
 from typing import Any
 

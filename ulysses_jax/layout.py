@@ -159,6 +159,14 @@ def check_mesh(x: Any) -> None:
         return
     theirs, ours = dict(sharding.mesh.shape), dict(get_abstract_mesh().shape)
     if theirs == ours:
+        kinds = sharding.mesh.axis_types, get_abstract_mesh().axis_types
+        if kinds[0] != kinds[1]:
+            kind, other = (str(each[0]).removeprefix("AxisType.") for each in kinds)
+            raise ValueError(
+                f"an array of shape {x.shape} lies on a mesh with {kind} axes, but the "
+                f"mesh that is set has {other} axes: set one with {kind} axes, "
+                f"make_mesh(..., axis_type=jax.sharding.AxisType.{kind})"
+            )
         return
     what = f"lies on a mesh of {_text(theirs)}"
     if not ours:
@@ -168,8 +176,8 @@ def check_mesh(x: Any) -> None:
         )
     raise ValueError(
         f"an array of shape {x.shape} {what}, but the mesh that is set is "
-        f"{_text(ours)}: set the one under which the model and its inputs were made, or "
-        "make them under this one"
+        f"{_text(ours)}: set the mesh that the model and its inputs were made under, "
+        "or make them under this one"
     )
 
 

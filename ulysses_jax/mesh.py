@@ -150,15 +150,13 @@ def simulate_cpu_devices(num_devices: int | None) -> None:
         try:
             jax.config.update("jax_num_cpu_devices", num_devices)
         except RuntimeError:
-            platform, num_here = jax.default_backend(), jax.local_device_count()
-            if (platform, num_here) != ("cpu", num_devices):
-                raise ValueError(
-                    f"run.simulated_cpu_devices {num_devices} comes too late: this "
-                    f"process has used JAX, on {num_here} {platform} devices. In a "
-                    "new process, before anything else of JAX, call "
-                    f"jax.config.update('jax_num_cpu_devices', {num_devices}); or set "
-                    f"it to null, and mesh to degrees whose product is {num_here}"
-                ) from None
+            here = jax.local_device_count()
+            raise ValueError(
+                f"run.simulated_cpu_devices {num_devices} comes too late: this process "
+                f"has used JAX, on {here} {jax.default_backend()} devices. Start a new "
+                "process, with nothing of JAX before; or leave it out, and set mesh to "
+                f"degrees whose product is {here}"
+            ) from None
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 

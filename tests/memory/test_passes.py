@@ -10,8 +10,8 @@ from float64 import exact_attention
 
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS
-from ulysses_jax.memory.passes import backward, forward
 from ulysses_jax.memory.block_attention import Pieces
+from ulysses_jax.memory.passes import backward, forward
 
 H = 4
 

@@ -172,7 +172,9 @@ def test_features_and_head_are_what_the_tiled_loss_takes():
     model, labels = transformer(), jnp.roll(TOKENS, -1, axis=1)
     x = model.features(TOKENS)
     got = cross_entropy(x, model.head, labels, tile_tokens=7)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(model(TOKENS)), labels[..., None], -1)
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(model(TOKENS)), labels[..., None], -1
+    )
     np.testing.assert_allclose(float(got), -float(chosen.sum()), rtol=1e-5)
 
 
@@ -334,7 +336,9 @@ def test_a_kind_of_ones_own(monkeypatch):
     # Causal: what comes after changes nothing.
     later = model(TOKENS.at[:, 9:].set(0))
     assert_close(later[:, :9], logits[:, :9])
-    with pytest.raises(ValueError, match="sequence_chunk_tokens 4 takes attention apart"):
+    with pytest.raises(
+        ValueError, match="sequence_chunk_tokens 4 takes attention apart"
+    ):
         model.features(TOKENS, run=Saving(Memory(sequence_chunk_tokens=4)))
 
 
@@ -354,7 +358,10 @@ def test_zigzag_order_is_the_same_model():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda model: model(TOKENS[:, :15]), "15 tokens do not divide over ring 1 x seq"),
+        (
+            lambda model: model(TOKENS[:, :15]),
+            "15 tokens do not divide over ring 1 x seq",
+        ),
         (lambda model: model(TOKENS[:3]), "3 rows do not divide over data 2 x fsdp 1"),
         (lambda model: model(TOKENS[0]), "tokens are \\[B, T\\]"),
         (lambda model: model(X[..., 0]), "tokens are integers, not float32"),
@@ -376,7 +383,10 @@ def test_arrays_on_another_mesh_are_refused():
         model(TOKENS)
     with set_mesh("explicit"), pytest.raises(ValueError, match="fsdp=2.*data=2"):
         model(TOKENS)
-    with set_mesh("auto, seq alone"), pytest.raises(ValueError, match="the mesh that is"):
+    with (
+        set_mesh("auto, seq alone"),
+        pytest.raises(ValueError, match="the mesh that is"),
+    ):
         model(TOKENS)
     with set_mesh("auto, tensor"):
         layer = Layer(MODEL, rngs=nnx.Rngs(0))
@@ -385,11 +395,16 @@ def test_arrays_on_another_mesh_are_refused():
 
 
 def test_modules_that_cannot_be():
-    with pytest.raises(ValueError, match="'linear', which is no kind.*'full', 'window'"):
+    with pytest.raises(
+        ValueError, match="'linear', which is no kind.*'full', 'window'"
+    ):
         Transformer(Model(pattern=("linear",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="width 16 does not divide"):
         Layer(Model(width=16, num_heads=3), rngs=nnx.Rngs(0))
-    with set_mesh("explicit, tensor"), pytest.raises(ValueError, match="3, does not div"):
+    with (
+        set_mesh("explicit, tensor"),
+        pytest.raises(ValueError, match="3, does not div"),
+    ):
         Layer(Model(num_heads=3, head_size=4), rngs=nnx.Rngs(0))
     learned = Model(width=16, num_heads=4, positions="learned", max_positions=8)
     with pytest.raises(ValueError, match="16 tokens, but model.max_positions is 8"):
@@ -410,6 +425,8 @@ def test_a_kind_that_returns_another_shape(monkeypatch):
 def test_a_layer_inside_a_shard_map_is_refused():
     with set_mesh("auto"):
         layer = FeedForward(MODEL, rngs=nnx.Rngs(0))
-        run = jax.shard_map(layer, in_specs=P("data", "seq"), out_specs=P("data", "seq"))
+        run = jax.shard_map(
+            layer, in_specs=P("data", "seq"), out_specs=P("data", "seq")
+        )
         with pytest.raises(ValueError, match="called inside a shard_map over"):
             run(X)

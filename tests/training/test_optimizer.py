@@ -98,7 +98,9 @@ def test_only_matrices_decay(family):
     matrices = {"embedding", "unembedding"}
     matrices |= {f"layers.0.attention.{name}" for name in ("q", "k", "v", "out")}
     matrices |= {f"layers.0.feed_forward.{name}" for name in ("up", "down")}
-    matrices |= {"position_table"} if family == "gpt" else {"layers.0.feed_forward.gate"}
+    matrices |= (
+        {"position_table"} if family == "gpt" else {"layers.0.feed_forward.gate"}
+    )
     assert shrunk == matrices
     kept = set(by_name(before)) - shrunk
     assert {name.split(".")[-1].split("_")[-1] for name in kept} <= {"scale", "bias"}

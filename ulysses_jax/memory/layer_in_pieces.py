@@ -61,9 +61,7 @@ def layer_in_pieces(
 
 def _forward(layer, memory, x, values, angles, segment_ids):
     keep = memory.remat == "attention"
-    y, attended = _run_forward(
-        layer, memory, x, values, angles, segment_ids, keep=keep
-    )
+    y, attended = _run_forward(layer, memory, x, values, angles, segment_ids, keep=keep)
     if attended is not None:
         out, logsumexps = attended
         logsumexps = tuple(checkpoint_name(each, ATTENTION[1]) for each in logsumexps)
@@ -99,9 +97,9 @@ def _run_forward(layer, memory, x, values, angles, segment_ids, *, keep):
         pieces, leaves = take_apart(layer, memory, x, values, specs[1], segment_ids)
         return forward(pieces, leaves, x, angles, keep=keep)
 
-    return layout.over_devices(
-        local, specs, (specs[0], _attended_specs(keep or None))
-    )(x, values, angles, segment_ids)
+    return layout.over_devices(local, specs, (specs[0], _attended_specs(keep or None)))(
+        x, values, angles, segment_ids
+    )
 
 
 def _specs(layer, values, angles, segment_ids):

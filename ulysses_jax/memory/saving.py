@@ -14,8 +14,8 @@ from ulysses_jax.config import Memory, in_pieces
 from ulysses_jax.memory.layer_in_pieces import ATTENTION, layer_in_pieces
 from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.tiled import Tiled
-from ulysses_jax.models.attention import Attend, Attention
-from ulysses_jax.residual import to_layer, to_residual
+from ulysses_jax.models.attention import Attention
+from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.weights.whole import Unbound, Values
 
 LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
@@ -59,7 +59,7 @@ class Saving:
             x = _name_input(x, memory)
             values = to_device(values)
             bound = layer.bind(values)
-            attention, _, segment_ids = bound.attention, *tokens
+            attention, segment_ids = getattr(bound, "attention", None), tokens[-1]
             if not isinstance(attention, Attention):
                 _refuse_chunks(attention, memory)
             elif in_pieces(attention.model, memory):
@@ -67,24 +67,18 @@ class Saving:
                     layer, memory, to_layer(x), values, angles, segment_ids
                 )
                 return to_residual(y)
-            _act_on(bound, memory)
+            else:
+                attention.attend = dataclasses.replace(
+                    attention.attend, head_chunks=memory.head_chunks or 1
+                )
+            if memory.mlp_tile_tokens and hasattr(bound, "feed_forward"):
+                bound.feed_forward = Tiled(bound.feed_forward, memory.mlp_tile_tokens)
             return bound(x, *tokens, angles=angles)
 
         if memory.remat != "none":
             # A loop keeps XLA from merging the two computations; one trip is no loop.
             run = jax.checkpoint(run, prevent_cse=not in_loop, policy=_policy(memory))
         return run(x, values, tokens, angles)
-
-
-def _act_on(layer: Any, memory: Memory) -> None:
-    """Replaces the parts of a bound layer that have options of their own."""
-    attend = getattr(layer.attention, "attend", None)
-    if isinstance(attend, Attend) and memory.head_chunks:
-        layer.attention.attend = dataclasses.replace(
-            attend, head_chunks=memory.head_chunks
-        )
-    if memory.mlp_tile_tokens and hasattr(layer, "feed_forward"):
-        layer.feed_forward = Tiled(layer.feed_forward, memory.mlp_tile_tokens)
 
 
 def _refuse_chunks(attention: Any, memory: Memory) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ulysses_jax import layout
 from ulysses_jax.memory.tiles import over_tiles
-from ulysses_jax.residual import to_layer, to_residual
+from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.sharding import MEGATRON, activation
 from ulysses_jax.weights.whole import (
     Unbound,

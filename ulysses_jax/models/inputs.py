@@ -30,19 +30,23 @@ def positions_and_segments(
     """
     _check_divides(shape)
     if positions is None:
-        positions = jnp.arange(shape[1], dtype=jnp.int32)
-        if model.zigzag:
-            ring, seq = layout.degree("ring"), layout.degree("seq")
-            known = model.strategy
-            strategy = strategy_of(ring, seq) if known == "auto" else known
-            members = num_members(strategy, ring, seq)
-            positions = zigzag_index(positions, shape[1], members)
-        positions = jnp.broadcast_to(positions, shape)
+        positions = jnp.broadcast_to(_order(model, shape[1]), shape)
     spec = activation("BT", layout.axes())
     positions = layout.lay(int32_ids(positions, "positions", shape), spec)
     if segment_ids is not None:
         segment_ids = layout.lay(int32_ids(segment_ids, "segment_ids", shape), spec)
     return positions, segment_ids
+
+
+def _order(model: Model, num_tokens: int) -> Int[Array, "T"]:
+    """Where in the sequence each token of a row stands."""
+    places = jnp.arange(num_tokens, dtype=jnp.int32)
+    if not model.zigzag:
+        return places
+    ring, seq = layout.degree("ring"), layout.degree("seq")
+    said = model.strategy
+    strategy = strategy_of(ring, seq) if said == "auto" else said
+    return zigzag_index(places, num_tokens, num_members(strategy, ring, seq))
 
 
 def _check_divides(shape: tuple[int, ...]) -> None:

@@ -26,7 +26,12 @@ def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> An
 
 
 def run_layer(
-    layer: Unbound, values: Values, x: Array, *tokens: Any, angles: Angles, in_loop: bool
+    layer: Unbound,
+    values: Values,
+    x: Array,
+    *tokens: Any,
+    angles: Angles,
+    in_loop: bool,
 ) -> Array:
     """Keeps what the backward pass reads."""
     del in_loop
@@ -54,9 +59,7 @@ def run_stacks(
 
     def once(x: Array, values: Sequence[Values]) -> tuple[Array, None]:
         for layer, its_values, its_angles in zip(unbound, values, angles, strict=True):
-            x = run(
-                layer, its_values, x, *tokens, angles=its_angles, in_loop=size > 1
-            )
+            x = run(layer, its_values, x, *tokens, angles=its_angles, in_loop=size > 1)
         return x, None
 
     x, _ = lax.scan(once, x, values)
@@ -68,5 +71,5 @@ def run_stacks(
 
 def _angles(layer: Any, positions: Array) -> Angles:
     """What a kind makes of positions once for all layers of a stack, if it does."""
-    make = getattr(layer.attention, "angles", None)
+    make = getattr(getattr(layer, "attention", None), "angles", None)
     return None if make is None else make(positions)

@@ -12,12 +12,13 @@ from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.ids import int32_ids
+from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.models.inputs import positions_and_segments
 from ulysses_jax.models.layer import Layer
 from ulysses_jax.models.norm import Norm
+from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.models.sizes import STD, letter_sizes
 from ulysses_jax.models.stack import RunLayer, make_stack, run_layer, run_stacks
-from ulysses_jax.residual import to_layer, to_residual
 from ulysses_jax.sharding import activation
 from ulysses_jax.weights.gathered import Gathered
 from ulysses_jax.weights.parameter import matrix
@@ -80,6 +81,7 @@ class Transformer(nnx.Module):
         owner = self.embedding if self.unembedding is None else self.unembedding
         return owner[...]
 
+    @allow_promotion()
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -109,6 +111,7 @@ class Transformer(nnx.Module):
             layout.check_mesh(array)
         return _logits(module, values, ids)
 
+    @allow_promotion()
     def features(
         self,
         tokens: Int[Array, "B T"],

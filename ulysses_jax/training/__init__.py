@@ -1,18 +1,19 @@
-"""From a config to a trained model: `train`, and what it is made of."""
+"""From a config to a trained model: `train`, `load_run`, and what they are made of."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ulysses_jax.training.load import load_run
     from ulysses_jax.training.run import train
 else:
+    _HOMES = {"load_run": "load", "train": "run"}
 
     def __getattr__(name: str) -> Any:
         """Imports the story when it is asked for: who needs a part takes the part."""
-        if name != "train":
+        if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from ulysses_jax.training.run import train
-
-        return train
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-__all__ = ["train"]
+__all__ = ["load_run", "train"]

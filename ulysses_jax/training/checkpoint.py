@@ -136,6 +136,36 @@ class Checkpointer:
         self._newest = step
         return step, state, commit["meta"]
 
+    def restore_part(self, name: str, abstract: Any) -> Any:
+        """Reads one field of the newest whole checkpoint's state, and no other.
+
+        Args:
+          name: of the field, such as "parameters".
+          abstract: as `restore`'s, of that field; each with a sharding.
+
+        Raises:
+          ValueError: there is no whole checkpoint, or it holds other arrays there.
+        """
+        step = self._choose(print)
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {self.folder}")
+        folder = self.folder / str(step)
+        saved = read_commit(folder)["arrays"]
+        prefix = f".{name}"
+        refuse_others(
+            {path: of for path, of in saved.items() if path.startswith(prefix)},
+            {f"{prefix}{path}": of for path, of in describe(abstract).items()},
+            folder,
+        )
+        item = {name: abstract}
+        args = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            return orbax.restore(folder, args=args)[name]
+
     def latest_meta(self) -> tuple[int, dict[str, Any]] | None:
         """The newest step committed and its meta, or None; needs no device.
 

@@ -11,11 +11,15 @@ from jax.sharding import Mesh
 from ulysses_jax.config import Config
 from ulysses_jax.memory.auto import Fit, choose, describe
 from ulysses_jax.mesh import platform_of
+from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.training.model import MakeModel
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
-def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
+def choose_memory(
+    config: Config, mesh: Mesh, make_model: MakeModel = Transformer
+) -> tuple[Config, list[str]]:
     """The cheapest rung of `memory.auto` whose compiled step fits, and what was tried.
 
     A GPU has what its driver lets JAX take; simulated CPU devices, which share their
@@ -32,8 +36,9 @@ def choose_memory(config: Config, mesh: Mesh) -> tuple[Config, list[str]]:
 
     def compiled(candidate: Config) -> Fit:
         with jax.set_mesh(mesh):
-            step = jit_train_step(candidate, platform_of(mesh))
-            step = step.trace(abstract_state(candidate), abstract_batch(candidate))
+            step = jit_train_step(candidate, platform_of(mesh), make_model)
+            state = abstract_state(candidate, make_model)
+            step = step.trace(state, abstract_batch(candidate))
             try:
                 stats = step.lower().compile().memory_analysis()
             except jax.errors.JaxRuntimeError as error:

@@ -189,10 +189,14 @@ def _local_loss(
         objective, plain, dhead = sums
         logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
         highest = layout.pmax(logits.max(axis=-1), ("tensor",))
-        total = layout.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), ("tensor",))
+        total = layout.psum(
+            jnp.exp(logits - highest[:, None]).sum(axis=-1), ("tensor",)
+        )
         logsumexp = highest + jnp.log(total)
         is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
-        label_logit = layout.psum(jnp.where(is_label, logits, 0).sum(axis=-1), ("tensor",))
+        label_logit = layout.psum(
+            jnp.where(is_label, logits, 0).sum(axis=-1), ("tensor",)
+        )
         valid = _is_valid(labels, vocab_size)
         nats = logsumexp - label_logit
         plain = plain + jnp.where(valid, nats, 0).sum()

@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ulysses_jax import layout
 from ulysses_jax.config import Config, Memory
 from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.saving import Saving
+from ulysses_jax.mesh import AXES, make_mesh
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.update import LAYERS
@@ -34,13 +37,40 @@ def abstract_model(config: Config, make_model: MakeModel) -> Any:
 
 
 def made(config: Config, make_model: MakeModel) -> Any:
-    """The module, drawn from `run.seed`."""
-    return make_model(config.model, rngs=nnx.Rngs(config.run.seed))
+    """The module, drawn from `run.seed`; of another library's parameters, those lie as
+    they say that say so (`nnx.with_partitioning`).
+
+    Raises:
+      ValueError: a parameter names an axis that a run's mesh has not.
+    """
+    # Flax itself would lay them out on Auto axes alone.
+    with nnx.use_eager_sharding(False):
+        model = make_model(config.model, rngs=nnx.Rngs(config.run.seed))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        said = variable.get_metadata().get("out_sharding")
+        if said is not None:
+            _check_axes(f"{type(model).__name__}.{'.'.join(map(str, path))}", said)
+            variable.set_value(layout.lay(variable.get_value(), P(*said)))
+    return model
 
 
-def is_own(config: Config, make_model: MakeModel) -> bool:
-    """Whether it is a user's, which `memory` and `strategy` do not act on."""
-    return not isinstance(abstract_model(config, make_model), Transformer)
+def _check_axes(name: str, said: Any) -> None:
+    names = [
+        n for each in said for n in ((each,) if isinstance(each, str) else each or ())
+    ]
+    for axis in names:
+        if axis not in AXES:
+            raise ValueError(
+                f"{name} lies over an axis {axis!r}, and the mesh of a run has "
+                f"{', '.join(AXES)}: name one of these"
+            )
+
+
+def own_name(config: Config, make_model: MakeModel) -> str | None:
+    """The class of a user's module, which `memory` and `strategy` do not act on; None:
+    it is this library's."""
+    model = abstract_model(config, make_model)
+    return None if isinstance(model, Transformer) else type(model).__name__
 
 
 def prepared(config: Config, make_model: MakeModel) -> Config:
@@ -60,7 +90,10 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
     )
     for each in dataclasses.fields(memory):
         value = getattr(memory, each.name)
-        if value != getattr(kept, each.name) and (each.name, value) != ("remat", "none"):
+        if value != getattr(kept, each.name) and (each.name, value) != (
+            "remat",
+            "none",
+        ):
             raise ValueError(
                 f"memory.{each.name} {value} acts on the layers of "
                 f"ulysses_jax.Transformer, and {type(model).__name__} is none: leave it "
@@ -156,6 +189,21 @@ def features_and_head(
     )
 
 
+def handed_over(
+    config: Config, parameters: dict[str, Any], make_model: MakeModel
+) -> Any:
+    """The trained module, for who calls it next: on a mesh of the same devices whose
+    axes are Auto, in the devices' memory; nothing is copied that lies there."""
+    mesh = jax.sharding.get_mesh()
+    auto = make_mesh(**dict(mesh.shape), devices=list(mesh.devices.flat))
+
+    def move(x: Array) -> Array:
+        spec = x.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.device_put(x, NamedSharding(auto, spec, memory_kind="device"))
+
+    return bind(config, jax.tree.map(move, parameters), make_model)
+
+
 def _head(model: Any) -> Any:
     head = model.head
-    return head[...] if isinstance(head, nnx.Variable) else head
+    return head.get_value() if isinstance(head, nnx.Variable) else head

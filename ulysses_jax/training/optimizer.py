@@ -64,6 +64,10 @@ def make_optimizer(
     `update(gradients, state, parameters, norm=...)` takes the norm of all gradients, so
     that it may be given a part of them; without one they are all there are.
     """
+
+    def of(parameters: Any) -> dict[str, Any]:
+        return {name: decayed[name] for name in parameters}
+
     return optax.chain(
         _clip(training.clip_norm),
         optax.adamw(
@@ -71,7 +75,7 @@ def make_optimizer(
             b1=training.beta1,
             b2=training.beta2,
             weight_decay=training.weight_decay,
-            mask=lambda parameters: {name: decayed[name] for name in parameters},
+            mask=of,
         ),
     )
 

@@ -22,13 +22,7 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
     """
     model, training, mesh = config.model, config.training, config.mesh
     assert model.num_kv_heads is not None
-    degrees = {axis: n for axis, n in vars(mesh).items() if n > 1} or {"devices": 1}
-    parameters = sum(x.size for x in jax.tree.leaves(state.parameters))
-    lines = [
-        f"{parameters:,} parameters, {model.num_layers} layers; "
-        f"{training.batch_size} x {training.sequence_tokens:,} tokens a step; mesh "
-        + " x ".join(f"{axis}={n}" for axis, n in degrees.items())
-    ]
+    lines = [f"{_size(state)}, {model.num_layers} layers; {_work(config)}"]
     if mesh.ring * mesh.seq > 1:
         order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
         chunks = config.memory.head_chunks or 1
@@ -61,6 +55,28 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
             f"{copies} copies there"
         )
     return lines
+
+
+def describe_own(config: Config, state: TrainState, name: str) -> list[str]:
+    """The same of a user's own module."""
+    return [
+        f"{_size(state)} of {name}; {_work(config)}",
+        "attention and memory are its own; zero_stage "
+        f"{config.training.zero_stage}, where its parameters say how they lie",
+    ]
+
+
+def _size(state: TrainState) -> str:
+    return f"{sum(x.size for x in jax.tree.leaves(state.parameters)):,} parameters"
+
+
+def _work(config: Config) -> str:
+    training, mesh = config.training, config.mesh
+    degrees = {axis: n for axis, n in vars(mesh).items() if n > 1} or {"devices": 1}
+    return (
+        f"{training.batch_size} x {training.sequence_tokens:,} tokens a step; mesh "
+        + " x ".join(f"{axis}={n}" for axis, n in degrees.items())
+    )
 
 
 def _kinds(model: Model) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
@@ -22,7 +23,7 @@ from ulysses_jax.mesh import (
     platform_of,
     simulate_cpu_devices,
 )
-from ulysses_jax.placement import complete
+from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.targets import target_of
 from ulysses_jax.training.checkpoint import Checkpointer
@@ -30,6 +31,7 @@ from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.model import MakeModel, handed_over, own_name, prepared
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.output import print_every_name
 from ulysses_jax.training.preflight import (
@@ -40,14 +42,9 @@ from ulysses_jax.training.preflight import (
     check_space,
     refuse_other_model,
 )
-from ulysses_jax.training.report import attention_of, describe
+from ulysses_jax.training.report import attention_of, describe, describe_own
 from ulysses_jax.training.signals import Stopped, told_to_stop
-from ulysses_jax.training.state import (
-    TrainState,
-    abstract_state,
-    first_state,
-    host_bytes,
-)
+from ulysses_jax.training.state import abstract_state, first_state, host_bytes
 from ulysses_jax.training.step import (
     abstract_batch,
     batch_shape,
@@ -60,8 +57,11 @@ from ulysses_jax.training.step import (
 @allow_promotion()
 @print_every_name()
 def train(
-    config: Config, *, interrupted: Callable[[], Any] | None = None
-) -> TrainState:
+    config: Config,
+    make_model: MakeModel = Transformer,
+    *,
+    interrupted: Callable[[], Any] | None = None,
+) -> Any:
     """Trains a run to its last step, from its last checkpoint where it has one.
 
     It may be called in any thread, again and again, where JAX was used before and with
@@ -71,11 +71,14 @@ def train(
     Args:
       config: of `config_file.load`, or made by hand: it need not be complete. Its
         folder is runs/run where it names none.
+      make_model: `f(config.model, rngs=...)`, the module to train: this library's, or
+        one of your own, as `training.model.MakeModel` says.
       interrupted: what a second Ctrl-C calls, in a thread of its own; None: what it
         does outside of a run.
 
     Returns:
-      The state after the last step, on the run's mesh, as `state.lay` says where.
+      The trained module, on the run's mesh with Auto axes: where that has more than one
+      device, call it under `jax.set_mesh(make_mesh(...))` of the same degrees.
 
     Raises:
       ValueError: the config cannot be run here, with the numbers and a remedy; or a
@@ -86,7 +89,8 @@ def train(
     """
     # ---- What to run, and on what. All that can be refused is refused here, before
     # anything is compiled or written.
-    config = complete(config, name="run")
+    config = prepared(complete(config, name="run"), make_model)
+    own = own_name(config, make_model)
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     check_processes(config.distributed)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
@@ -97,7 +101,7 @@ def train(
     data = open_data(config)
     tried: list[str] = []
     if config.memory.auto:
-        config, tried = choose_memory(config, mesh)
+        config, tried = choose_memory(config, mesh, make_model)
     check_host_memory(config.memory.offload, mesh.local_devices[0])
     assert config.run.folder is not None
     folder = Path(config.run.folder)
@@ -109,14 +113,16 @@ def train(
     is_main = jax.process_index() == 0
     say = partial(print, flush=True) if is_main else lambda *_: None
     with RunLock(folder) as lock, checkpointer, jax.set_mesh(mesh):
-        shapes = abstract_state(config)
-        step = jit_train_step(config, platform_of(mesh))
+        shapes = abstract_state(config, make_model)
+        step = jit_train_step(config, platform_of(mesh), make_model)
         step = step.trace(shapes, abstract_batch(config))
         # What a process finds on its own disk, all processes must hear of.
         with agreed():
             check_folder(folder)
             meta = {
-                "model": architecture(config.model),
+                "model": architecture(config.model)
+                if own is None
+                else {"class": own, "vocab_size": config.model.vocab_size},
                 "data": data.meta,
                 "schedule": schedule_fields(training),
             }
@@ -128,21 +134,26 @@ def train(
             check_space(checkpointer.folder, sum(sizes), checkpointer.keep)
         with agreed():
             found = lock.take() if is_main else []
-        attention = attention_of(config, platform_of(mesh), step)
-        for line in (*describe(config, shapes, attention), *data.notes, *tried, *found):
+        if own is None:
+            attention = attention_of(config, platform_of(mesh), step)
+            said = describe(config, shapes, attention)
+        else:
+            said = describe_own(config, shapes, own)
+        for line in (*said, *data.notes, *tried, *found):
             say(line)
 
         # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
         restored = checkpointer.restore(shapes, on_skipped=say)
         if restored is None:
-            first_step, state, changes = 0, first_state(config), []
+            first_step, changes = 0, []
+            state = first_state(config, make_model)
         else:
             first_step, state, then = restored
             say(f"resuming after step {first_step} of {training.num_steps}")
             changes = rate_change(then.get("schedule", {}), training, first_step)
         if first_step >= training.num_steps:
             say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
-            return state
+            return handed_over(config, state.parameters, make_model)
         for line in changes:
             say(line)
 
@@ -150,7 +161,7 @@ def train(
         started = time.monotonic()
         step = step.lower().compile()
         check_offload(host_bytes(config, shapes), memory_stats(step), platform_of(mesh))
-        validate = jax.jit(make_validation_step(config))
+        validate = jax.jit(make_validation_step(config, make_model))
         say(f"compiled the step in {time.monotonic() - started:.0f} s")
 
         # ---- The loop. A step is in flight while the numbers of the one before are
@@ -233,4 +244,4 @@ def train(
             log.finish()
             if stopping.is_set() and interrupted is None:
                 raise Stopped(f"{folder} is done, and its last step saved")
-        return state
+        return handed_over(config, state.parameters, make_model)

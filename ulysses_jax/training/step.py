@@ -13,7 +13,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
-from ulysses_jax.training.model import MakeModel, bind, features_and_head, is_own
+from ulysses_jax.training.model import MakeModel, bind, features_and_head, own_name
 from ulysses_jax.training.optimizer import learning_rate_schedule
 from ulysses_jax.training.state import TrainState, lay, optimizer_of
 from ulysses_jax.training.update import add, update, zeros_like
@@ -105,7 +105,7 @@ def make_train_step(
     schedule = learning_rate_schedule(config.training)
     training, vocab_size = config.training, config.model.vocab_size
     changed = bool(training.label_smoothing or training.z_loss)
-    own = is_own(config, make_model)
+    own = own_name(config, make_model) is not None
 
     def laid(what: Any, tree: dict[str, Any]) -> dict[str, Any]:
         return lay(what, tree, config, make_model)

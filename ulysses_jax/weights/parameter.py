@@ -82,6 +82,17 @@ def has_letters(variable: Any) -> bool:
     return "letters" in variable.get_metadata()
 
 
+def stacked_spec_of(variable: Any, array: Any) -> P:
+    """`spec_of` where the array may have the leading dim of a stack; it may be a shape,
+    and then its type does not say."""
+    letters = variable.get_metadata().get("letters")
+    if letters is None:
+        return P(*(variable.get_metadata().get("out_sharding") or ()))
+    extra = array.ndim - len(letters)
+    table = variable.get_metadata()["table"]
+    return P(*(None,) * extra, *_spec(letters, array.shape[extra:], table))
+
+
 def spec_of(variable: Any, array: Array) -> P:
     """How an array lies that a parameter has, without the dim of a stack.
 

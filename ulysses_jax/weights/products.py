@@ -53,8 +53,8 @@ def project(
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if layout.inside_shard_map():
-        check_local(w)
-        return _project_local(equation, dtype, x, w.value, w.gradient)
+        local = check_local(w)
+        return _project_local(equation, dtype, x, local.value, local.gradient)
     return _project_global(equation, dtype, x, w)
 
 
@@ -66,14 +66,15 @@ def project_each(
     return tuple(project(equation, x, w) for equation, w in pairs)
 
 
-def check_local(w: Weight) -> None:
-    """Refuses a global weight inside shard_map."""
+def check_local(w: Weight) -> Gathered:
+    """The weight; inside shard_map a global one is refused."""
     if not isinstance(w, Gathered):
         raise ValueError(
             "a layer takes global arrays, but it is called inside a shard_map over "
             f"{', '.join(layout.axes())}: call it outside; of this library's own "
             "parts ulysses_jax.seq_to_heads and heads_to_seq belong inside"
         )
+    return w
 
 
 def letters_of(equation: str) -> tuple[str, str, str]:

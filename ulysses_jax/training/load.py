@@ -1,0 +1,55 @@
+"""What a run made, for Python: its model, from the folder that it left."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
+
+from ulysses_jax.config_file import load
+from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.model import MakeModel, abstract_model, bind
+from ulysses_jax.weights.parameter import stacked_spec_of
+
+
+def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
+    """The model of a run's newest whole checkpoint: `load_run("runs/tiny")`.
+
+    Args:
+      folder: of a run, with its config.yaml and checkpoints.
+      make_model: what the run trained.
+
+    Returns:
+      The module, on the mesh that is set with `jax.set_mesh`, whatever the run's was,
+      or on one device. Its strategy is auto, and tokens lie in the sequence's order.
+
+    Raises:
+      ValueError: no run is there, no checkpoint of it is whole, or its arrays are not
+        those of `make_model`.
+
+    Cost: the parameters alone are read, by each process its shards.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no run's folder: it has no config.yaml")
+    config = load(folder / "config.yaml")
+    model = dataclasses.replace(config.model, strategy="auto", zigzag=False)
+    config = dataclasses.replace(config, model=model)
+
+    def described(variable: Any) -> jax.ShapeDtypeStruct:
+        if get_abstract_mesh().empty:
+            sharding = SingleDeviceSharding(jax.devices()[0])
+        else:
+            spec = stacked_spec_of(variable, variable)
+            sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+    state = nnx.state(abstract_model(config, make_model))
+    target = nnx.to_pure_dict(state, extract_fn=described)
+    checkpoints = Checkpointer(folder / "checkpoints", interval_steps=1)
+    with checkpoints:
+        parameters = checkpoints.restore_part("parameters", target)
+    return bind(config, parameters, make_model)
