@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 from ulysses_jax.config_file import load
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.training.checkpoint import Checkpointer
-from ulysses_jax.training.model import MakeModel, abstract_model, bind
+from ulysses_jax.training.model import MakeModel, abstract_model, bind, identity
+from ulysses_jax.training.preflight import refuse_other_model
 from ulysses_jax.weights.parameter import stacked_spec_of
 
 
@@ -24,20 +25,25 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
 
     Returns:
       The module, on the mesh that is set with `jax.set_mesh`, whatever the run's was,
-      or on one device. Its strategy is auto, and tokens lie in the sequence's order.
+      or on one device. Its strategy and attention are auto, and tokens lie in the
+      sequence's order.
 
     Raises:
       ValueError: no run is there, no checkpoint of it is whole, or its arrays are not
         those of `make_model`.
 
-    Cost: the parameters alone are read, by each process its shards.
+    Cost: process 0 reads every file once, for the checksums; then each process reads
+    its shards of the parameters.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run's folder: it has no config.yaml")
     config = load(folder / "config.yaml")
-    model = dataclasses.replace(config.model, strategy="auto", zigzag=False)
-    config = dataclasses.replace(config, model=model)
+    # How it is computed is a question of the devices and the mesh that are here.
+    here = dict(strategy="auto", attention="auto", zigzag=False)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **here)
+    )
 
     def described(variable: Any) -> jax.ShapeDtypeStruct:
         if get_abstract_mesh().empty:
@@ -51,5 +57,8 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     target = nnx.to_pure_dict(state, extract_fn=described)
     checkpoints = Checkpointer(folder / "checkpoints", interval_steps=1)
     with checkpoints:
+        saved = checkpoints.latest_meta()
+        if saved is not None:
+            refuse_other_model(saved[1]["model"], identity(config, make_model))
         parameters = checkpoints.restore_part("parameters", target)
     return bind(config, parameters, make_model)

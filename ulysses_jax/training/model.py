@@ -18,17 +18,18 @@ from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.saving import Saving
 from ulysses_jax.mesh import AXES, make_mesh
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.sharding import activation
+from ulysses_jax.sharding import ZERO, activation
+from ulysses_jax.training.preflight import architecture
 from ulysses_jax.training.update import LAYERS
 from ulysses_jax.weights.gathered import Weight
-from ulysses_jax.weights.parameter import is_matrix
+from ulysses_jax.weights.parameter import is_matrix, said_spec
 from ulysses_jax.weights.whole import unbind
 
 MakeModel = Callable[..., Any]
 """`f(config.model, rngs=...)`, a module whose state is parameters alone, float32, with
 
 features: `f(tokens, positions, segment_ids) -> [B, T, D]`; segment_ids may be None.
-head: float32 `[model.vocab_size, D]`, a parameter or an array."""
+head: float32 `[model.vocab_size, D]`, a parameter, or an array made of one."""
 
 
 def abstract_model(config: Config, make_model: MakeModel) -> Any:
@@ -46,12 +47,26 @@ def made(config: Config, make_model: MakeModel) -> Any:
     # Flax itself would lay them out on Auto axes alone.
     with nnx.use_eager_sharding(False):
         model = make_model(config.model, rngs=nnx.Rngs(config.run.seed))
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, jax.Array):
+                raise ValueError(
+                    f"{_where(model, *path, name)} is an array by itself, neither "
+                    "trained nor saved: make it an nnx.Param, or a NumPy array where "
+                    "it is constant"
+                )
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         said = variable.get_metadata().get("out_sharding")
         if said is not None:
-            _check_axes(f"{type(model).__name__}.{'.'.join(map(str, path))}", said)
-            variable.set_value(layout.lay(variable.get_value(), P(*said)))
+            _check_axes(_where(model, *path), said)
+            spec = said_spec(variable)
+            variable.set_metadata(out_sharding=tuple(spec))
+            variable.set_value(layout.lay(variable.get_value(), spec))
     return model
+
+
+def _where(model: Any, *path: Any) -> str:
+    return ".".join(map(str, (type(model).__name__, *path)))
 
 
 def _check_axes(name: str, said: Any) -> None:
@@ -69,8 +84,17 @@ def _check_axes(name: str, said: Any) -> None:
 def own_name(config: Config, make_model: MakeModel) -> str | None:
     """The class of a user's module, which `memory` and `strategy` do not act on; None:
     it is this library's."""
-    model = abstract_model(config, make_model)
+    with _no_mesh():
+        model = abstract_model(config, make_model)
     return None if isinstance(model, Transformer) else type(model).__name__
+
+
+def identity(config: Config, make_model: MakeModel) -> dict[str, Any]:
+    """What a checkpoint's parameters depend on, for its meta."""
+    own = own_name(config, make_model)
+    if own is None:
+        return architecture(config.model)
+    return {"class": own, "vocab_size": config.model.vocab_size}
 
 
 def prepared(config: Config, make_model: MakeModel) -> Config:
@@ -80,58 +104,60 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
       ValueError: a user's module that the step cannot train, or options of the config
         that only act on this library's layers.
     """
-    model = abstract_model(config, make_model)
-    if isinstance(model, Transformer):
+    name = own_name(config, make_model)
+    if name is None:
         return config
-    _check_module(model, config.model.vocab_size)
-    memory, plain = config.memory, Memory()
-    kept = dataclasses.replace(
-        plain, loss_tile_tokens=memory.loss_tile_tokens, head_chunks=memory.head_chunks
-    )
-    for each in dataclasses.fields(memory):
-        value = getattr(memory, each.name)
-        if value != getattr(kept, each.name) and (each.name, value) != (
-            "remat",
-            "none",
-        ):
+    with _no_mesh():
+        nnx.eval_shape(partial(_check_module, config, make_model))
+    plain = vars(Memory()) | {"loss_tile_tokens": config.memory.loss_tile_tokens}
+    for option, value in vars(config.memory).items():
+        also = {"remat": "none", "head_chunks": 1}.get(option)
+        if value not in (plain[option], also):
             raise ValueError(
-                f"memory.{each.name} {value} acts on the layers of "
-                f"ulysses_jax.Transformer, and {type(model).__name__} is none: leave it "
-                "out, and use nnx.remat or jax.checkpoint in its features"
+                f"memory.{option} {value} acts on the layers of "
+                f"ulysses_jax.Transformer, and {name} is none: leave it out, and use "
+                "nnx.remat or jax.checkpoint in its features"
             )
     if config.training.zero_stage == 2:
         raise ValueError(
             "training.zero_stage 2 cuts the gradients of ulysses_jax.Transformer, and "
-            f"{type(model).__name__} is none: use 3, where parameters and gradients lie "
-            "as its own parameters say, or 1"
+            f"{name} is none: use 3, where parameters and gradients lie as its own "
+            "parameters say, or 1"
         )
-    if config.model.zigzag is None:
-        # Its attention is its own: tokens lie in the sequence's order.
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, zigzag=False)
-        )
-    return config
+    # Its attention is its own: no groups of heads, tokens in the sequence's order.
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, zigzag=bool(config.model.zigzag)),
+        memory=dataclasses.replace(config.memory, head_chunks=1),
+    )
 
 
-def _check_module(model: Any, vocab_size: int) -> None:
+def _no_mesh() -> Any:
+    """A caller of a run may have set any mesh, which is not the run's."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def _check_module(config: Config, make_model: MakeModel) -> None:
+    model, vocab_size = made(config, make_model), config.model.vocab_size
     name = type(model).__name__
     for part, what in (
         ("features", "features(tokens, positions, segment_ids) -> [B, T, D]"),
         ("head", "head, float32 [vocab_size, D]"),
     ):
-        if not hasattr(model, part):
+        # A property's own AttributeError is its own to say.
+        if part not in {*dir(type(model)), *vars(model)}:
             raise ValueError(f"{name} has no {part}: a model to train has {what}")
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        where = ".".join(map(str, path))
+        where = _where(model, *path)
         if not isinstance(variable, nnx.Param):
             raise ValueError(
-                f"{name}.{where} is a {type(variable).__name__}, and the trainer keeps "
-                "parameters alone: make the module without it (dropout 0, no batch "
+                f"{where} is a {type(variable).__name__}, and the trainer keeps "
+                "parameters alone: make the module without it (no dropout, no batch "
                 "statistics)"
             )
         if variable.dtype != jnp.float32:
             raise ValueError(
-                f"{name}.{where} is {variable.dtype}: parameters are float32; give the "
+                f"{where} is {variable.dtype}: parameters are float32; give the "
                 "products another dtype (in flax.nnx dtype=, and param_dtype float32)"
             )
     shape = _head(model).shape
@@ -143,7 +169,7 @@ def _check_module(model: Any, vocab_size: int) -> None:
 
 
 def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
-    """A tree like the parameters: whether each is a matrix, which weight decay is of."""
+    """A tree like the parameters: whether each is a matrix, and so decayed."""
     state = nnx.state(abstract_model(config, make_model))
     return nnx.to_pure_dict(state, extract_fn=is_matrix)
 
@@ -172,21 +198,25 @@ def features_and_head(
     if isinstance(model, Transformer):
         return model.features(*ids, run=Saving(memory)), model.head
     module, values = unbind(model)
+    head = _head(model)
 
     def features(values: Any, *ids: Any) -> Array:
         x = module.bind(values).features(*ids)
-        want = ids[0].shape
-        if getattr(x, "ndim", 0) != 3 or x.shape[:2] != want:
+        want = (*ids[0].shape, head.shape[1])
+        if getattr(x, "shape", None) != want:
             raise ValueError(
                 f"features returned {getattr(x, 'shape', type(x).__name__)} for tokens "
-                f"of {want}: it must return [B, T, D]"
+                f"of {want[:2]} and a head of {head.shape}: it must return {want}"
             )
         return x
 
-    spec = activation("BTD", layout.axes())
-    return jax.sharding.auto_axes(features, out_sharding=spec)(values, *ids), _head(
-        model
-    )
+    # The loss has V over tensor, and gathers D where it is cut as a weight's is.
+    axes = layout.axes()
+    cut = layout.spec_of(head, P(None, None))[1]
+    keeps = cut is not None and {*((cut,) if isinstance(cut, str) else cut)} <= {*ZERO}
+    head = layout.lay(head, P(activation("V", axes)[0], cut if keeps else None))
+    run = jax.sharding.auto_axes(features, out_sharding=activation("BTD", axes))
+    return run(values, *ids), head
 
 
 def handed_over(

@@ -122,6 +122,12 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
     Raises:
       ValueError: names every field that differs, with both values.
     """
+    was, now = (each.get("class", "Transformer") for each in (meta_model, model))
+    if was != now:
+        raise ValueError(
+            f"the checkpoint is of a {was}, and make_model makes a {now}: give the "
+            "make_model that the run was trained with, or use another --run.folder"
+        )
     model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
     differ = [
         f"model.{name} was {meta_model.get(name, 'absent')}, is "

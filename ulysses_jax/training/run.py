@@ -31,12 +31,17 @@ from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
-from ulysses_jax.training.model import MakeModel, handed_over, own_name, prepared
+from ulysses_jax.training.model import (
+    MakeModel,
+    handed_over,
+    identity,
+    own_name,
+    prepared,
+)
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.output import print_every_name
 from ulysses_jax.training.preflight import (
     agreed,
-    architecture,
     check_folder,
     check_processes,
     check_space,
@@ -120,9 +125,7 @@ def train(
         with agreed():
             check_folder(folder)
             meta = {
-                "model": architecture(config.model)
-                if own is None
-                else {"class": own, "vocab_size": config.model.vocab_size},
+                "model": identity(config, make_model),
                 "data": data.meta,
                 "schedule": schedule_fields(training),
             }

@@ -87,10 +87,18 @@ def stacked_spec_of(variable: Any, array: Any) -> P:
     and then its type does not say."""
     letters = variable.get_metadata().get("letters")
     if letters is None:
-        return P(*(variable.get_metadata().get("out_sharding") or ()))
+        return said_spec(variable)
     extra = array.ndim - len(letters)
     table = variable.get_metadata()["table"]
     return P(*(None,) * extra, *_spec(letters, array.shape[extra:], table))
+
+
+def said_spec(variable: Any) -> P:
+    """How another library's parameter says that it lies (`nnx.with_partitioning`), over
+    those axes that the mesh has; whole where it does not say."""
+    said = variable.get_metadata().get("out_sharding") or ()
+    names = (((each,) if isinstance(each, str) else each or ()) for each in said)
+    return P(*(layout.present(tuple(each)) or None for each in names))
 
 
 def spec_of(variable: Any, array: Array) -> P:
