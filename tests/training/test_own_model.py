@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import Mesh as Devices
 from jax.sharding import PartitionSpec as P
+from shared_programs import shared_programs as shared_programs
 from slow import slow_but_for
 
 from ulysses_jax import Transformer, make_mesh, ulysses_attention
@@ -317,7 +318,7 @@ def test_parameters_and_moments_lie_as_they_say(make_config, stage):
     mesh = make_mesh(**DEGREES, axis_type=AxisType.Explicit)
     config = placed(make_config(zero_stage=stage), Mine, mesh)
     with jax.set_mesh(mesh):
-        state = first_state(config, Mine)
+        state = abstract_state(config, Mine)
     moments = state.optimizer[1][0]
 
     def shards(tree):
@@ -559,7 +560,7 @@ def test_zero_stage_2_is_refused(make_config):
 
 def test_the_mesh_of_the_caller_is_none_of_a_run_s(make_config):
     """Whose sizes need not divide over it."""
-    with jax.set_mesh(make_mesh(seq=8)):
+    with jax.set_mesh(make_mesh(tensor=8)):
         config = dataclasses.replace(
             make_config(), model=Model(num_heads=3, width=24, vocab_size=V)
         )
@@ -584,6 +585,7 @@ class MyLayer(Layer):
         self.feed_forward = Squared(rngs)
 
 
+@pytest.mark.slow
 def test_a_transformer_of_ones_own_layers(make_config):
     """With this library's memory options, on a mesh: the loss of the module by itself
     on one device, then a lower one."""
@@ -592,7 +594,9 @@ def test_a_transformer_of_ones_own_layers(make_config):
     config = make_config(
         memory=dict(remat="full", mlp_tile_tokens=3), data=dict(mask_documents=False)
     )
-    model = dataclasses.replace(config.model, compute_dtype="float32")
+    model = dataclasses.replace(
+        config.model, compute_dtype="float32", attention="reference"
+    )
     config = placed(dataclasses.replace(config, model=model), make_model, mesh)
     tokens = np.random.default_rng(0).integers(0, V, (1, B, T), np.int32)
     labels = np.roll(tokens, -1, axis=-1)
