@@ -96,7 +96,7 @@ class Tied(Mine):
     def __init__(self, model, *, rngs):
         super().__init__(model, rngs=rngs)
         del self.unembed
-        init = said(nnx.initializers.normal(0.1), ("seq", "fsdp"))
+        init = said(nnx.initializers.normal(0.1), ("seq", "tensor"))
         self.embed = nnx.Embed(model.vocab_size, D, embedding_init=init, rngs=rngs)
 
     @property
@@ -322,18 +322,15 @@ def test_parameters_and_moments_lie_as_they_say(make_config, stage):
     moments = state.optimizer[1][0]
 
     def shards(tree):
-        return {
-            name: tree[name[0]][name[1]].sharding.shard_shape(
-                tree[name[0]][name[1]].shape
-            )
-            for name in (("embed", "embedding"), ("qkv", "kernel"), ("out", "kernel"))
-        }
+        arrays = (
+            tree["embed"]["embedding"],
+            tree["qkv"]["kernel"],
+            tree["out"]["kernel"],
+        )
+        return [x.sharding.shard_shape(x.shape) for x in arrays]
 
-    cut = dict(
-        zip(shards(moments.mu), ((V, D // 2), (D // 8, 3 * D), (D, D)), strict=1)
-    )
+    cut, whole = [(V, D // 2), (D // 8, 3 * D), (D, D)], [(V, D), (D, 3 * D), (D, D)]
     assert shards(moments.mu) == shards(moments.nu) == cut
-    whole = dict(zip(cut, ((V, D), (D, 3 * D), (D, D)), strict=True))
     assert shards(state.parameters) == (whole if stage == 1 else cut)
 
 
@@ -363,7 +360,7 @@ def test_the_same_losses_on_other_meshes(make_config, tmp_path, changed):
 
 @pytest.mark.slow
 def test_a_head_that_is_a_parameter(make_config, tmp_path):
-    """V over seq, D over fsdp; and without document masks, so without segment_ids."""
+    """V over seq, D over tensor, and without document masks, so without segment_ids."""
     config = make_config(tmp_path, data=dict(mask_documents=False))
     model = train(config, make_model=Tied)
     want, dense = plain_loop(config, TiedDense)

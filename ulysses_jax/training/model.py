@@ -210,7 +210,7 @@ def features_and_head(
             )
         return x
 
-    # The loss has V over tensor, and gathers D where it is cut as a weight's is.
+    # The loss gathers D over the axes of ZeRO alone.
     axes = layout.axes()
     cut = layout.spec_of(head, P(None, None))[1]
     keeps = cut is not None and {*((cut,) if isinstance(cut, str) else cut)} <= {*ZERO}
