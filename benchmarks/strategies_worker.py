@@ -14,9 +14,10 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
-from ulysses_jax.spreading import Strategy, num_members, zigzag_order
+from ulysses_jax.strategies import Strategy, num_members
 from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import batch_shape, batch_spec, make_train_step
 

@@ -28,11 +28,12 @@ from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.mesh import simulate_cpu_devices
+from ulysses_jax.parallel.bytes import received_bytes, total_bytes
 from ulysses_jax.placement import place
 from ulysses_jax.plan.collectives import find_collectives
 from ulysses_jax.plan.compile import compile_on
 from ulysses_jax.plan.hlo import parse
-from ulysses_jax.spreading import STRATEGIES, Strategy, received_bytes, total_bytes
+from ulysses_jax.strategies import STRATEGIES, Strategy
 
 DEVICES = (2, 4, 8)
 HEADS, HEAD_SIZE, LAYERS = 32, 4, 2
@@ -100,7 +101,7 @@ def sent_bytes(strategy: Strategy, devices: int, tokens: int, group: int) -> flo
 def formula_bytes(
     strategy: Strategy, devices: int, tokens: int, group: int
 ) -> float | None:
-    """The same by `spreading.received_bytes`; None: the strategy does not run there."""
+    """By `parallel.bytes.received_bytes`; None: the strategy does not run there."""
     degrees = degrees_of(strategy, devices, group)
     if degrees is None:
         return None

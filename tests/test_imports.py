@@ -25,35 +25,41 @@ COSTS = {
 }
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"spreading", "config", "complete", "placement", "mesh", "sharding"}
-LAYERS = {"parallel", "attention", "memory"}
+BASE = {"strategies", "config", "complete", "mesh", "sharding"}
+ATTENTION = BASE | {"parallel", "attention"}
 ALLOWED = {
-    "spreading": set(),
-    "config": {"spreading"},
-    "complete": {"config"},
-    "placement": {"spreading", "config"},
-    "config_file": {"config", "complete"},
+    "strategies": set(),
+    "ids": set(),
     "launcher": set(),
+    "config": {"strategies"},
+    "complete": {"config"},
+    "config_file": {"config", "complete"},
     "mesh": {"launcher"},
     "sharding": {"config", "mesh"},
+    "layout": BASE,
+    "residual": BASE | {"layout"},
+    "weights": BASE | {"layout"},
     "parallel": BASE,
     "attention": BASE,
-    "memory": BASE,
-    "data": BASE,
-    "attend": BASE | {"parallel", "attention"},
-    "api": BASE | {"parallel", "attention", "attend"},
-    "__init__": BASE | LAYERS | {"api"},
+    "placement": BASE | {"parallel"},
+    "data": BASE | {"parallel"},
+    "attend": ATTENTION,
+    "api": ATTENTION | {"attend", "ids"},
 }
-ALLOWED["models"] = BASE | LAYERS | {"attend", "api"}
+ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "residual", "weights"}
+ALLOWED["memory"] = ALLOWED["models"] | {"models"}
+ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api"}
+ALLOWED["costs"] = BASE | {"parallel", "placement"}
+ALLOWED["training"] = (
+    ALLOWED["memory"] | ALLOWED["costs"] | {"memory", "data", "costs", "config_file"}
+)
 ALLOWED["interop"] = ALLOWED["models"] | {"models"}
-ALLOWED["costs"] = BASE | {"parallel"}
-ALLOWED["training"] = ALLOWED["models"] | {"models", "data", "costs"}
-ALLOWED["plan"] = ALLOWED["training"] | {"training", "config_file"}
-ALLOWED["train"] = ALLOWED["training"] | {"training", "config_file"}
+ALLOWED["plan"] = ALLOWED["training"] | {"training"}
+ALLOWED["train"] = ALLOWED["training"] | {"training"}
 
 
 def room_of(module: str) -> str:
-    """`ulysses_jax.models.layers -> models`; the package itself is `__init__`."""
+    """`ulysses_jax.models.layer -> models`; the package itself is `__init__`."""
     parts = module.split(".")
     if module in COSTS:
         return "costs"

@@ -92,8 +92,8 @@ def ulysses_attention(
     repeated P/K times, so k and v cost as if K were P. Where the heads do not divide
     over P, query heads are padded to the next number of slots that does
     (`parallel.exchange.head_layout`): exchange and attention then cost slots / N times
-    as much, e.g. 8/6 for 6 heads over 4 devices. `spreading.received_bytes` has the
-    formulas, those of a ring too. Under a causal mask the members of a ring work
+    as much, e.g. 8/6 for 6 heads over 4 devices. `parallel.bytes.received_bytes` has
+    the formulas, those of a ring too. Under a causal mask the members of a ring work
     unequally: the last one has all the work there is, 2 - 1/R times the mean.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; repeated KV heads as in ALST,

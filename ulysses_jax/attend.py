@@ -24,19 +24,25 @@ from ulysses_jax.attention.select import (
     local_attention,
 )
 from ulysses_jax.mesh import platform_of
+from ulysses_jax.parallel.all_gather import all_gather
+from ulysses_jax.parallel.hybrid import hybrid
 from ulysses_jax.parallel.megatron import megatron
-from ulysses_jax.parallel.strategy import BY_BLOCKS
 from ulysses_jax.parallel.ulysses import LocalAttention, ulysses
-from ulysses_jax.spreading import (
+from ulysses_jax.parallel.zigzag import half_block_tokens, seen_steps, zigzag_index
+from ulysses_jax.strategies import (
     Strategy,
     check_head_chunks,
     check_strategy,
-    half_block_tokens,
     num_members,
-    seen_steps,
     strategy_of,
-    zigzag_index,
 )
+
+# Those that attend block by block, with an attention taken apart.
+BY_BLOCKS: dict[Strategy, Callable[..., Any]] = {
+    "ring": hybrid,
+    "hybrid": hybrid,
+    "all_gather": all_gather,
+}
 
 
 def attend(
@@ -62,8 +68,8 @@ def attend(
       strategy: None: hybrid or ring where the mesh has a ring, else ulysses.
       attention: a name of `model.attention`, or what a device computes:
         `f(q, k, v, mask=..., scale=...)`; block by block, a `Parts`.
-      zigzag: tokens lie in `spreading.zigzag_order` over the members that attend block
-        by block.
+      zigzag: tokens lie in zigzag order (`parallel.zigzag`) over the members that
+        attend block by block.
       scale: None: H**-0.5; an array, which may be learned, is multiplied into q.
       head_chunks: groups of heads that are exchanged and attended by themselves.
       return_logsumexp: return a pair, whose second is float32; not for all_gather and

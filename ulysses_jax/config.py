@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from ulysses_jax.spreading import Strategy, num_members
+from ulysses_jax.strategies import Strategy, num_members
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Config:
 
     def zigzag_members(self) -> int:
         """Of a placed config: over how many members a row's tokens lie in zigzag order
-        (`spreading.zigzag_ranges`); 1: they lie in the sequence's own."""
+        (`parallel.zigzag.zigzag_ranges`); 1: they lie in the sequence's own."""
         return self._members() if self.model.zigzag else 1
 
     def _members(self) -> int:

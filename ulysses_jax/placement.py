@@ -5,15 +5,14 @@ import math
 from typing import Any
 
 from ulysses_jax.config import Config, Memory, Mesh, Model
-from ulysses_jax.spreading import (
+from ulysses_jax.parallel.bytes import received_bytes, total_bytes
+from ulysses_jax.strategies import (
     Strategy,
     check_head_chunks,
     check_split,
     check_strategy,
     num_members,
-    received_bytes,
     strategy_of,
-    total_bytes,
 )
 
 

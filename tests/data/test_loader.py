@@ -23,7 +23,7 @@ from ulysses_jax.data.loader import (
 )
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.mesh import make_mesh
-from ulysses_jax.spreading import zigzag_order, zigzag_ranges
+from ulysses_jax.parallel.zigzag import zigzag_order, zigzag_ranges
 
 SPEC = PartitionSpec(None, ("data", "fsdp"), ("ring", "seq"))
 MESHES = [

@@ -346,7 +346,7 @@ def test_zigzag_order_is_the_same_model():
     """On a ring, tokens in zigzag order: the same logits, in that order."""
     from dataclasses import replace
 
-    from ulysses_jax.spreading import zigzag_order
+    from ulysses_jax.parallel.zigzag import zigzag_order
 
     want = transformer()(TOKENS)
     order = zigzag_order(T, 2)

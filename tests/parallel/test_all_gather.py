@@ -35,7 +35,7 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel import all_gather as module
 from ulysses_jax.parallel.blocks import Blocks
-from ulysses_jax.spreading import received_bytes
+from ulysses_jax.parallel.bytes import received_bytes
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from strategy_cases import (
 )
 
 from ulysses_jax import ulysses_attention
-from ulysses_jax.spreading import received_bytes
+from ulysses_jax.parallel.bytes import received_bytes
 
 MESHES = [dict(ring=2, seq=4), dict(ring=4, seq=2)]
 

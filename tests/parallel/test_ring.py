@@ -43,9 +43,10 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, Parts
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel import ring as ring_module
-from ulysses_jax.parallel import strategy as strategies
+from ulysses_jax.parallel.bytes import received_bytes
+from ulysses_jax.parallel.hybrid import hybrid
+from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.plan.hlo import parse
-from ulysses_jax.spreading import received_bytes, zigzag_order
 
 
 @pytest.mark.parametrize(
@@ -97,9 +98,7 @@ def test_masks_that_are_not_causal(mask):
 
 def test_a_ring_of_one_sends_nothing():
     mesh, mask = mesh_of(ring=1), MASKS["segments"]
-    attention = functools.partial(
-        strategies.ring, mesh=mesh, mask=mask, parts=SMALL_TILES
-    )
+    attention = functools.partial(hybrid, mesh=mesh, mask=mask, parts=SMALL_TILES)
     got = out_and_gradients(attention, *inputs(4, 2))
     assert_close(got, oracle("segments", 4, 2))
     text = jax.jit(attention).lower(*inputs(4, 2)[:3]).compile().as_text()

@@ -14,7 +14,7 @@ from ulysses_jax import config as configs
 from ulysses_jax import make_mesh, placement
 from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
-from ulysses_jax.spreading import zigzag_order
+from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import abstract_batch, batch_spec, make_train_step

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ulysses_jax.data.rows import Rows
-from ulysses_jax.spreading import zigzag_ranges
+from ulysses_jax.parallel.zigzag import zigzag_ranges
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dim of a batch: accumulation steps, B, T."""
@@ -43,7 +43,7 @@ def batches(
       seed: of the shuffle; any integer.
       start_step: the first batch's number, reached at no cost.
       zigzag_members: over how many members the tokens of a row lie in zigzag order
-        (`spreading.zigzag_ranges`); 1: in the sequence's own.
+        (`parallel.zigzag.zigzag_ranges`); 1: in the sequence's own.
 
     Returns:
       An iterator of int32 global arrays `[A, B, T]` by `rows.names`. `close()` it, or

@@ -18,7 +18,7 @@ from ulysses_jax.models.inputs import positions_and_segments
 from ulysses_jax.models.rope import apply_rope, rope_angles
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
 from ulysses_jax.sharding import activation
-from ulysses_jax.spreading import Strategy
+from ulysses_jax.strategies import Strategy
 from ulysses_jax.weights.by_strategy import products_of
 from ulysses_jax.weights.parameter import matrix, vector
 

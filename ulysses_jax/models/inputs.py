@@ -6,8 +6,9 @@ from jaxtyping import Array, Int
 from ulysses_jax import layout
 from ulysses_jax.config import Model
 from ulysses_jax.ids import int32_ids
+from ulysses_jax.parallel.zigzag import zigzag_index
 from ulysses_jax.sharding import activation
-from ulysses_jax.spreading import num_members, strategy_of, zigzag_index
+from ulysses_jax.strategies import num_members, strategy_of
 
 PerToken = Int[Array, "B T"]
 

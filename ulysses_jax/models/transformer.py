@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: global ids, B over (data, fsdp), T over (ring, seq); where the model's
-            `zigzag` says so, in zigzag order (`spreading.zigzag_order`).
+            `zigzag` says so, in zigzag order (`parallel.zigzag.zigzag_order`).
           positions: global, of RoPE or the learned table; None: 0, 1, 2, ...
           segment_ids: global; tokens see only tokens of their own segment. None: one
             document a row.

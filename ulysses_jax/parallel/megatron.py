@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ulysses_jax.parallel.spread import check_arrays, spread
 from ulysses_jax.sharding import MEGATRON
-from ulysses_jax.spreading import check_split
+from ulysses_jax.strategies import check_split
 
 
 def megatron(

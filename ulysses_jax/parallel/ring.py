@@ -43,11 +43,11 @@ def ring_attention(
       scale: of the logits; None: H**-0.5.
       parts: the attention of one block: `statistics`, `gradients`, `join`
         (`ulysses_jax.attention.parts.Parts`).
-      zigzag: the tokens are in zigzag order (`spreading.zigzag_order`). Only under a
-        causal mask by index does this matter here: all members then work equally.
+      zigzag: the tokens are in zigzag order (`parallel.zigzag`). Only under a causal
+        mask by index does this matter here: all members then work equally.
       seen_steps: in step s a member attends to the keys of the one s before it; those
-        steps, of 1 to R - 1, in which some member sees a key (`spreading.seen_steps`).
-        None: all.
+        steps, of 1 to R - 1, in which some member sees a key
+        (`parallel.zigzag.seen_steps`). None: all.
       with_logsumexp: returns a pair, whose second is the float32 logsumexp `[B, N, t]`.
       axis_name: of degree R.
 

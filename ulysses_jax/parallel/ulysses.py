@@ -15,7 +15,7 @@ from ulysses_jax.parallel.exchange import (
     seq_to_heads,
 )
 from ulysses_jax.parallel.spread import check_arrays, spread
-from ulysses_jax.spreading import shared_out
+from ulysses_jax.strategies import shared_out
 
 LocalAttention = Callable[..., Any]
 

@@ -7,7 +7,7 @@ from ulysses_jax.plan.collectives import share_between_hosts
 from ulysses_jax.plan.predict import link_seconds
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import received_by
-from ulysses_jax.spreading import Strategy
+from ulysses_jax.strategies import Strategy
 
 
 def reckon(config: Config, target: Target, gpus_per_host: int) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.parallel.bytes import received_bytes
+from ulysses_jax.parallel.zigzag import seen_steps
 from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
-from ulysses_jax.spreading import Strategy, received_bytes, seen_steps
+from ulysses_jax.strategies import Strategy
 
 BF16_BYTES, F32_BYTES = 2, 4
 
@@ -69,11 +71,11 @@ def unexpected(rows: Iterable[dict[str, Any]]) -> list[str]:
 def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     """Bytes that a GPU should send a step in these collectives; None: no formula.
 
-    Attention: what `spreading.received_bytes` says of the run's strategy, a layer and
-    row; the forward pass's again where it is recomputed. Parameters at ZeRO stage 3:
-    gathered in the compute dtype for each pass over the layers (a recomputation needs
-    no down projection: nothing reads what it makes; and nothing of a feed-forward in
-    tiles, whose backward pass makes its hidden activations itself), once for the
+    Attention: what `parallel.bytes.received_bytes` says of the run's strategy, a layer
+    and row; the forward pass's again where it is recomputed. Parameters at ZeRO stage
+    3: gathered in the compute dtype for each pass over the layers (a recomputation
+    needs no down projection: nothing reads what it makes; and nothing of a feed-forward
+    in tiles, whose backward pass makes its hidden activations itself), once for the
     embedding and once for the head; below, in float32 once a step. Their gradients in
     float32 once an accumulation step: scattered, then summed over `data`; at stage 1
     summed over all axes of tokens, the tables' once a step, and scattered where `data`
@@ -87,8 +89,8 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
 def received_by(
     config: Config, strategy: Strategy, *, ring: int, seq: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """`spreading.received_bytes` of a run's model, under any strategy and degrees; the
-    mean over its layers, where their windows differ."""
+    """`parallel.bytes.received_bytes` of a run's model, under any strategy and degrees;
+    the mean over its layers, where their windows differ."""
     model, found = config.model, {}
     for window, count in Counter(model.windows()).items():
         share = count / model.num_layers

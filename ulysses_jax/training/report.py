@@ -8,7 +8,7 @@ import jax
 from ulysses_jax.config import Config, Model
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import ZERO, zero_axes
-from ulysses_jax.spreading import shared_out
+from ulysses_jax.strategies import shared_out
 from ulysses_jax.training.state import TrainState
 
 _CUDNN = "dot_product_attention_fwd"  # the primitive behind jax.nn's

@@ -1,19 +1,16 @@
-"""The strategies by the name that a config gives them."""
+"""Ulysses inside the members of a ring; where seq is 1, ring attention alone."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from ulysses_jax.parallel.all_gather import all_gather
 from ulysses_jax.parallel.ring import ring_attention
 from ulysses_jax.parallel.ulysses import ulysses
-from ulysses_jax.spreading import Strategy
 
 
-def ring(
+def hybrid(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -52,11 +49,3 @@ def ring(
         head_chunks=head_chunks,
         with_logsumexp=with_logsumexp,
     )
-
-
-# Those that attend block by block, with an attention taken apart: all but Ulysses.
-BY_BLOCKS: dict[Strategy, Callable[..., Any]] = {
-    "ring": ring,
-    "hybrid": ring,
-    "all_gather": all_gather,
-}

@@ -1,0 +1,70 @@
+"""What a device receives under each strategy, by formula."""
+
+from ulysses_jax.parallel.zigzag import seen_steps
+from ulysses_jax.strategies import Strategy, check_name
+
+
+def received_bytes(
+    strategy: Strategy,
+    *,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    itemsize: int,
+    ring: int,
+    seq: int,
+    width: int | None = None,
+    window: int | None = None,
+    zigzag: bool = True,
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Bytes that a device receives a layer and row of the batch: the formulas.
+
+    Args:
+      tokens: T, global.
+      num_heads, num_kv_heads: of one device's part of `tensor`.
+      itemsize: e, of the compute dtype.
+      ring, seq: the degrees.
+      width: D; only megatron sends whole activations, the others heads.
+      window, zigzag: of a causal mask and of the order of tokens: what a ring sends.
+
+    Returns:
+      By (collective, axis): (forward, backward). With P = ring x seq, S = seq, R =
+      ring, K' = K or, where S > K, each KV head repeated to S in all, never beyond N:
+      the exchange, `2 (N + K') H (T/P) (S-1)/S e` both ways; a ring's n blocks (R - 1,
+      or the `seen_steps` of a window), `2 (K'/S) H (T/R) n e` forward, and
+      `2 (K'/S) H (T/R) ((n-1) e + n 4)` backward, with float32 gradients; the gather
+      `2 K H T (S-1)/S e` forward, and its float32 gradients backward; megatron's two
+      gathers and two scatters of D features, for attention and feed-forward,
+      `4 T D (S-1)/S e` both ways.
+    """
+    check_name(strategy)
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    if strategy == "megatron":
+        if width is None:
+            raise ValueError("megatron sends whole activations: give their width")
+        two = 2 * tokens * width * (seq - 1) / seq * itemsize
+        return {(k, "seq"): (two, two) for k in ("all-gather", "reduce-scatter")}
+    if strategy == "all_gather":
+        elements = 2 * num_kv_heads * head_size * tokens * (seq - 1) / seq
+        found["all-gather", "seq"] = (elements * itemsize, 0.0)
+        found["reduce-scatter", "seq"] = (0.0, elements * 4)
+        return found
+    kv_slots = min(max(num_kv_heads, seq), num_heads)
+    if strategy in ("ulysses", "hybrid"):
+        slots = 2 * (num_heads + kv_slots) * head_size
+        exchange = slots * tokens / (ring * seq) * (seq - 1) / seq * itemsize
+        found["all-to-all", "seq"] = (exchange, exchange)
+    if strategy in ("ring", "hybrid"):
+        block = 2 * kv_slots / seq * head_size * tokens / ring
+        hops = len(
+            seen_steps(tokens, tokens, ring, causal=True, window=window, zigzag=zigzag)
+        )
+        backward = block * (max(hops - 1, 0) * itemsize + hops * 4)
+        found["collective-permute", "ring"] = (block * hops * itemsize, backward)
+    return found
+
+
+def total_bytes(received: dict[tuple[str, str], tuple[float, float]]) -> float:
+    """Forward and backward together, over all collectives."""
+    return sum(forward + backward for forward, backward in received.values())
