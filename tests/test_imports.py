@@ -45,10 +45,11 @@ ALLOWED = {
     "data": BASE | {"parallel"},
     "attend": ATTENTION,
     "api": ATTENTION | {"attend", "ids"},
+    "flax_attention": ATTENTION | {"api"},
 }
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "residual", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
-ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api"}
+ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
 ALLOWED["costs"] = BASE | {"parallel", "placement"}
 ALLOWED["training"] = (
     ALLOWED["memory"] | ALLOWED["costs"] | {"memory", "data", "costs", "config_file"}

@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ulysses_jax.api import attention_fn, ulysses_attention
+    from ulysses_jax.api import ulysses_attention
     from ulysses_jax.config import Model
+    from ulysses_jax.flax_attention import attention_fn
     from ulysses_jax.mesh import make_mesh
     from ulysses_jax.models.transformer import Transformer
     from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
@@ -13,7 +14,7 @@ else:
     _HOMES = {
         "Model": "config",
         "Transformer": "models.transformer",
-        "attention_fn": "api",
+        "attention_fn": "flax_attention",
         "heads_to_seq": "parallel.exchange",
         "make_mesh": "mesh",
         "seq_to_heads": "parallel.exchange",
