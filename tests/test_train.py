@@ -23,8 +23,9 @@ from shared_programs import shared_programs as shared_programs
 
 from ulysses_jax import train
 from ulysses_jax.config_file import load
-from ulysses_jax.data.corpus import find_documents, split
+from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.data.rows import read_bytes
+from ulysses_jax.data.split import split
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation

@@ -1,10 +1,8 @@
-"""The corpus: which files are read, under which names, and which of them validate."""
+"""The corpus: which files are read, and under which names."""
 
 import dataclasses
 import glob
-import hashlib
 import itertools
-import math
 import os
 import stat
 import sys
@@ -19,8 +17,6 @@ _SNIFFED_BYTES = 8192
 # Of UTF-16 and UTF-32, whose letters hold NUL bytes.
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _FILES_OF_A_RUN = ("config.yaml", "metrics.jsonl")
-# How far a line's end is looked for from where a file would be cut.
-_CUT_BYTES = 2**20
 # Opening a file on a network disk is mostly waiting.
 _THREADS = 16
 _NOT_THE_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -79,7 +75,7 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
     try:
         candidates, runs, may_be_binary = _candidates(path, run_folder)
     except OSError as error:
-        raise _unreadable(Path(error.filename or files), error) from None
+        raise unreadable(Path(error.filename or files), error) from None
     except UnicodeEncodeError:
         raise ValueError(
             f"data.files {files!r} cannot be a file's name in this locale, whose "
@@ -122,66 +118,6 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
             f"{'; '.join(notes)}. Give other files"
         )
     return Corpus(documents, [f"data.files {files!r}: left out {n}" for n in notes])
-
-
-def split(
-    documents: Sequence[Document], validation_fraction: float
-) -> tuple[list[Document], list[Document]]:
-    """Parts the documents into (train, validation), by a hash of their names.
-
-    In the order of that hash files validate until they hold the fraction of all bytes.
-    The last one is cut at the end of a line, and its own end validates; where no line
-    ends near there, the file goes to the part that it leaves nearer to the fraction.
-    Both parts have a document; at a fraction of 0 none validates. Neither the order in
-    which files are found nor the machine changes anything.
-
-    Raises:
-      ValueError: one file cannot be cut.
-
-    Cost: up to 2 MiB are read, of the file that is cut.
-    """
-    ordered = _by_hash(documents, salt="split")
-    if validation_fraction == 0:
-        return ordered, []
-    total = sum(document.size for document in ordered)
-    # The product of a decimal fraction may lie a hair above its whole number.
-    wanted = math.ceil(round(validation_fraction * total, 6))
-    num = 0
-    while num < len(ordered) and ordered[num].size <= wanted:
-        wanted -= ordered[num].size
-        num += 1
-    if num < len(ordered) and wanted > 0:
-        crossing = ordered[num]
-        cut = _line_start(crossing, crossing.size - wanted)
-        if cut is not None:
-            kept = dataclasses.replace(crossing, size=cut, after=crossing.size - cut)
-            rest = dataclasses.replace(crossing, size=crossing.size - cut, before=cut)
-            return [kept, *ordered[num + 1 :]], [*ordered[:num], rest]
-        num += 2 * wanted >= crossing.size
-    if len(ordered) == 1:
-        raise ValueError(
-            f"data.files is 1 file ({ordered[0].name}) without a line's end where "
-            f"data.validation_fraction {validation_fraction} would cut it: use "
-            "data.validation_fraction 0, or give 2 files or more"
-        )
-    num = min(max(num, 1), len(ordered) - 1)
-    return ordered[num:], ordered[:num]
-
-
-def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
-    """The documents in an order that follows from their names and the seed alone."""
-    return _by_hash(documents, salt=f"order {seed}")
-
-
-def fingerprint(documents: Iterable[Document]) -> str:
-    """A digest of all names and sizes, in any order: 32 hexadecimal digits.
-
-    A file that was edited and kept its size is not seen.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for document in sorted(documents, key=lambda d: os.fsencode(d.name)):
-        digest.update(b"%s\0%d\n" % (os.fsencode(document.name), document.size))
-    return digest.hexdigest()
 
 
 def root_of(files: str | Path) -> Path:
@@ -301,43 +237,14 @@ def _open_once(path: Path) -> tuple[int, bool]:
             has_nul = b"\0" in start and not start.startswith(_BYTE_ORDER_MARKS)
             return os.fstat(file.fileno()).st_size, has_nul
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _line_start(document: Document, near: int) -> int | None:
-    """Where a line starts inside a file: the first from `near` on, or the last before.
-
-    None: no line starts within `_CUT_BYTES` of it.
-    """
-    if document.size < 2:
-        return None
-    low = max(near - _CUT_BYTES, 0)
-    try:
-        with open(document.path, "rb") as file:
-            file.seek(low)
-            # Not the last byte: no line starts after it.
-            text = file.read(min(near + _CUT_BYTES, document.size - 1) - low)
-    except OSError as error:
-        raise _unreadable(document.path, error) from None
-    # A line starts after its predecessor's end, which may be the byte before `near`.
-    at = text.find(b"\n", max(near - low - 1, 0))
-    if at < 0:
-        at = text.rfind(b"\n")
-    return None if at < 0 else low + at + 1
-
-
-def _unreadable(path: Path, error: OSError) -> ValueError:
+def unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(
         f"cannot read {path} of data.files: {error.strerror}: make it readable, or "
         "leave it out with a narrower folder or glob"
     )
-
-
-def _by_hash(documents: Iterable[Document], *, salt: str) -> list[Document]:
-    def place(document: Document) -> bytes:
-        return hashlib.blake2b(os.fsencode(f"{salt} {document.name}")).digest()
-
-    return sorted(documents, key=place)
 
 
 def _count(names: Sequence | dict) -> str:

@@ -11,14 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
-from ulysses_jax.data.corpus import (
-    find_documents,
-    fingerprint,
-    root_of,
-    shuffled,
-    split,
-)
+from ulysses_jax.data.corpus import find_documents, root_of
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.split import fingerprint, shuffled, split
 from ulysses_jax.data.tokenizer import check_vocabulary
 
 
