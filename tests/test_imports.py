@@ -31,9 +31,10 @@ ALLOWED = {
     "strategies": set(),
     "ids": set(),
     "launcher": set(),
+    "run_folder": set(),
     "config": {"strategies"},
     "complete": {"config"},
-    "config_file": {"config", "complete"},
+    "config_file": {"config", "complete", "run_folder"},
     "mesh": {"launcher"},
     "sharding": {"config", "mesh"},
     "layout": BASE,
@@ -42,7 +43,7 @@ ALLOWED = {
     "parallel": BASE,
     "attention": BASE,
     "placement": BASE | {"parallel"},
-    "data": BASE | {"parallel"},
+    "data": BASE | {"parallel", "run_folder"},
     "attend": ATTENTION,
     "api": ATTENTION | {"attend", "ids"},
     "flax_attention": ATTENTION | {"api"},
@@ -52,7 +53,9 @@ ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
 ALLOWED["costs"] = BASE | {"parallel", "placement"}
 ALLOWED["training"] = (
-    ALLOWED["memory"] | ALLOWED["costs"] | {"memory", "data", "costs", "config_file"}
+    ALLOWED["memory"]
+    | ALLOWED["costs"]
+    | {"memory", "data", "costs", "config_file", "run_folder"}
 )
 ALLOWED["interop"] = ALLOWED["models"] | {"models"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}

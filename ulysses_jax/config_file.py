@@ -12,6 +12,7 @@ import yaml
 
 from ulysses_jax.complete import complete, typed
 from ulysses_jax.config import Config, Memory
+from ulysses_jax.run_folder import is_run_folder
 
 T = TypeVar("T")
 
@@ -56,19 +57,14 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     config = from_dict(Config, {} if values is None else values, where=f"{path}: ")
-    if _is_of_a_run(path):  # which may have been copied or moved with it
+    if path.name == "config.yaml" and is_run_folder(path.parent):
+        # It may have been copied or moved with its config.
         run = dataclasses.replace(config.run, folder=str(path.parent))
         config = dataclasses.replace(config, run=run)
     if argv:
         words = _as_tyro_writes(argv)
         config = tyro.cli(Config, default=config, args=words, prog=program or None)
     return complete(config, name=path.stem)
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a run wrote the file into its folder."""
-    others = (path.parent / name for name in ("checkpoints", "metrics.jsonl"))
-    return path.name == "config.yaml" and any(each.exists() for each in others)
 
 
 class _Loader(yaml.SafeLoader):

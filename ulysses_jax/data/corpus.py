@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from ulysses_jax.run_folder import is_run_folder
+
 _SNIFFED_BYTES = 8192
 # Of UTF-16 and UTF-32, whose letters hold NUL bytes.
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-_FILES_OF_A_RUN = ("config.yaml", "metrics.jsonl")
 # Opening a file on a network disk is mostly waiting.
 _THREADS = 16
 _NOT_THE_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -209,9 +210,7 @@ def _without_runs(
         if folder == PurePath():
             return None
         path = root / folder
-        is_run = os.path.realpath(path) == own or all(
-            (path / name).is_file() for name in _FILES_OF_A_RUN
-        )
+        is_run = os.path.realpath(path) == own or is_run_folder(path)
         return run_of(folder.parent) or (folder.as_posix() if is_run else None)
 
     runs = {name: run_of(PurePath(name).parent) for name in named}
