@@ -10,13 +10,13 @@ from attention_cases import CASES, assert_close, out_and_gradients
 from float64 import exact_attention
 
 from ulysses_jax.attention.blockwise import (
-    HIDDEN,
     blockwise_attention,
     blockwise_attention_with_logsumexp,
 )
 from ulysses_jax.attention.cudnn import through_jax_nn
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.tiling import HIDDEN
 
 ATTENTIONS = {
     "blockwise": blockwise_attention,

@@ -9,10 +9,10 @@ import pytest
 from attention_cases import CASES
 from slow import slow_but_for
 
-from ulysses_jax.attention.blockwise import HIDDEN
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_parts, join
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.tiling import HIDDEN
 
 CUTS = (0, 4, 5, 9)  # where the keys are cut: parts of unlike sizes, one of one key
 

@@ -1,8 +1,6 @@
 """Flash attention in plain JAX: tiles of [queries, keys], O(T) memory, any mask."""
 
-import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask
-
-HIDDEN = -1e30  # a logit that exp turns into 0, and the logsumexp of a row without keys
+from ulysses_jax.attention.tiling import HIDDEN, Tiles, Tiling, product, tiling_of
 
 
 def blockwise_attention(
@@ -66,8 +63,8 @@ def blockwise_attention_with_logsumexp(
     logsumexp of a query that sees no key is `HIDDEN`.
     """
     mask.check(q, k)
-    plan = _plan(q, k, scale, block_q, block_kv)
-    return _attend(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
+    tiling = tiling_of(q, k, scale, block_q, block_kv)
+    return _attend(tiling, q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
 def blockwise_statistics(
@@ -86,8 +83,8 @@ def blockwise_statistics(
     as one number it loses the digits of the second where the first is large.
     """
     mask.check(q, k)
-    plan = _plan(q, k, scale, block_q, block_kv)
-    return _statistics(plan, q, k, v, jax.tree.map(jnp.asarray, mask))
+    tiling = tiling_of(q, k, scale, block_q, block_kv)
+    return _statistics(tiling, q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
 def blockwise_gradients(
@@ -107,40 +104,26 @@ def blockwise_gradients(
 
     In float32: they are summed over parts before they are rounded.
     """
-    plan = _plan(q, k, scale, block_q, block_kv)
+    tiling = tiling_of(q, k, scale, block_q, block_kv)
     residuals = (q, k, v, jax.tree.map(jnp.asarray, mask), out, logsumexp)
     upstream = dout, jnp.zeros_like(logsumexp)
-    return _gradients(plan, residuals, upstream, (jnp.float32,) * 3)
-
-
-class _Plan(NamedTuple):
-    scale: float
-    block_q: int
-    block_kv: int
-
-
-def _plan(q, k, scale, block_q, block_kv) -> _Plan:
-    return _Plan(
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        block_q=min(block_q, q.shape[1]),
-        block_kv=min(block_kv, k.shape[1]),
-    )
+    return _gradients(tiling, residuals, upstream, (jnp.float32,) * 3)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, q, k, v, mask):
-    return _forward(plan, q, k, v, mask)[0]
+def _attend(tiling: Tiling, q, k, v, mask):
+    return _forward(tiling, q, k, v, mask)[0]
 
 
-def _forward(plan: _Plan, q, k, v, mask):
-    out, logsumexp = _statistics(plan, q, k, v, mask)
+def _forward(tiling: Tiling, q, k, v, mask):
+    out, logsumexp = _statistics(tiling, q, k, v, mask)
     out = checkpoint_name(out, "attention_out")
     logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
     return (out, logsumexp), (q, k, v, mask, out, logsumexp)
 
 
-def _statistics(plan: _Plan, q, k, v, mask):
-    tiles = _Tiles(plan, q, k, mask)
+def _statistics(tiling: Tiling, q, k, v, mask):
+    tiles = Tiles(tiling, q, k, mask)
     queries, keys, values = tiles.split_q(q), tiles.split_kv(k), tiles.split_kv(v)
 
     def one_block_of_queries(_, inputs):
@@ -154,7 +137,7 @@ def _statistics(plan: _Plan, q, k, v, mask):
             weights = jnp.where(seen, jnp.exp(logits - new_highest[..., None]), 0)
             shrink = jnp.exp(highest - new_highest)
             total = total * shrink + weights.sum(axis=-1)
-            out = out * shrink[..., None] + _product(
+            out = out * shrink[..., None] + product(
                 "BKGqs,BKsH->BKGqH", weights.astype(v.dtype), values[j]
             )
             return new_highest, total, out
@@ -176,16 +159,16 @@ def _statistics(plan: _Plan, q, k, v, mask):
     return tiles.join_q(out), jnp.stack([tiles.join_rows(x) for x in logsumexp])
 
 
-def _backward(plan: _Plan, residuals, upstream):
+def _backward(tiling: Tiling, residuals, upstream):
     dtypes = tuple(x.dtype for x in residuals[:3])
-    return *_gradients(plan, residuals, upstream, dtypes), None
+    return *_gradients(tiling, residuals, upstream, dtypes), None
 
 
-def _gradients(plan: _Plan, residuals, upstream, dtypes):
+def _gradients(tiling: Tiling, residuals, upstream, dtypes):
     q, k, v, mask, out, logsumexp = residuals
     q_dtype, k_dtype, v_dtype = dtypes
     dout, dlogsumexp = upstream
-    tiles = _Tiles(plan, q, k, mask)
+    tiles = Tiles(tiling, q, k, mask)
     # The part of d(logits) that is the same for all keys of a query.
     shared = jnp.einsum("BTNH,BTNH->BNT", dout, out, preferred_element_type=jnp.float32)
     shared = tiles.split_rows(shared - dlogsumexp)
@@ -203,14 +186,12 @@ def _gradients(plan: _Plan, residuals, upstream, dtypes):
             logits, seen = tiles.logits(query, key, i, j)
             weights = jnp.where(seen, jnp.exp(logits - logsumexp[i][..., None]), 0)
             # Sums over queries come out as [H, keys]: no [queries, keys] is transposed.
-            dvalue += _product(
-                "BKGqH,BKGqs->BKHs", dblock, weights.astype(dblock.dtype)
-            )
-            dweights = _product("BKGqH,BKsH->BKGqs", dblock, value)
-            dlogits = weights * (dweights - shared[i][..., None]) * plan.scale
+            dvalue += product("BKGqH,BKGqs->BKHs", dblock, weights.astype(dblock.dtype))
+            dweights = product("BKGqH,BKsH->BKGqs", dblock, value)
+            dlogits = weights * (dweights - shared[i][..., None]) * tiling.scale
             dlogits = dlogits.astype(query.dtype)
-            dkey += _product("BKGqH,BKGqs->BKHs", query, dlogits)
-            dquery = dqueries[i] + _product("BKGqs,BKsH->BKGqH", dlogits, key)
+            dkey += product("BKGqH,BKGqs->BKHs", query, dlogits)
+            dquery = dqueries[i] + product("BKGqs,BKsH->BKGqH", dlogits, key)
             dqueries = lax.dynamic_update_index_in_dim(dqueries, dquery, i, 0)
             return dqueries, dkey, dvalue
 
@@ -238,95 +219,9 @@ def _gradients(plan: _Plan, residuals, upstream, dtypes):
 _attend.defvjp(_forward, _backward)
 
 
-class _Tiles:
-    """Cuts arrays into blocks and joins them; knows which tiles the mask leaves.
-
-    Blocks of queries are `[blocks, B, K, G, block, H]`: the G query heads of a KV head
-    are rows of one product with it. Where the last block is not full it is padded, and
-    the padding is hidden.
-    """
-
-    def __init__(self, plan: _Plan, q: Array, k: Array, mask: Mask):
-        self.plan = plan
-        self.num_queries, self.num_keys = q.shape[1], k.shape[1]
-        self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
-        self.num_q = math.ceil(self.num_queries / plan.block_q)
-        self.num_kv = math.ceil(self.num_keys / plan.block_kv)
-        # tree.map leaves what is None.
-        self.mask = Mask(
-            causal=mask.causal,
-            window=mask.window,
-            q_segment_ids=jax.tree.map(self._pad_q, mask.q_segment_ids),
-            kv_segment_ids=jax.tree.map(self._pad_kv, mask.kv_segment_ids),
-            q_positions=jax.tree.map(self._pad_q, mask.q_positions),
-            kv_positions=jax.tree.map(self._pad_kv, mask.kv_positions),
-        )
-        self.bounds = self.mask.block_bounds(plan.block_q, plan.block_kv)
-
-    def logits(self, query: Array, key: Array, i: Array, j: Array):
-        """Scaled float32 logits of tile (i, j), HIDDEN where not seen; and what is."""
-        block_q, block_kv = self.plan.block_q, self.plan.block_kv
-        logits = _product("BKGqH,BKsH->BKGqs", query, key) * self.plan.scale
-        seen = self.mask.visible(i * block_q, block_q, j * block_kv, block_kv)
-        # Padding sees nothing and is not seen: no query of it may reach dk and dv.
-        if self.num_queries % block_q:
-            real = i * block_q + jnp.arange(block_q) < self.num_queries
-            seen &= real[:, None]
-        if self.num_keys % block_kv:
-            seen &= j * block_kv + jnp.arange(block_kv) < self.num_keys
-        seen = seen[:, None, None]
-        return jnp.where(seen, logits, HIDDEN), seen
-
-    def split_q(self, x: Array) -> Array:
-        x = self._pad_q(x)
-        groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
-        x = x.reshape(x.shape[0], self.num_q, self.plan.block_q, *groups, x.shape[-1])
-        return x.transpose(1, 0, 3, 4, 2, 5)
-
-    def join_q(self, x: Array) -> Array:
-        x = x.transpose(1, 0, 4, 2, 3, 5)
-        x = x.reshape(x.shape[0], -1, self.num_heads, x.shape[-1])
-        return x[:, : self.num_queries]
-
-    def split_kv(self, x: Array) -> Array:
-        x = self._pad_kv(x)
-        x = x.reshape(x.shape[0], self.num_kv, self.plan.block_kv, *x.shape[2:])
-        return x.transpose(1, 0, 3, 2, 4)
-
-    def join_kv(self, x: Array) -> Array:
-        x = x.transpose(1, 0, 3, 2, 4)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.num_keys]
-
-    def split_rows(self, x: Array) -> Array:
-        """`[B, N, T] -> [blocks, B, K, G, block]`."""
-        return self.split_q(x.transpose(0, 2, 1)[..., None])[..., 0]
-
-    def join_rows(self, x: Array) -> Array:
-        return self.join_q(x[..., None])[..., 0].transpose(0, 2, 1)
-
-    def _pad_q(self, x: Array) -> Array:
-        return _pad_tokens(x, self.num_q * self.plan.block_q)
-
-    def _pad_kv(self, x: Array) -> Array:
-        return _pad_tokens(x, self.num_kv * self.plan.block_kv)
-
-
-def _pad_tokens(x: Array, size: int) -> Array:
-    """Lengthens dim 1 by repeating its last element: blocks' bounds stay tight."""
-    if x.shape[1] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (0, size - x.shape[1])
-    return jnp.pad(x, widths, mode="edge")
-
-
 def _nonempty(tiles: Array) -> tuple[Array, Array]:
     """The numbers of the tiles to compute, first and in order; and how many."""
     return jnp.argsort(~tiles, stable=True), tiles.sum()
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _vary_like(like: Array, x: Array) -> Array:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from attention_cases import CASES
 
-from ulysses_jax.attention import blockwise
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.tiling import Tiles
 
 TOKENS = 24
 
@@ -95,13 +95,13 @@ def test_positions_that_are_further_apart_than_int32_can_say(window, causal):
 def test_only_these_tiles_are_computed(name, monkeypatch):
     """Counts what runs, once forward and once backward a tile."""
     computed = []
-    plain = blockwise._Tiles.logits
+    plain = Tiles.logits
 
     def counting(self, query, key, i, j):
         jax.debug.callback(lambda i, j: computed.append((int(i), int(j))), i, j)
         return plain(self, query, key, i, j)
 
-    monkeypatch.setattr(blockwise._Tiles, "logits", counting)
+    monkeypatch.setattr(Tiles, "logits", counting)
     q = jnp.ones((3, TOKENS, 1, 4))
 
     def total(q):
