@@ -132,10 +132,10 @@ def test_the_order_itself_has_no_cycle():
         ("ulysses_jax.mesh", "from ulysses_jax import sharding", "sharding"),
         (
             "ulysses_jax.data.packing",
-            "def f():\n from ..models import layers",
+            "def f():\n from ..models import layer",
             "models",
         ),
-        ("ulysses_jax.models.layers", "from ulysses_jax import make_mesh", "__init__"),
+        ("ulysses_jax.models.layer", "from ulysses_jax import make_mesh", "__init__"),
     ],
 )
 def test_an_arrow_that_points_back_is_seen(module, line, room):

@@ -126,19 +126,19 @@ def ulysses_attention(
     if _is_pure(static["attention"]):
         run = partial(_compiled, **static)
     else:
-        run = jax.jit(partial(_attend, **static))
+        run = jax.jit(partial(_run, **static))
     with _remedies(mesh):
         return run(q, k, v, mask, learned_scale)
 
 
-def _attend(q, k, v, mask, learned_scale, *, scale, **static):
+def _run(q, k, v, mask, learned_scale, *, scale, **static):
     scale = scale if learned_scale is None else learned_scale
     return attend(q, k, v, mask=mask, scale=scale, **static)
 
 
 # Of the module: where the caller has no jit, the second call finds the first's program.
 _compiled = jax.jit(
-    _attend,
+    _run,
     static_argnames=("mesh", "attention", "scale", "head_chunks", "return_logsumexp"),
 )
 

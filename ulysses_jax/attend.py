@@ -194,7 +194,7 @@ def _checked(attention: LocalAttention | Parts | str) -> LocalAttention | Parts 
 def _told(called: str, attention: Callable) -> Callable:
     """Says how it is called where it cannot be."""
 
-    def attend(*arrays, **options):
+    def call(*arrays, **options):
         try:
             return attention(*arrays, **options)
         except (TypeError, AttributeError) as error:
@@ -207,7 +207,7 @@ def _told(called: str, attention: Callable) -> Callable:
                 "mask.window, ...), not an array. Wrap it in one that takes these"
             ) from error
 
-    return attend
+    return call
 
 
 def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:

@@ -219,7 +219,7 @@ class Config:
 
 
 def in_pieces(model: Model, memory: Memory) -> bool:
-    """Whether layers run as `models.pieces`, which recomputes in any case.
+    """Whether layers run as `memory.layer_in_pieces`, which recomputes in any case.
 
     Groups of heads do under the strategy ulysses, where there is rematerialisation;
     else the strategy itself has them.

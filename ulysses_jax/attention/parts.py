@@ -96,10 +96,10 @@ def attention_with_logsumexp(
 ) -> Callable[..., Any]:
     """`f(q, k, v, mask=, scale=) -> (out, logsumexp)` whose gradients are of both."""
 
-    def attend(q, k, v, *, mask: Mask, scale):
+    def attention(q, k, v, *, mask: Mask, scale):
         return _attend(parts, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
 
-    return attend
+    return attention
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

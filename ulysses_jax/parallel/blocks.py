@@ -71,7 +71,7 @@ class Blocks:
         """Joins another member's keys to what was attended to so far."""
 
         def case(rows, keys):
-            def attend(so_far):
+            def joined_to(so_far):
                 out, logsumexp = so_far
                 new = self._forward(q, kv, mask, step, rows, keys, self._causal(mask))
                 old = out[:, rows], logsumexp[..., rows]
@@ -81,7 +81,7 @@ class Blocks:
                     logsumexp.at[..., rows].set(joined),
                 )
 
-            return attend
+            return joined_to
 
         return self._choose(q, kv, mask, step, case, lambda so_far: so_far, so_far)
 

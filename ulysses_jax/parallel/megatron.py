@@ -25,7 +25,7 @@ def megatron(
 
     Args:
       q, k, v: global arrays; the batch over (data, fsdp), heads over (tensor, seq),
-        tokens whole, as `models.megatron.project_gathered` makes them.
+        tokens whole, as `weights.gathered_tokens.project_gathered` makes them.
       mesh, attention, mask, scale: as `parallel.ulysses.ulysses`.
 
     Returns:

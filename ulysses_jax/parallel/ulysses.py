@@ -71,8 +71,8 @@ def ulysses(
     if degree == 1:  # the mesh may have no such axis
         there = back = lambda x: x
 
-    def attend(q, k, v, mask):
-        """The results, all as `[B, T, n, ...]`."""
+    def results_of(q, k, v, mask):
+        """Of the local attention, all as `[B, T, n, ...]`."""
         out = attention(q, k, v, mask=mask, scale=scale)
         more = ()
         if with_logsumexp:
@@ -105,7 +105,7 @@ def ulysses(
             v_all = there(_merge_heads(v_row))
             cells = []
             for q_cell in jnp.split(q_row, group_chunks, axis=4):
-                results = attend(there(_merge_heads(q_cell)), k_all, v_all, mask)
+                results = results_of(there(_merge_heads(q_cell)), k_all, v_all, mask)
                 cells.append([back(x).reshape(*q_cell.shape[:-1], -1) for x in results])
             rows.append(_joined(cells, axis=4))
         results = [layout.gather_q(_merge_heads(x)) for x in _joined(rows, axis=3)]
