@@ -1,5 +1,6 @@
 """What is done with cuDNN's results, by a stand-in for its kernels: the reference's."""
 
+import dataclasses
 import functools
 
 import cudnn_stand_in
@@ -10,15 +11,24 @@ import pytest
 from attention_cases import CASES, out_and_gradients
 from float64 import exact_attention
 
+from ulysses_jax import attend as attend_module
+from ulysses_jax import make_mesh
 from ulysses_jax.attention.blockwise import blockwise_attention_with_logsumexp
 from ulysses_jax.attention.cudnn import cudnn_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS
+from ulysses_jax.attention.reference import reference_attention
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     cudnn_stand_in.use(monkeypatch)
+
+
+def even(name):
+    """A case with an even number of queries and of keys."""
+    case = CASES[name]
+    return dataclasses.replace(case, T=case.T + case.T % 2, S=case.S + case.S % 2)
 
 
 def exact(case, mask, *arrays):
@@ -39,7 +49,7 @@ def assert_close(got, want, tolerance=0.0015):
 )
 def test_the_whole(name):
     """Of `cudnn_attention`, whose pullback is taken apart and put together."""
-    case = CASES[name]
+    case = even(name)
     arrays = case.inputs(jnp.float16)
     attend = functools.partial(cudnn_attention, mask=case.mask, scale=case.scale)
     assert_close(out_and_gradients(attend, *arrays), exact(case, case.mask, *arrays))
@@ -49,7 +59,7 @@ def test_the_whole(name):
 @pytest.mark.parametrize("fault", [None, "its own out", "its own logsumexp"])
 def test_parts(name, fault):
     """Given out and logsumexp over all keys, the parts' gradients are the whole's."""
-    case, parts = CASES[name], PARTS["cudnn"]
+    case, parts = even(name), PARTS["cudnn"]
     *arrays, weights = case.inputs(jnp.float16)
     weights = weights.astype(jnp.float16)
     cuts = slice(0, 4), slice(4, 6), slice(6, None)
@@ -84,9 +94,51 @@ def test_parts(name, fault):
 
 
 def test_the_logsumexp_is_float32():
-    case = CASES["full"]
+    case = even("full")
     q, k, v, _ = case.inputs(jnp.float16)
     _, logsumexp = PARTS["cudnn"].forward(q, k, v, mask=Mask())
     _, want = blockwise_attention_with_logsumexp(q, k, v, mask=Mask())
     assert logsumexp.dtype == jnp.float32
     np.testing.assert_allclose(logsumexp, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries, keys", [(13, 13), (14, 13), (13, 14)])
+def test_odd_numbers_of_tokens_have_no_gradient(queries, keys):
+    """jax.nn says so as well, without a remedy; forward alone they have a result."""
+    case = dataclasses.replace(CASES["full"], T=queries, S=keys)
+    q, k, v, weights = case.inputs(jnp.float16)
+    attend = functools.partial(cudnn_attention, mask=Mask())
+    np.testing.assert_allclose(
+        attend(q, k, v), reference_attention(q, k, v, mask=Mask()), atol=2e-3
+    )
+    parts = PARTS["cudnn"]
+    statistics = q, jnp.zeros((case.B, case.N, queries)), q
+    for call in (
+        lambda: out_and_gradients(attend, q, k, v, weights),
+        lambda: parts.forward(q, k, v, mask=Mask()),
+        lambda: parts.gradients(q, k, v, *statistics, mask=Mask()),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            call()
+        said = f"from {queries} queries to {keys} keys, as a number is odd"
+        assert said in str(refusal.value)
+        assert "model.attention auto or blockwise" in str(refusal.value)
+
+
+@pytest.mark.parametrize("tokens", [12, 16])
+def test_cudnn_by_name_over_a_ring(monkeypatch, tokens):
+    """Over 4 members of 12 tokens each has 3; of 16, the remedy, it has 4."""
+    monkeypatch.setattr(attend_module, "platform_of", lambda mesh: "cuda")
+    mesh = make_mesh(ring=4, devices=jax.devices()[:4])
+    x = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float16)
+
+    def loss(x, attention):
+        options = dict(mesh=mesh, mask=Mask(causal=True))
+        return attend_module.attend(x, x, x, attention=attention, **options).sum()
+
+    if tokens == 16:
+        jax.eval_shape(jax.grad(functools.partial(loss, attention="cudnn")), x)
+        return
+    with pytest.raises(ValueError, match="from 3 queries to 3 keys, as a number is od"):
+        jax.eval_shape(jax.grad(functools.partial(loss, attention="cudnn")), x)
+    jax.eval_shape(jax.grad(functools.partial(loss, attention="auto")), x)

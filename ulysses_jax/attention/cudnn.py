@@ -43,7 +43,7 @@ def cudnn_attention(
     Raises:
       ValueError: float32; segments or positions, which cuDNN through jax.nn does not
         have: it would attend across packed documents; a window without causal, or with
-        more queries than keys.
+        more queries than keys; for a gradient, an odd number of queries or keys.
     """
     return _attend(_through_cudnn(q, k, mask, scale), q, k, v)
 
@@ -58,7 +58,7 @@ def cudnn_attention_with_logsumexp(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """`cudnn_attention`, and the float32 logsumexp; has no gradient of its own."""
     # jax.nn's own return_residual rounds the logsumexp to out's dtype.
-    out, pullback = jax.vjp(_through_cudnn(q, k, mask, scale), q, k, v)
+    out, pullback = _vjp(_through_cudnn(q, k, mask, scale), q, k, v)
     return out, _logsumexp(pullback)
 
 
@@ -74,7 +74,7 @@ def cudnn_gradients(
     scale: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv of these keys, given out and logsumexp over all keys of a query."""
-    own, pullback = jax.vjp(_through_cudnn(q, k, mask, scale), q, k, v)
+    own, pullback = _vjp(_through_cudnn(q, k, mask, scale), q, k, v)
     # What these keys alone gave is replaced, and so is never computed.
     return _with_statistics(own, pullback, out, logsumexp)(dout)
 
@@ -102,7 +102,7 @@ def _attend(attention, q: Array, k: Array, v: Array) -> Array:
 def _forward(attention, q, k, v):
     # jax.nn names nothing that it keeps: its pullback is taken apart here, and what it
     # holds beside its inputs is named.
-    out, pullback = jax.vjp(attention, q, k, v)
+    out, pullback = _vjp(attention, q, k, v)
     named = checkpoint_name(out, "attention_out")
     logsumexp = checkpoint_name(_logsumexp(pullback), "attention_logsumexp")
     return named, _with_statistics(out, pullback, named, logsumexp)
@@ -113,6 +113,18 @@ def _backward(attention, pullback, dout):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _vjp(attention, q: Array, k: Array, v: Array):
+    """`jax.vjp`; raises where cuDNN has no gradient."""
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        raise ValueError(
+            f"cuDNN has no gradient of attention from {q.shape[1]} queries to "
+            f"{k.shape[1]} keys, as a number is odd: let a device attend to even ones "
+            "at a time (training.sequence_tokens, memory.sequence_chunk_tokens), or "
+            "use blockwise_attention (model.attention auto or blockwise)"
+        )
+    return jax.vjp(attention, q, k, v)
 
 
 def _logsumexp(pullback) -> Float[Array, "B N T"]:
