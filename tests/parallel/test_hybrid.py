@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from slow import slow_but_for
 from strategy_cases import (
-    LARGE_LOGITS,
     MASKS,
     B,
     H,
     T,
     assert_close,
-    assert_sums_are_float32,
     counts,
-    errors_of_large_logits,
     inputs,
     mesh_of,
     oracle,
@@ -90,16 +87,6 @@ def test_head_chunks_change_nothing():
         match=r"head_chunks 4 .* seq 2 = 2 key/value heads: .* use one of \[1, 2\]",
     ):
         attention(*inputs(8, 4)[:3], head_chunks=4)
-
-
-def test_large_logits():
-    """What is left is the rounding of a logit, as on one device."""
-    errors = errors_of_large_logits("hybrid", ring=2, seq=2)
-    assert (errors < LARGE_LOGITS).all()
-
-
-def test_gradients_are_summed_in_float32():
-    assert_sums_are_float32("hybrid", ring=2, seq=2)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2)])

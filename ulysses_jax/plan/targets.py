@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 GB, TB = 10**9, 10**12
@@ -101,119 +101,98 @@ device_description_str: "{self.description}"
 # and itself on an H100. Matrix products: what cuBLAS is commonly seen to reach at these
 # shapes. Links: NCCL's bus bandwidths commonly seen, 350 of 450 GB/s and 45 of 50; of
 # pinned memory over PCIe, 55 of 64.
-A100 = dict(
+AMPERE = dict(
     matmul_efficiency=0.80,
     attention_efficiency=0.62,
     nvlink_efficiency=0.78,
     network_efficiency=0.90,
     pcie_efficiency=0.86,
 )
-HOPPER = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.55)
-BLACKWELL = A100 | dict(matmul_efficiency=0.70, attention_efficiency=0.50)
+HOPPER = AMPERE | dict(matmul_efficiency=0.70, attention_efficiency=0.55)
+BLACKWELL = AMPERE | dict(matmul_efficiency=0.70, attention_efficiency=0.50)
+
+A100_40 = Target(
+    name="a100-40",
+    description="NVIDIA A100-SXM4-40GB",
+    memory_bytes=42_298_834_944,  # of 40 GB; specs/a100_sxm_40
+    bf16_flops_per_second=312e12,  # A100 datasheet
+    memory_bytes_per_second=1_555 * GB,  # A100 datasheet
+    nvlink_bytes_per_second=300 * GB,  # 600 GB/s both ways, A100 datasheet
+    network_bytes_per_second=25 * GB,  # ConnectX-6 200 Gb/s, DGX A100 guide
+    pcie_bytes_per_second=32 * GB,  # Gen4 x16, A100 datasheet
+    host_memory_bytes=1 * TB,  # DGX A100 320GB guide
+    **AMPERE,
+    compute_capability=(8, 0),
+    num_cores=108,
+    fp32_units_per_core=64,
+    clock_ghz=1.41,
+    l2_cache_bytes=41_943_040,
+    shared_memory_per_core_bytes=167_936,
+    shared_memory_per_block_bytes=166_912,
+    nvlinks=12,
+)
+H100 = Target(
+    name="h100",
+    description="NVIDIA H100 80GB HBM3",
+    memory_bytes=84_942_979_072,  # of 80 GB; specs/h100_sxm
+    bf16_flops_per_second=989.4e12,  # 1,979 with sparsity, both datasheets
+    memory_bytes_per_second=3_350 * GB,  # H100 SXM datasheet
+    nvlink_bytes_per_second=450 * GB,  # 900 GB/s both ways, both datasheets
+    network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX H100/H200
+    pcie_bytes_per_second=64 * GB,  # Gen5 x16, both datasheets
+    host_memory_bytes=2 * TB,  # DGX H100/H200 guide
+    **HOPPER,
+    compute_capability=(9, 0),
+    num_cores=132,
+    fp32_units_per_core=128,
+    clock_ghz=1.98,
+    l2_cache_bytes=52_428_800,
+    shared_memory_per_core_bytes=233_472,
+    shared_memory_per_block_bytes=232_448,
+    nvlinks=18,
+)
+B200 = Target(
+    name="b200",
+    description="NVIDIA B200",
+    memory_bytes=191_514_411_008,  # of 180 GB (192 on chip); specs/b200
+    bf16_flops_per_second=2_250e12,  # 36e15 sparse for 8, HGX B200 datasheet
+    memory_bytes_per_second=8_000 * GB,  # 64 TB/s for 8, DGX B200 datasheet
+    nvlink_bytes_per_second=900 * GB,  # 1.8 TB/s both ways, HGX B200 datasheet
+    network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX B200 datasheet
+    pcie_bytes_per_second=64 * GB,  # Gen5 x16, DGX B200 guide
+    host_memory_bytes=2 * TB,  # DGX B200 datasheet (up to 4 TB)
+    **BLACKWELL,
+    compute_capability=(10, 0),
+    num_cores=148,
+    fp32_units_per_core=128,
+    clock_ghz=1.965,
+    l2_cache_bytes=132_644_864,
+    shared_memory_per_core_bytes=233_472,
+    shared_memory_per_block_bytes=232_448,
+    nvlinks=18,
+)
 
 TARGETS = {
     target.name: target
     for target in (
-        Target(
-            name="a100-40",
-            description="NVIDIA A100-SXM4-40GB",
-            memory_bytes=42_298_834_944,  # of 40 GB; specs/a100_sxm_40
-            bf16_flops_per_second=312e12,  # A100 datasheet
-            memory_bytes_per_second=1_555 * GB,  # A100 datasheet
-            nvlink_bytes_per_second=300 * GB,  # 600 GB/s both ways, A100 datasheet
-            network_bytes_per_second=25 * GB,  # ConnectX-6 200 Gb/s, DGX A100 guide
-            pcie_bytes_per_second=32 * GB,  # Gen4 x16, A100 datasheet
-            host_memory_bytes=1 * TB,  # DGX A100 320GB guide
-            **A100,
-            compute_capability=(8, 0),
-            num_cores=108,
-            fp32_units_per_core=64,
-            clock_ghz=1.41,
-            l2_cache_bytes=41_943_040,
-            shared_memory_per_core_bytes=167_936,
-            shared_memory_per_block_bytes=166_912,
-            nvlinks=12,
-        ),
-        Target(
+        A100_40,
+        replace(
+            A100_40,
             name="a100-80",
             description="NVIDIA A100-SXM4-80GB",
             memory_bytes=85_100_068_864,  # of 80 GB; specs/a100_sxm_80
-            bf16_flops_per_second=312e12,  # A100 datasheet
             memory_bytes_per_second=2_039 * GB,  # A100 datasheet
-            nvlink_bytes_per_second=300 * GB,  # 600 GB/s both ways, A100 datasheet
-            network_bytes_per_second=25 * GB,  # ConnectX-6 200 Gb/s, DGX A100 guide
-            pcie_bytes_per_second=32 * GB,  # Gen4 x16, A100 datasheet
             host_memory_bytes=2 * TB,  # DGX A100 640GB guide
-            **A100,
-            compute_capability=(8, 0),
-            num_cores=108,
-            fp32_units_per_core=64,
-            clock_ghz=1.41,
-            l2_cache_bytes=41_943_040,
-            shared_memory_per_core_bytes=167_936,
-            shared_memory_per_block_bytes=166_912,
-            nvlinks=12,
         ),
-        Target(
-            name="h100",
-            description="NVIDIA H100 80GB HBM3",
-            memory_bytes=84_942_979_072,  # of 80 GB; specs/h100_sxm
-            bf16_flops_per_second=989.4e12,  # 1,979 with sparsity, H100 SXM datasheet
-            memory_bytes_per_second=3_350 * GB,  # H100 SXM datasheet
-            nvlink_bytes_per_second=450 * GB,  # 900 GB/s both ways, H100 SXM datasheet
-            network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX H100 guide
-            pcie_bytes_per_second=64 * GB,  # Gen5 x16, H100 datasheet
-            host_memory_bytes=2 * TB,  # DGX H100 guide
-            **HOPPER,
-            compute_capability=(9, 0),
-            num_cores=132,
-            fp32_units_per_core=128,
-            clock_ghz=1.98,
-            l2_cache_bytes=52_428_800,
-            shared_memory_per_core_bytes=233_472,
-            shared_memory_per_block_bytes=232_448,
-            nvlinks=18,
-        ),
-        Target(
+        H100,
+        replace(
+            H100,
             name="h200",
             description="NVIDIA H200",
             memory_bytes=int(139.8 * GIB),  # of 141 GB, as CUDA prints it
-            bf16_flops_per_second=989.4e12,  # 1,979 with sparsity, H200 SXM datasheet
             memory_bytes_per_second=4_800 * GB,  # H200 datasheet
-            nvlink_bytes_per_second=450 * GB,  # 900 GB/s both ways, H200 datasheet
-            network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX H200 guide
-            pcie_bytes_per_second=64 * GB,  # Gen5 x16, H200 datasheet
-            host_memory_bytes=2 * TB,  # DGX H200 guide
-            **HOPPER,
-            compute_capability=(9, 0),
-            num_cores=132,
-            fp32_units_per_core=128,
-            clock_ghz=1.98,
-            l2_cache_bytes=52_428_800,
-            shared_memory_per_core_bytes=233_472,
-            shared_memory_per_block_bytes=232_448,
-            nvlinks=18,
         ),
-        Target(
-            name="b200",
-            description="NVIDIA B200",
-            memory_bytes=191_514_411_008,  # of 180 GB (192 on chip); specs/b200
-            bf16_flops_per_second=2_250e12,  # 36e15 sparse for 8, HGX B200 datasheet
-            memory_bytes_per_second=8_000 * GB,  # 64 TB/s for 8, DGX B200 datasheet
-            nvlink_bytes_per_second=900 * GB,  # 1.8 TB/s both ways, HGX B200 datasheet
-            network_bytes_per_second=50 * GB,  # ConnectX-7 400 Gb/s, DGX B200 datasheet
-            pcie_bytes_per_second=64 * GB,  # Gen5 x16, DGX B200 guide
-            host_memory_bytes=2 * TB,  # DGX B200 datasheet (up to 4 TB)
-            **BLACKWELL,
-            compute_capability=(10, 0),
-            num_cores=148,
-            fp32_units_per_core=128,
-            clock_ghz=1.965,
-            l2_cache_bytes=132_644_864,
-            shared_memory_per_core_bytes=233_472,
-            shared_memory_per_block_bytes=232_448,
-            nvlinks=18,
-        ),
+        B200,
     )
 }
 
