@@ -122,7 +122,7 @@ def _backward(blocks: Blocks, stations, residuals, upstream):
         return dq + part, dkv, coming
 
     if stations:
-        carry = one_step((dq, None, _after(first, statistics[1])), stations[0])
+        carry = one_step((dq, None, first), stations[0])
         dq, dkv, _ = _go_round(one_step, carry, stations[1:])
         own += _hop(blocks, dkv, blocks.degree - stations[-1].step)
     dk, dv = own.astype(kv.dtype)
@@ -130,17 +130,6 @@ def _backward(blocks: Blocks, stations, residuals, upstream):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _after(x: Array, earlier: Array) -> Array:
-    """x, once `earlier` is computed; NaN if that is.
-
-    Hops that do not wait for one another run in no fixed order in a program that XLA
-    on CPU loads from a compilation cache (jax 0.10.2): it then mixes up their blocks,
-    or aborts ("id < num_threads", "Termination timeout"). A barrier would not do: XLA
-    takes it away before it orders what runs.
-    """
-    return jnp.where(jnp.isnan(earlier.ravel()[0]), jnp.nan, x)
 
 
 def _hop(blocks: Blocks, x: Array | None, members: int | None) -> Any:
