@@ -38,7 +38,6 @@ ALLOWED = {
     "mesh": {"launcher"},
     "sharding": {"config", "mesh"},
     "layout": BASE,
-    "residual": BASE | {"layout"},
     "weights": BASE | {"layout"},
     "parallel": BASE,
     "attention": BASE,
@@ -48,7 +47,7 @@ ALLOWED = {
     "api": ATTENTION | {"attend", "ids"},
     "flax_attention": ATTENTION | {"api"},
 }
-ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "residual", "weights"}
+ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
 ALLOWED["costs"] = BASE | {"parallel", "placement"}

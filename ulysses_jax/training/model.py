@@ -215,7 +215,7 @@ def features_and_head(
     cut = layout.spec_of(head, P(None, None))[1]
     keeps = cut is not None and {*((cut,) if isinstance(cut, str) else cut)} <= {*ZERO}
     head = layout.lay(head, P(activation("V", axes)[0], cut if keeps else None))
-    run = jax.sharding.auto_axes(features, out_sharding=activation("BTD", axes))
+    run: Any = jax.sharding.auto_axes(features, out_sharding=activation("BTD", axes))
     return run(values, *ids), head
 
 
