@@ -7,6 +7,7 @@ from there in no fixed order, so that devices wait for each other for ever.
 import importlib.metadata
 import importlib.util
 import os
+from pathlib import Path
 
 # A sixth of the time to compile. Tests ask for a program's values, collectives and
 # memory, not for its speed. Where programs are compiled for GPUs they are a run's own.
@@ -41,3 +42,15 @@ def no_launcher(monkeypatch):
     for name in os.environ:
         if name.startswith(names):
             monkeypatch.delenv(name)
+
+
+def pytest_collection_modifyitems(items):
+    """Cases that vary what a cheaper one tests, by the beginnings of their names."""
+    path = Path(__file__).with_name("slow_cases.txt")
+    for beginning in path.read_text().splitlines():
+        found = [item for item in items if item.nodeid.startswith(beginning)]
+        file = beginning.split("::")[0]
+        whole = sum(item.nodeid.startswith(file) for item in items)
+        assert found or whole < 10, f"{path.name}: no test begins with {beginning}"
+        for item in found:
+            item.add_marker(pytest.mark.slow)

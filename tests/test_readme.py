@@ -25,10 +25,13 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize("page", BLOCKS)
 def test_the_python_blocks_run(page):
-    """One after another in one interactive session, which goes on after an error."""
+    """One after another in one interactive session, which goes on after an error; with
+    classes, between whose methods there are blank lines, as a file."""
+    code = "\n".join(BLOCKS[page])
+    how = ["-c", code] if "\nclass " in code else ["-q", "-i"]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-q", "-i"],
-        input="\n".join(BLOCKS[page]),
+        [sys.executable, "-W", "error", *how],
+        input=code,
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -33,7 +33,7 @@ from ulysses_jax.training import run as story
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog, read_rows
-from ulysses_jax.training.model import bind
+from ulysses_jax.training.model import model_of
 from ulysses_jax.training.state import abstract_state
 
 CONFIG = {
@@ -252,7 +252,7 @@ def test_validation_loss_and_speed_are_what_they_say(whole_run, config_file, cor
         with Checkpointer(whole_run / "checkpoints", interval_steps=1) as saved:
             found = saved.restore(shapes)
         assert found is not None and found[0] == 6
-        model = bind(config, found[1].parameters)
+        model = model_of(config, found[1].parameters)
         by_token = NamedSharding(mesh, activation("BT", mesh.shape))
         for start_of_row in range(0, len(stream), 64):
             row = stream[start_of_row : start_of_row + 64]

@@ -15,7 +15,7 @@ from ulysses_jax.config_file import from_dict
 from ulysses_jax.plan.compile import compile_on
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy
-from ulysses_jax.training.model import bind, features_and_head
+from ulysses_jax.training.model import features_and_head, model_of
 from ulysses_jax.training.state import abstract_state, init_state
 
 B, V = 4, 28
@@ -102,7 +102,7 @@ def loss_and_gradients(config, *, packed=True):
     mesh = mesh_of(**degrees)
 
     def function(parameters, batch):
-        model = bind(config, parameters)
+        model = model_of(config, parameters)
         x, head = features_and_head(model, batch, config.memory)
         return cross_entropy(x, head, batch["labels"], config.memory.loss_tile_tokens)
 

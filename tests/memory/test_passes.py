@@ -47,7 +47,7 @@ def attention_alone(chunk_tokens):
         queries=lambda leaves, x, angles, g: split(x)[0][None],
         back=lambda outs: outs[0][0],
         finish=finish,
-        attend=attend,
+        statistics=attend,
         gradients=gradients,
         join=PARTS["blockwise"].join,
         first_block=lambda q_block: 0,

@@ -25,7 +25,9 @@ from ulysses_jax.models import (
     make_stack,
 )
 from ulysses_jax.models.kinds import KINDS
+from ulysses_jax.models.stack import run_layer
 from ulysses_jax.training.loss import cross_entropy
+from ulysses_jax.weights.parameter import is_matrix
 
 MODEL = Model(
     vocab_size=32,
@@ -184,6 +186,11 @@ def test_memory_acts_from_outside():
         Memory(remat="full", sequence_chunk_tokens=4, head_chunks=2, mlp_tile_tokens=3)
     )
     assert_close(model.features(TOKENS, run=saving), model.features(TOKENS))
+    plain, saved = (
+        str(jax.make_jaxpr(lambda: model.features(TOKENS, run=run))())  # noqa: B023
+        for run in (run_layer, saving)
+    )
+    assert saved.count("scan[") > plain.count("scan[") + 3
 
 
 def test_print_and_tabulate():
@@ -258,7 +265,7 @@ class Squared(nnx.Module):
         return self.down(jnp.square(self.up(x)))
 
 
-@pytest.mark.parametrize("mesh", ["auto", "none"])
+@pytest.mark.parametrize("mesh", ["explicit, tensor", "none"])
 def test_another_feed_forward(mesh):
     """By subclassing, and by putting a stack of one's own in its place, tiled too."""
     with set_mesh(mesh):
@@ -280,13 +287,6 @@ def test_another_feed_forward(mesh):
             layer.feed_forward = make_stack(Squared, 1, nnx.Rngs(3))
         changed.rest[0].feed_forward = Squared(nnx.Rngs(4))
 
-        @nnx.jit
-        def gradient(model, run):
-            def objective(model):
-                return jnp.square(model.features(TOKENS, run=run)).sum()
-
-            return nnx.grad(objective)(model)
-
         got, want = (
             jax.tree.leaves(
                 nnx.jit(
@@ -306,6 +306,37 @@ def test_another_feed_forward(mesh):
             assert_close(a, b)
 
 
+class PostNorm(Layer):
+    """Its own order of parts, which pieces do not know."""
+
+    def __call__(self, x, positions=None, segment_ids=None, *, angles=None):
+        x = x + self.attention_norm(
+            self.attention(x, positions, segment_ids, angles=angles)
+        )
+        return x + self.feed_forward_norm(self.feed_forward(x))
+
+
+def test_a_layer_with_a_call_of_its_own_is_not_taken_apart():
+    model = transformer(make_layer=PostNorm)
+    groups = Saving(Memory(remat="full", head_chunks=2, mlp_tile_tokens=3))
+    assert_close(model.features(TOKENS, run=groups), model.features(TOKENS))
+    with pytest.raises(ValueError, match="PostNorm with Attention is no"):
+        model.features(TOKENS, run=Saving(Memory(sequence_chunk_tokens=4)))
+
+
+def test_what_does_not_fit_into_a_stack_is_refused():
+    model = transformer()
+    model.layers[0].feed_forward = make_stack(Squared, 2, nnx.Rngs(3))
+    with pytest.raises(ValueError, match="feed_forward.* a leading dim of 2"):
+        model(TOKENS)
+    layer = Layer(MODEL, rngs=nnx.Rngs(0))
+    layer.feed_forward = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    model = transformer()
+    model.rest[0] = layer
+    with pytest.raises(ValueError, match="RngCount|RngKey|RngState"):
+        model(TOKENS)
+
+
 class RunningMean(nnx.Module):
     """A kind: each token takes the mean of all before it."""
 
@@ -320,19 +351,21 @@ class RunningMean(nnx.Module):
 def test_a_kind_of_ones_own(monkeypatch):
     """One entry in one dict."""
     monkeypatch.setitem(KINDS, "mean", RunningMean)
-    model = Transformer(
-        Model(
-            vocab_size=32,
-            width=16,
-            num_layers=4,
-            num_heads=4,
-            pattern=("mean", "full"),
-            compute_dtype="float32",
-        ),
-        rngs=nnx.Rngs(0),
+    size = Model(
+        vocab_size=32,
+        width=16,
+        num_layers=4,
+        num_heads=4,
+        pattern=("mean", "full"),
+        compute_dtype="float32",
     )
+    model = Transformer(size, rngs=nnx.Rngs(0))
     logits = model(TOKENS)
     assert model.layers[0].attention.scale[...].shape == (2, 16)
+    assert not is_matrix(model.layers[0].attention.scale)  # it has a leading dim
+    with set_mesh("explicit, tensor"):
+        other = Transformer(size, rngs=nnx.Rngs(0))
+        assert_close(other(TOKENS), logits)
     # Causal: what comes after changes nothing.
     later = model(TOKENS.at[:, 9:].set(0))
     assert_close(later[:, :9], logits[:, :9])
@@ -418,7 +451,7 @@ def test_a_kind_that_returns_another_shape(monkeypatch):
 
     monkeypatch.setitem(KINDS, "half", Half)
     layer = Layer(MODEL, rngs=nnx.Rngs(0), kind="half")
-    with pytest.raises(ValueError, match=r"'half' returned \(4, 16, 8\)"):
+    with pytest.raises(ValueError, match=r"'half' returned float32 \(4, 16, 8\)"):
         layer(X)
 
 

@@ -22,7 +22,7 @@ from ulysses_jax.models import transformer
 from ulysses_jax.models.stack import run_stacks
 from ulysses_jax.sharding import activation, parameter
 from ulysses_jax.training.loss import cross_entropy
-from ulysses_jax.training.model import bind, features_and_head
+from ulysses_jax.training.model import features_and_head, model_of
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
 from ulysses_jax.weights.products import project
@@ -233,7 +233,7 @@ def library(family, mesh_name, remat="full", num_tokens=T):
     mesh = mesh_of(**MESHES[mesh_name])
 
     def function(parameters, batch):
-        model = bind(config, parameters)
+        model = model_of(config, parameters)
         x, head = features_and_head(model, batch, config.memory)
         return cross_entropy(x, head, batch["labels"], 5), x
 
@@ -293,7 +293,7 @@ def test_without_segments_a_row_is_one_document():
     config = make_config("llama")
     with on_mesh() as mesh:
         batch = sharded_batch(mesh)
-        model = bind(config, sharded_parameters(config, mesh))
+        model = model_of(config, sharded_parameters(config, mesh))
         run = jax.jit(lambda: model.features(batch["tokens"], batch["positions"]))
         x = run()
     want = oracle("llama")[1]

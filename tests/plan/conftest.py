@@ -62,8 +62,8 @@ def analysis(config_file):
 def plant_needless_gather(monkeypatch):
     """Called, it makes each step that is compiled gather the whole embedding, too."""
 
-    def wasteful(config):
-        step = make_train_step(config)
+    def wasteful(config, make_model):
+        step = make_train_step(config, make_model)
 
         def with_fault(state, batch):
             whole = jax.sharding.reshard(state.parameters["embedding"], PartitionSpec())

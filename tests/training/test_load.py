@@ -103,3 +103,31 @@ def test_what_cannot_be_loaded(run, tmp_path):
         pytest.raises(ValueError, match="does not divide over tensor=8"),
     ):
         load_run(folder)
+
+
+def test_what_train_returns_takes_the_sequence_s_order(tmp_path):
+    """On a ring the run's own tokens lie in zigzag order; a caller's do not."""
+    (tmp_path / "text.txt").write_text("abc def\n" * 90)
+    degrees = dict(data=2, ring=2, seq=2)
+    config = Config(
+        run=Run(folder=str(tmp_path / "run")),
+        model=Model(
+            vocab_size=264, width=16, num_layers=2, num_heads=4, compute_dtype="float32"
+        ),
+        data=Data(files=str(tmp_path / "text.txt")),
+        training=Training(
+            num_steps=2,
+            batch_size=8,
+            sequence_tokens=16,
+            learning_rate=0.1,
+            warmup_steps=1,
+            validation_batches=0,
+        ),
+        mesh=configs.Mesh(**degrees),
+        quiet=True,
+    )
+    model = train(config)
+    want = np.asarray(load_run(tmp_path / "run")(TOKENS))
+    with jax.set_mesh(make_mesh(**degrees)):
+        got = np.asarray(model(TOKENS))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())

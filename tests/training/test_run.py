@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,7 @@ def killed_at(monkeypatch, step, *numbers):
         if number == step:
             for each in numbers:
                 os.kill(os.getpid(), each)
+                time.sleep(0.2)  # two of one signal at once may be one
 
     monkeypatch.setattr(RunLog, "log_step", log)
 

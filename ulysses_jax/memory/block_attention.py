@@ -24,12 +24,12 @@ class Pieces(NamedTuple):
     back: `f(outs) -> [B, t, N, H]`, linear; outs is a tuple, a group each.
     finish: `f(leaves, x, out [B, t, N, H]) -> [B, t, D]`, the layer's result; token by
       token.
-    attend: `f(q, k, v, q_block, kv_block, is_own) -> (out, logsumexp)`, of a piece of
-      queries and a block of keys, float32, logsumexp `[2, B, n, t]`: two that add up to
-      it; is_own: the two are one block.
+    statistics: `f(q, k, v, q_block, kv_block, is_own) -> (out, logsumexp)`, of a piece
+      of queries and a block of keys, float32, logsumexp `[2, B, n, t]`: two that add
+      up to it; is_own: the two are one block.
     gradients: `f(q, k, v, out, logsumexp, dout, q_block, kv_block, is_own)
       -> (dq, dk, dv)`, given out and logsumexp over all keys.
-    join: two results of attend into one.
+    join: two results of statistics into one.
     first_block: `f(q_block) -> kv_block`, the first that a query of it sees.
     key_slots: the slice of K' that each group reads.
     chunk_tokens: of a row, of attention; divides its tokens.
@@ -41,7 +41,7 @@ class Pieces(NamedTuple):
     queries: Callable[..., Array]
     back: Callable[[tuple[Array, ...]], Array]
     finish: Callable[..., Array]
-    attend: Callable[..., tuple[Array, Array]]
+    statistics: Callable[..., tuple[Array, Array]]
     gradients: Callable[..., tuple[Array, Array, Array]]
     join: Callable[..., tuple[Array, Array]]
     first_block: Callable[[Array], Array | int]
@@ -100,12 +100,14 @@ def attend_group(pieces, q, keys, i, g) -> tuple[Array, Array]:
     def one_piece(inputs):
         p, query = inputs
         own = p * number + i
-        out, logsumexp = pieces.attend(
+        out, logsumexp = pieces.statistics(
             query, *_block(pieces, keys, own, g), own, own, True
         )
 
         def step(joined, k, v, block):
-            return pieces.join(joined, pieces.attend(query, k, v, own, block, False))
+            return pieces.join(
+                joined, pieces.statistics(query, k, v, own, block, False)
+            )
 
         if not _is_one_block(keys):
             out, logsumexp = _over_earlier_blocks(

@@ -14,7 +14,14 @@ from ulysses_jax.config import Memory
 from ulysses_jax.memory.passes import backward, forward
 from ulysses_jax.memory.take_apart import take_apart
 from ulysses_jax.sharding import activation
-from ulysses_jax.weights.whole import Unbound, Values, gradient_specs, scatter, specs_of
+from ulysses_jax.weights.whole import (
+    Unbound,
+    Values,
+    gradient_specs,
+    laid_as,
+    scatter,
+    specs_of,
+)
 
 # As every flash attention of this library names what its backward pass needs.
 ATTENTION = ("attention_out", "attention_logsumexp")
@@ -84,7 +91,7 @@ def _backward(layer, memory, residuals, dy):
         (*specs, _attended_specs(attended), x_spec),
         (x_spec, gradient_specs(value_specs)),
     )(x, values, angles, segment_ids, attended, dy)
-    return dx, gradients, None, None
+    return dx, laid_as(values, gradients), None, None
 
 
 layer_in_pieces.defvjp(_forward, _backward)

@@ -14,7 +14,8 @@ from ulysses_jax.config import Memory, in_pieces
 from ulysses_jax.memory.layer_in_pieces import ATTENTION, layer_in_pieces
 from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.tiled import Tiled
-from ulysses_jax.models.attention import Attention
+from ulysses_jax.models.attention import Attend, Attention
+from ulysses_jax.models.layer import Layer
 from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.weights.whole import Unbound, Values
 
@@ -25,9 +26,10 @@ LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
 class Saving:
     """Runs a layer, to be recomputed in the backward pass as `memory` says.
 
-    `model.features(tokens, run=Saving(Memory(remat="full")))`. Every layer may be any
-    module that is called as `models.Layer` is; one whose attention is no
-    `models.Attention` has no groups of heads and no chunks of the sequence.
+    `model.features(tokens, run=Saving(Memory(remat="full")))`. A layer may be any
+    module that is called as `models.Layer` is. Groups of heads and chunks of the
+    sequence are for a `models.Layer` whose attention is a `models.Attention`, and whose
+    own calls are theirs; others have no groups, and chunks are refused.
 
     memory: `remat` none keeps all that the backward pass reads. full keeps the input of
       every layer and computes the rest again, once. attention also keeps each
@@ -59,19 +61,19 @@ class Saving:
             x = _name_input(x, memory)
             values = to_device(values)
             bound = layer.bind(values)
-            attention, segment_ids = getattr(bound, "attention", None), tokens[-1]
-            if not isinstance(attention, Attention):
-                _refuse_chunks(attention, memory)
-            elif in_pieces(attention.model, memory):
+            if not _comes_apart(bound):
+                _refuse_chunks(bound, memory)
+            elif in_pieces(bound.attention.model, memory):
                 y: Array = layer_in_pieces(
-                    layer, memory, to_layer(x), values, angles, segment_ids
+                    layer, memory, to_layer(x), values, angles, tokens[-1]
                 )
                 return to_residual(y)
             else:
-                attention.attend = dataclasses.replace(
-                    attention.attend, head_chunks=memory.head_chunks or 1
+                bound.attention.attend = dataclasses.replace(
+                    bound.attention.attend, head_chunks=memory.head_chunks or 1
                 )
-            if memory.mlp_tile_tokens and hasattr(bound, "feed_forward"):
+            if memory.mlp_tile_tokens:
+                _refuse_tiles(bound, memory)
                 bound.feed_forward = Tiled(bound.feed_forward, memory.mlp_tile_tokens)
             return bound(x, *tokens, angles=angles)
 
@@ -81,12 +83,37 @@ class Saving:
         return run(x, values, tokens, angles)
 
 
-def _refuse_chunks(attention: Any, memory: Memory) -> None:
+def _comes_apart(layer: Any) -> bool:
+    """Whether a layer computes as `memory.take_apart` has it: parts may be others, but
+    not what is called."""
+    attention = getattr(layer, "attention", None)
+    return (
+        isinstance(layer, Layer)
+        and isinstance(attention, Attention)
+        and type(layer).__call__ is Layer.__call__
+        and type(layer).add_feed_forward is Layer.add_feed_forward
+        and type(attention).__call__ is Attention.__call__
+        and type(attention.attend) is Attend
+    )
+
+
+def _refuse_chunks(layer: Any, memory: Memory) -> None:
     if memory.sequence_chunk_tokens:
+        attention = type(getattr(layer, "attention", None)).__name__
         raise ValueError(
             f"memory.sequence_chunk_tokens {memory.sequence_chunk_tokens} takes "
-            f"attention apart, and {type(attention).__name__} is no "
-            "ulysses_jax.models.Attention: leave it out"
+            f"attention apart, and {type(layer).__name__} with {attention} is no "
+            "ulysses_jax.models.Layer whose attention is a models.Attention and whose "
+            "calls are theirs: leave it out"
+        )
+
+
+def _refuse_tiles(layer: Any, memory: Memory) -> None:
+    if not hasattr(layer, "feed_forward"):
+        raise ValueError(
+            f"memory.mlp_tile_tokens {memory.mlp_tile_tokens} cuts the part of a layer "
+            f"that is named feed_forward, and {type(layer).__name__} has none: name it "
+            "so, or leave the option out"
         )
 
 

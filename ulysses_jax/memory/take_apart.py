@@ -83,7 +83,7 @@ class _Heads:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _Chunks:
     """Which tokens are attended at a time: P blocks of the sequence a chunk, one from
     each device; of a sequence that is one chunk, all of it as one block."""
 
@@ -179,7 +179,7 @@ def take_apart(
     chunk_tokens = min(memory.sequence_chunk_tokens or tokens, tokens)
     is_whole = chunk_tokens == tokens
     number = 1 if is_whole else degree
-    blocks = _Blocks(
+    blocks = _Chunks(
         number, chunk_tokens * degree // number, attention.window, is_whole
     )
 
@@ -213,7 +213,7 @@ def take_apart(
         platform = platform_of(get_abstract_mesh())
         return attention_parts(model.attention, platform, q, k, mask)
 
-    def attend(q, k, v, *where):
+    def statistics(q, k, v, *where):
         seen = blocks.mask(rows, segment_ids, *where)
         return parts(q, k, seen).statistics(q, k, v, mask=seen, scale=None)
 
@@ -227,7 +227,7 @@ def take_apart(
         queries=queries,
         back=back,
         finish=finish,
-        attend=attend,
+        statistics=statistics,
         gradients=gradients,
         join=join,
         first_block=blocks.first_seen,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from ulysses_jax import layout
 from ulysses_jax.memory.tiles import over_tiles
+from ulysses_jax.models.foreign import call
 from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.sharding import MEGATRON, activation
 from ulysses_jax.weights.whole import (
@@ -17,6 +18,7 @@ from ulysses_jax.weights.whole import (
     Values,
     gather,
     gradient_specs,
+    laid_as,
     scatter,
     specs_of,
     unbind,
@@ -37,18 +39,19 @@ class Tiled(nnx.Module):
     def __init__(self, module: Any, tile_tokens: int):
         """Args: tile_tokens: of a device; those with hidden activations at a time."""
         self.module, self.tile_tokens = module, tile_tokens
+        self.products = getattr(module, "products", None)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Global, as the module; whole where a device has no more than a tile."""
         tokens = x.shape[0] * x.shape[1]
         tokens //= layout.degree("data", "fsdp", "ring", "seq")
-        products = getattr(self.module, "products", None)
+        products = self.products
         tile_tokens = self.tile_tokens
         if products is not None and products.table is MEGATRON:
             # A tile's tokens are gathered over seq, to a part of the features.
             tile_tokens = max(tile_tokens // layout.degree("seq"), 1)
         if tokens <= tile_tokens:
-            return self.module(x)
+            return call(self.module, x)
         module, values = unbind(self.module)
         y: Array = _in_tiles(module, tile_tokens, to_layer(x), values)
         return layout.lay_like(to_residual(y), x)
@@ -97,9 +100,10 @@ def _backward(module, tile_tokens, residuals, dy):
         )
         return dx.reshape(x.shape), scatter(sums, specs)
 
-    return layout.over_devices(
+    dx, gradients = layout.over_devices(
         local, (spec, spec, specs), (spec, gradient_specs(specs))
     )(x, dy, values)
+    return dx, laid_as(values, gradients)
 
 
 _in_tiles.defvjp(_forward, _backward)

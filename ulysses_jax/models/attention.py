@@ -49,9 +49,12 @@ class Attend:
 class Attention(nnx.Module):
     """Causal; every query sees all tokens before it, or the last `window` of them."""
 
-    def __init__(self, model: Model, *, rngs: nnx.Rngs, window: int | None = None):
+    def __init__(self, model: Model, *, rngs: nnx.Rngs, kind: str | None = None):
+        """Args: kind: full or window; None: the first of the model's pattern."""
         model = complete_model(model)
-        self.model, self.window = model, window
+        assert model.pattern
+        narrow = (kind or model.pattern[0]) == "window"
+        self.model, self.window = model, model.window if narrow else None
         self.products = products_of(model.strategy)
         self.attend = Attend(
             strategy=None if model.strategy == "auto" else model.strategy,

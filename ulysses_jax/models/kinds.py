@@ -11,12 +11,12 @@ from ulysses_jax.models.attention import Attention
 
 def full(model: Model, *, rngs: nnx.Rngs) -> Attention:
     """A query sees all tokens before it."""
-    return Attention(model, rngs=rngs)
+    return Attention(model, rngs=rngs, kind="full")
 
 
 def window(model: Model, *, rngs: nnx.Rngs) -> Attention:
     """A query sees the last `model.window` tokens, its own among them."""
-    return Attention(model, rngs=rngs, window=model.window)
+    return Attention(model, rngs=rngs, kind="window")
 
 
 KINDS: dict[str, Callable[..., Any]] = {"full": full, "window": window}

@@ -9,6 +9,7 @@ from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.models.attention import Angles
 from ulysses_jax.models.feed_forward import FeedForward
+from ulysses_jax.models.foreign import call
 from ulysses_jax.models.kinds import make_kind
 from ulysses_jax.models.norm import Norm
 
@@ -36,18 +37,21 @@ class Layer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Args, returns, raises: as `Attention`."""
         normed = self.attention_norm(x)
-        attended = self.attention(normed, positions, segment_ids, angles=angles)
-        _check_shape(self.kind, attended, x)
+        attended = call(self.attention, normed, positions, segment_ids, angles=angles)
+        _check(f"the kind {self.kind!r}", attended, x)
         return self.add_feed_forward(x + attended)
 
     def add_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        y = call(self.feed_forward, self.feed_forward_norm(x))
+        _check("the feed-forward", y, x)
+        return x + y
 
 
-def _check_shape(kind: str, got: Any, x: Array) -> None:
+def _check(what: str, got: Any, x: Array) -> None:
     shape = getattr(got, "shape", type(got).__name__)
-    if shape != x.shape:
+    if shape != x.shape or got.dtype != x.dtype:
+        dtype = getattr(got, "dtype", "")
         raise ValueError(
-            f"the kind {kind!r} returned {shape} for an x of {x.shape}: it must return "
-            "an array of x's shape"
+            f"{what} returned {dtype} {shape} for a {x.dtype} x of {x.shape}: it must "
+            "return an array like x; y.astype(x.dtype) gives its dtype"
         )

@@ -1,5 +1,6 @@
 """Stacks: layers of one kind whose parameters have a leading dim, run by one scan."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.models.attention import Angles
+from ulysses_jax.weights.parameter import has_letters, is_matrix
 from ulysses_jax.weights.whole import Unbound, Values, unbind
 
 RunLayer = Callable[..., Float[Array, "B T D"]]
@@ -22,7 +24,15 @@ def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> An
 
     It is a module to look at and to change, not to call: `run_stacks` runs it.
     """
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(size))
+    stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(size))
+    for _, variable in nnx.to_flat_state(nnx.state(stack)):
+        # Of another library's parameters: what it is and how it lies is of one layer.
+        if not has_letters(variable):
+            of_one = jax.ShapeDtypeStruct(variable.shape[1:], variable.dtype)
+            variable.set_metadata(is_matrix=is_matrix(variable, of_one))
+            if (said := variable.get_metadata().get("out_sharding")) is not None:
+                variable.set_metadata(out_sharding=(None, *said))
+    return stack
 
 
 def run_layer(
@@ -55,7 +65,7 @@ def run_stacks(
     unbound, values = zip(*map(unbind, stacks), strict=True)
     tokens = positions, segment_ids
     angles = [_angles(stack, positions) for stack in stacks]
-    (size,) = {x.shape[0] for x in jax.tree.leaves(values)}
+    size = _size(stacks)
 
     def once(x: Array, values: Sequence[Values]) -> tuple[Array, None]:
         for layer, its_values, its_angles in zip(unbound, values, angles, strict=True):
@@ -67,6 +77,25 @@ def run_stacks(
         its_angles = _angles(layer, positions)
         x = run(*unbind(layer), x, *tokens, angles=its_angles, in_loop=False)
     return x
+
+
+def _size(stacks: Sequence[Any]) -> int:
+    """Of all stacks; refuses a part that was put into one and is of another size."""
+    leading = {
+        f"layers[{place}].{'.'.join(map(str, path))}": variable.shape[:1]
+        for place, stack in enumerate(stacks)
+        for path, variable in nnx.to_flat_state(nnx.state(stack))
+    }
+    sizes = list(leading.values())
+    ((size, *_), _), *others = Counter(sizes).most_common()
+    if others:
+        name = next(name for name, each in leading.items() if each != (size,))
+        raise ValueError(
+            f"a stack has {size} layers, and its {name} a leading dim of "
+            f"{leading[name][0] if leading[name] else 'none'}: make what is put into "
+            f"it with ulysses_jax.models.make_stack(make, {size}, rngs)"
+        )
+    return size
 
 
 def _angles(layer: Any, positions: Array) -> Angles:

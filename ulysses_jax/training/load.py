@@ -1,6 +1,5 @@
 """What a run made, for Python: its model, from the folder that it left."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,13 @@ from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 from ulysses_jax.config_file import load
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.training.checkpoint import Checkpointer
-from ulysses_jax.training.model import MakeModel, abstract_model, bind, identity
+from ulysses_jax.training.model import (
+    MakeModel,
+    abstract_model,
+    for_calls,
+    identity,
+    model_of,
+)
 from ulysses_jax.training.preflight import refuse_other_model
 from ulysses_jax.weights.parameter import stacked_spec_of
 
@@ -38,12 +43,7 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run's folder: it has no config.yaml")
-    config = load(folder / "config.yaml")
-    # How it is computed is a question of the devices and the mesh that are here.
-    here = dict(strategy="auto", attention="auto", zigzag=False)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **here)
-    )
+    config = for_calls(load(folder / "config.yaml"))
 
     def described(variable: Any) -> jax.ShapeDtypeStruct:
         if get_abstract_mesh().empty:
@@ -61,4 +61,4 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
         if saved is not None:
             refuse_other_model(saved[1]["model"], identity(config, make_model))
         parameters = checkpoints.restore_part("parameters", target)
-    return bind(config, parameters, make_model)
+    return model_of(config, parameters, make_model)

@@ -1,6 +1,7 @@
 """The model of a run: this library's transformer, or a module of the user's own."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ulysses_jax import layout
-from ulysses_jax.config import Config, Memory
+from ulysses_jax.config import Config, Memory, Run
 from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.saving import Saving
 from ulysses_jax.mesh import AXES, make_mesh
+from ulysses_jax.models.kinds import KINDS
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import ZERO, activation
 from ulysses_jax.training.preflight import architecture
@@ -34,7 +36,15 @@ head: float32 `[model.vocab_size, D]`, a parameter, or an array made of one."""
 
 def abstract_model(config: Config, make_model: MakeModel) -> Any:
     """The module, whose parameters are shapes and, on a mesh that is set, shardings."""
-    return nnx.eval_shape(partial(made, config, make_model))
+    of = Config(model=config.model, run=Run(seed=config.run.seed))
+    kinds = tuple(KINDS.items())
+    graph, state = _abstract(of, make_model, kinds, get_abstract_mesh())
+    return nnx.merge(graph, jax.tree.map(lambda x: x, state))
+
+
+@functools.lru_cache(maxsize=16)  # a step asks for it ten times
+def _abstract(config: Config, make_model: MakeModel, *_: Any) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(partial(made, config, make_model)))
 
 
 def made(config: Config, make_model: MakeModel) -> Any:
@@ -105,10 +115,11 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
         that only act on this library's layers.
     """
     name = own_name(config, make_model)
+    check = _check_module if name else _check_parameters
+    with _no_mesh():
+        nnx.eval_shape(lambda: check(made(config, make_model), config.model.vocab_size))
     if name is None:
         return config
-    with _no_mesh():
-        nnx.eval_shape(partial(_check_module, config, make_model))
     plain = vars(Memory()) | {"loss_tile_tokens": config.memory.loss_tile_tokens}
     for option, value in vars(config.memory).items():
         also = {"remat": "none", "head_chunks": 1}.get(option)
@@ -137,8 +148,7 @@ def _no_mesh() -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
-def _check_module(config: Config, make_model: MakeModel) -> None:
-    model, vocab_size = made(config, make_model), config.model.vocab_size
+def _check_module(model: Any, vocab_size: int) -> None:
     name = type(model).__name__
     for part, what in (
         ("features", "features(tokens, positions, segment_ids) -> [B, T, D]"),
@@ -147,6 +157,16 @@ def _check_module(config: Config, make_model: MakeModel) -> None:
         # A property's own AttributeError is its own to say.
         if part not in {*dir(type(model)), *vars(model)}:
             raise ValueError(f"{name} has no {part}: a model to train has {what}")
+    _check_parameters(model)
+    shape = _head(model).shape
+    if len(shape) != 2 or shape[0] != vocab_size:
+        raise ValueError(
+            f"{name}.head has shape {shape}, and model.vocab_size is {vocab_size}: "
+            "head is [vocab_size, D], the transpose of a Linear's kernel"
+        )
+
+
+def _check_parameters(model: Any, *_: Any) -> None:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         where = _where(model, *path)
         if not isinstance(variable, nnx.Param):
@@ -160,12 +180,6 @@ def _check_module(config: Config, make_model: MakeModel) -> None:
                 f"{where} is {variable.dtype}: parameters are float32; give the "
                 "products another dtype (in flax.nnx dtype=, and param_dtype float32)"
             )
-    shape = _head(model).shape
-    if len(shape) != 2 or shape[0] != vocab_size:
-        raise ValueError(
-            f"{name}.head has shape {shape}, and model.vocab_size is {vocab_size}: "
-            "head is [vocab_size, D], the transpose of a Linear's kernel"
-        )
 
 
 def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
@@ -174,7 +188,7 @@ def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
     return nnx.to_pure_dict(state, extract_fn=is_matrix)
 
 
-def bind(
+def model_of(
     config: Config, parameters: dict[str, Any], make_model: MakeModel = Transformer
 ) -> Any:
     """The model with these parameters; from host memory the layers fetch their own,
@@ -231,7 +245,15 @@ def handed_over(
         spec = x.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
         return jax.device_put(x, NamedSharding(auto, spec, memory_kind="device"))
 
-    return bind(config, jax.tree.map(move, parameters), make_model)
+    parameters = jax.tree.map(move, parameters)
+    return model_of(for_calls(config), parameters, make_model)
+
+
+def for_calls(config: Config) -> Config:
+    """How a model is computed is a question of the devices and the mesh that are there,
+    and tokens that a caller gives lie in the sequence's order."""
+    here = dict(strategy="auto", attention="auto", zigzag=False)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **here))
 
 
 def _head(model: Any) -> Any:

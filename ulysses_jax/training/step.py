@@ -13,7 +13,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
-from ulysses_jax.training.model import MakeModel, bind, features_and_head, own_name
+from ulysses_jax.training.model import MakeModel, features_and_head, model_of, own_name
 from ulysses_jax.training.optimizer import learning_rate_schedule
 from ulysses_jax.training.state import TrainState, lay, optimizer_of
 from ulysses_jax.training.update import add, update, zeros_like
@@ -180,7 +180,7 @@ def _loss_arguments(
     batch: dict[str, Array],
     make_model: MakeModel,
 ) -> tuple[Array, Weight, Array, int]:
-    model = bind(config, parameters, make_model)
+    model = model_of(config, parameters, make_model)
     x, head = features_and_head(model, batch, config.memory)
     return x, head, batch["labels"], config.memory.loss_tile_tokens
 

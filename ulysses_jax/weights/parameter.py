@@ -104,12 +104,11 @@ def said_spec(variable: Any) -> P:
 def spec_of(variable: Any, array: Array) -> P:
     """How an array lies that a parameter has, without the dim of a stack.
 
-    On Explicit axes as its type says; else as its letters do, and without letters
-    whole.
+    On Explicit axes as its type says; else as its letters do. Without letters it is
+    whole in use, however it lies.
     """
     metadata = variable.get_metadata()
-    if "letters" in metadata:
-        otherwise = _spec(metadata["letters"], array.shape, metadata["table"])
-    else:
-        otherwise = P()
-    return layout.spec_of(array, otherwise)
+    if "letters" not in metadata:
+        return P(*(None,) * array.ndim)
+    made = _spec(metadata["letters"], array.shape, metadata["table"])
+    return layout.spec_of(array, made)

@@ -39,9 +39,20 @@ class Unbound:
 
 
 def unbind(module: Any) -> tuple[Unbound, Values]:
-    """A module apart from its parameters' values, each an array or a `Gathered`."""
+    """A module apart from its parameters' values, each an array or a `Gathered`.
+
+    Raises:
+      ValueError: it has variables that are no parameters.
+    """
     graph, state = nnx.split(module)
     variables, tree = jax.tree.flatten(state, is_leaf=_is_variable)
+    for variable in variables:
+        if not isinstance(variable, nnx.Param):
+            raise ValueError(
+                f"{type(module).__name__} has a {type(variable).__name__}, which is no "
+                "nnx.Param: what a call changes in a layer would be lost; make it "
+                "without (no dropout, no batch statistics)"
+            )
     values = tuple(variable.get_value() for variable in variables)
     bare = tuple(variable.copy(None) for variable in variables)
     return Unbound(graph, tree, bare), values
@@ -107,6 +118,15 @@ def gather(
         )
 
     return leaves, bound
+
+
+def laid_as(values: Values, gradients: Values) -> Values:
+    """Cotangents with their values' types, which may lie otherwise than in use."""
+    pairs = zip(values, gradients, strict=True)
+    return tuple(
+        gradient if isinstance(w, Gathered) else layout.lay_like(gradient, w)
+        for w, gradient in pairs
+    )
 
 
 def scatter(gradients: list[Array], specs: tuple[Any, ...]) -> tuple[Any, ...]:
