@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.models.attention import Angles
+from ulysses_jax.weights.gathered import value_of
 from ulysses_jax.weights.parameter import has_letters, is_matrix
 from ulysses_jax.weights.whole import Unbound, Values, unbind
 
@@ -82,7 +83,9 @@ def run_stacks(
 def _size(stacks: Sequence[Any]) -> int:
     """Of all stacks; refuses a part that was put into one and is of another size."""
     leading = {
-        f"layers[{place}].{'.'.join(map(str, path))}": variable.shape[:1]
+        f"layers[{place}].{'.'.join(map(str, path))}": value_of(
+            variable.get_value()
+        ).shape[:1]
         for place, stack in enumerate(stacks)
         for path, variable in nnx.to_flat_state(nnx.state(stack))
     }
