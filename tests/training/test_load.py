@@ -24,24 +24,13 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Of two kinds of layers and one left over: its folder, and the logits of what
-    `train` returned."""
-    folder = tmp_path_factory.mktemp("load")
+def config_of(folder, degrees, memory=Memory(), **model):  # noqa: B008
+    """Two steps on a text that lies beside the run's folder."""
     (folder / "text.txt").write_text("abc def\n" * 90)
-    config = Config(
+    return Config(
         run=Run(folder=str(folder / "run")),
         model=Model(
-            vocab_size=264,
-            width=16,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=2,
-            pattern=("window", "full"),
-            window=5,
-            attention="reference",
-            compute_dtype="float32",
+            vocab_size=264, width=16, num_heads=4, compute_dtype="float32", **model
         ),
         data=Data(files=str(folder / "text.txt")),
         training=Training(
@@ -52,9 +41,26 @@ def run(tmp_path_factory):
             warmup_steps=1,
             validation_batches=0,
         ),
-        mesh=configs.Mesh(**DEGREES),
-        memory=Memory(remat="none"),
+        mesh=configs.Mesh(**degrees),
+        memory=memory,
         quiet=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of two kinds of layers and one left over: its folder, and the logits of what
+    `train` returned."""
+    folder = tmp_path_factory.mktemp("load")
+    config = config_of(
+        folder,
+        DEGREES,
+        Memory(remat="none"),
+        num_layers=3,
+        num_kv_heads=2,
+        pattern=("window", "full"),
+        window=5,
+        attention="reference",
     )
     model = train(config)
     with jax.set_mesh(make_mesh(**DEGREES)):
@@ -107,26 +113,8 @@ def test_what_cannot_be_loaded(run, tmp_path):
 
 def test_what_train_returns_takes_the_sequence_s_order(tmp_path):
     """On a ring the run's own tokens lie in zigzag order; a caller's do not."""
-    (tmp_path / "text.txt").write_text("abc def\n" * 90)
     degrees = dict(data=2, ring=2, seq=2)
-    config = Config(
-        run=Run(folder=str(tmp_path / "run")),
-        model=Model(
-            vocab_size=264, width=16, num_layers=2, num_heads=4, compute_dtype="float32"
-        ),
-        data=Data(files=str(tmp_path / "text.txt")),
-        training=Training(
-            num_steps=2,
-            batch_size=8,
-            sequence_tokens=16,
-            learning_rate=0.1,
-            warmup_steps=1,
-            validation_batches=0,
-        ),
-        mesh=configs.Mesh(**degrees),
-        quiet=True,
-    )
-    model = train(config)
+    model = train(config_of(tmp_path, degrees, num_layers=2))
     want = np.asarray(load_run(tmp_path / "run")(TOKENS))
     with jax.set_mesh(make_mesh(**degrees)):
         got = np.asarray(model(TOKENS))
