@@ -26,11 +26,11 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests on 8 simulated CPU devices"
-	$(IN)python -m pytest -n 2 --dist loadfile -m "not slow and not plan"
+	$(IN)python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not plan"
 
 test-all: $(INSTALLED)
 	@echo "== all tests, the slow ones too"
-	$(IN)python -m pytest -n 2 --dist loadfile -m "not plan"
+	$(IN)python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not plan"
 
 check: $(INSTALLED)
 	@echo "== format, lint, types"

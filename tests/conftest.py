@@ -44,8 +44,26 @@ def no_launcher(monkeypatch):
             monkeypatch.delenv(name)
 
 
+# Two processes take whole files in this order: a long one at the end would run alone.
+LONGEST = (
+    "tests/test_train.py",
+    "tests/parallel/test_ring.py",
+    "tests/models/test_calls.py",
+    "tests/training/test_zero.py",
+    "tests/attention/test_attentions.py",
+    "tests/parallel/test_ulysses.py",
+    "tests/test_api.py",
+    "tests/memory/test_pieces.py",
+    "tests/training/test_step.py",
+    "tests/test_readme.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Cases that vary what a cheaper one tests, by the beginnings of their names."""
+    """The longest files first. As slow are marked the cases that vary what a cheaper one
+    tests, by the beginnings of their names."""
+    order = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(order)))
     path = Path(__file__).with_name("slow_cases.txt")
     for beginning in path.read_text().splitlines():
         found = [item for item in items if item.nodeid.startswith(beginning)]
