@@ -60,8 +60,8 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first. As slow are marked the cases that vary what a cheaper one
-    tests, by the beginnings of their names."""
+    """The longest files first. As slow are marked the cases that vary what a cheaper
+    one tests, by the beginnings of their names."""
     order = {file: place for place, file in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(order)))
     path = Path(__file__).with_name("slow_cases.txt")
