@@ -34,7 +34,7 @@ LENGTHS = [8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K]
 QUICK = LENGTHS[2:5]
 # What each rung changes in the one before. Tiles are shorter than the shortest shard.
 RUNGS: dict[str, dict[str, Any]] = {
-    "nothing": {"remat": "none", "loss_tile_tokens": 2**31},
+    "nothing": {"remat": "none", "loss_tile_tokens": 2**31 - 1},
     "remat full": {"remat": "full"},
     "+ tiled feed-forward": {"mlp_tile_tokens": 256},
     "+ tiled loss": {"loss_tile_tokens": 256},

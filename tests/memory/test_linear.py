@@ -3,6 +3,9 @@
 import pytest
 from files import module_of
 
+from ulysses_jax.config import in_pieces
+from ulysses_jax.placement import place
+
 LENGTHS = [128 * 1024, 256 * 1024, 512 * 1024]
 
 
@@ -27,6 +30,18 @@ def test_the_full_stack_is_linear(benchmark):
 @pytest.mark.slow
 def test_a_quadratic_path_is_seen(benchmark):
     assert benchmark.exponent(measured(benchmark, benchmark.CONTROL)) > 1.9
+
+
+def test_every_rung_is_a_run(benchmark):
+    degrees = dict(data=1, fsdp=1, ring=1, seq=8, tensor=1)
+    placed = {
+        rung: place(benchmark.make_config(rung, 8192), degrees)
+        for rung in (*benchmark.RUNGS, benchmark.CONTROL)
+    }
+    memories = [config.memory for config in placed.values()]
+    assert len(set(memories)) == len(benchmark.RUNGS)  # the control's is a rung's
+    pieces = [in_pieces(config.model, config.memory) for config in placed.values()]
+    assert pieces == [rung in ("+ sequence chunks", "+ head chunks") for rung in placed]
 
 
 def test_exponents_of_known_curves(benchmark):
