@@ -6,6 +6,7 @@ on Auto axes they tell XLA; without a mesh there is one device, and nothing to s
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,6 +64,12 @@ def lay(x: Array, spec: P) -> Array:
     check_divides(x.shape, spec)
     if is_explicit():
         return jax.sharding.reshard(x, spec)
+    return _constrained(x, spec)
+
+
+# Without a jit it would refuse what lies on no mesh yet.
+@partial(jax.jit, static_argnums=1, inline=True)
+def _constrained(x: Array, spec: P) -> Array:
     return lax.with_sharding_constraint(x, spec)
 
 
@@ -147,17 +154,27 @@ def axis_index(name: str) -> Any:
 
 
 def check_mesh(x: Any) -> None:
-    """Refuses an array that lies on another mesh than the one that is set.
+    """Refuses an array that lies on another mesh than the one that is set, or that is
+    bound to one device while a mesh is set.
 
     Raises:
       ValueError: with both meshes.
     """
     sharding = jax.typeof(x).sharding
-    if sharding.mesh.empty and isinstance(x, jax.Array) and not isinstance(x, Tracer):
+    is_here = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    if sharding.mesh.empty and is_here:
         sharding = x.sharding  # of Auto axes no type speaks
+    ours = dict(get_abstract_mesh().shape)
+    is_bound = is_here and x.committed and x.sharding.num_devices == 1
+    if is_bound and get_abstract_mesh().size > 1:
+        raise ValueError(
+            f"an array of shape {x.shape} is bound to one device, but the mesh that is "
+            f"set is {_text(ours)}: make it or load it under that mesh, or unbind it, "
+            "jnp.asarray(np.asarray(x))"
+        )
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size <= 1:
         return
-    theirs, ours = dict(sharding.mesh.shape), dict(get_abstract_mesh().shape)
+    theirs = dict(sharding.mesh.shape)
     if theirs == ours:
         kinds = sharding.mesh.axis_types, get_abstract_mesh().axis_types
         if kinds[0] != kinds[1]:

@@ -1,5 +1,6 @@
 """Modules as a Flax user holds them: built, called, looked at, changed, refused."""
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -425,6 +426,34 @@ def test_arrays_on_another_mesh_are_refused():
         layer = Layer(MODEL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no mesh is set"):
         layer(X)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    slow_but_for(["auto"], ["auto", "explicit", "auto, seq alone", "explicit, tensor"]),
+)
+def test_what_was_made_before_a_mesh_is_laid_on_it(mesh, request):
+    """Without jit: tokens and activations under modules of the mesh, and modules."""
+    size = dataclasses.replace(MODEL, num_layers=1, pattern=("window",))
+    model, part = (
+        Transformer(size, rngs=nnx.Rngs(0)),
+        FeedForward(size, rngs=nnx.Rngs(0)),
+    )
+    want, want_part = model(TOKENS), part(X)
+    with set_mesh(mesh):
+        assert_close(part(X), want_part)
+        assert_close(FeedForward(size, rngs=nnx.Rngs(0))(X), want_part)
+        assert_close(model(TOKENS), want)
+        made = Transformer(size, rngs=nnx.Rngs(0))
+        assert_close(made.features(TOKENS) @ made.head.T, want)
+        if request.node.get_closest_marker("slow"):
+            assert_close(model.features(TOKENS) @ model.head.T, want)
+            modules = [Layer(size, rngs=nnx.Rngs(0))]
+            for module in modules + [part] * ("auto" in mesh):
+                dx = jax.grad(lambda x, f=module: f(x).sum())(X)
+                assert dx.shape == X.shape
+            gradients = nnx.jit(nnx.grad(loss))(model, TOKENS)
+            assert jax.tree.leaves(nnx.to_pure_dict(gradients))
 
 
 def test_modules_that_cannot_be():

@@ -92,6 +92,17 @@ def test_each_device_has_its_shard_alone(run):
     assert q.sharding.shard_shape(q.shape) == (1, 2, 4, 4)
 
 
+def test_loaded_before_a_mesh_is_set(run):
+    """It is laid on the mesh, as what was made before it is."""
+    folder, want = run
+    model = load_run(folder)
+    with jax.set_mesh(MESHES["auto"]()):
+        got = np.asarray(model(TOKENS))
+        features = model.features(TOKENS)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    np.testing.assert_allclose(features @ model.head.T, want, rtol=0, atol=1e-4)
+
+
 def test_what_cannot_be_loaded(run, tmp_path):
     folder, _ = run
     with pytest.raises(ValueError, match="is no run's folder: it has no config.yaml"):

@@ -274,6 +274,7 @@ def test_it_is_loaded_on_other_meshes(page):
     """On none, and on one without the axes that its parameters name; and both it and
     what `train` returned are called under the mesh on which they lie."""
     assert_same(load_run(page.folder, make_model=page.Mine), page.model)
+    loaded_before = load_run(page.folder, make_model=page.Mine)
     alone = Devices(np.array(jax.devices()[:4]), ("seq",))
     ids = np.arange(B * T).reshape(B, T) % V, np.arange(T)[None], None
     call = nnx.jit(lambda model: model.features(*ids))
@@ -283,6 +284,7 @@ def test_it_is_loaded_on_other_meshes(page):
         model = load_run(page.folder, make_model=page.Mine)
         assert not model.qkv.kernel[...].sharding.is_fully_replicated
         np.testing.assert_allclose(call(model), want, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(call(loaded_before), want, rtol=0, atol=1e-5)
 
 
 def test_another_class_is_refused(page):

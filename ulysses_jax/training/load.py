@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 
@@ -30,8 +32,8 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
 
     Returns:
       The module, on the mesh that is set with `jax.set_mesh`, whatever the run's was,
-      or on one device. Its strategy and attention are auto, and tokens lie in the
-      sequence's order.
+      or on one device, from which any mesh may take it that is set later. Its strategy
+      and attention are auto, and tokens lie in the sequence's order.
 
     Raises:
       ValueError: no run is there, no checkpoint of it is whole, or its arrays are not
@@ -61,4 +63,7 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
         if saved is not None:
             refuse_other_model(saved[1]["model"], identity(config, make_model))
         parameters = checkpoints.restore_part("parameters", target)
+    if get_abstract_mesh().empty:
+        # Orbax binds them to the device, and no mesh that is set later may take them.
+        parameters = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parameters)
     return model_of(config, parameters, make_model)
