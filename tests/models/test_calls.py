@@ -456,6 +456,61 @@ def test_what_was_made_before_a_mesh_is_laid_on_it(mesh, request):
             assert jax.tree.leaves(nnx.to_pure_dict(gradients))
 
 
+def test_what_is_bound_to_one_device_is_refused_on_a_mesh():
+    x = jax.device_put(X, jax.devices()[0])
+    model, ids = transformer(), jax.device_put(TOKENS, jax.devices()[0])
+    message = r"shape \(4, 16.* is bound to one device, but the mesh .* is data=2"
+    with set_mesh("auto"):
+        for call in (Norm(MODEL), FeedForward(MODEL, rngs=nnx.Rngs(0))):
+            with pytest.raises(ValueError, match=message):
+                call(x)
+        for call in (model, model.features):
+            with pytest.raises(ValueError, match=message):
+                call(ids)
+
+
+def test_a_module_of_auto_axes_is_refused_under_explicit_ones():
+    with set_mesh("auto"):
+        modules = [each(MODEL, rngs=nnx.Rngs(0)) for each in (Layer, Norm, FeedForward)]
+    for module in modules:
+        with (
+            set_mesh("explicit"),
+            pytest.raises(ValueError, match="lies on a mesh with Auto axes, but the"),
+        ):
+            module(X)
+        with (
+            set_mesh("auto, tensor"),
+            pytest.raises(ValueError, match="data=2.*but the mesh that is set is"),
+        ):
+            module(X)
+
+
+@pytest.mark.parametrize("make", [Layer, Attention, FeedForward, Norm])
+def test_what_is_no_activation_is_refused(make):
+    module = make(MODEL, rngs=nnx.Rngs(0))
+    for x, said in (
+        (X[0], r"float32 \(16, 16\)"),
+        (X[..., :8], r"float32 \(4, 16, 8\)"),
+        (TOKENS, r"int\d+ \(4, 16\)"),
+        (TOKENS[..., None] + jnp.zeros(16, int), r"int\d+ \(4, 16, 16\)"),
+        ([[1, 2]], "list"),
+    ):
+        message = f"{make.__name__} takes .*B, T, D.* a width D of 16, not {said}"
+        with pytest.raises(ValueError, match=message):
+            module(x)
+
+
+def test_a_stack_is_not_called():
+    model = transformer()
+    for each in (model.layers[0], model.layers[0].attention):
+        name = type(each).__name__
+        with pytest.raises(ValueError, match=f"this {name} is a stack of 1 layers, wh"):
+            each(X)
+    graph, state = nnx.split(model.layers[1].feed_forward)  # as the message says
+    alone = nnx.merge(graph, jax.tree.map(lambda w: w[0], state))
+    assert alone(X).shape == X.shape
+
+
 def test_modules_that_cannot_be():
     with pytest.raises(
         ValueError, match="'linear', which is no kind.*'full', 'window'"

@@ -14,7 +14,7 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.models.bias import add_bias
-from ulysses_jax.models.inputs import positions_and_segments
+from ulysses_jax.models.inputs import check_input, positions_and_segments
 from ulysses_jax.models.rope import apply_rope, rope_angles
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
 from ulysses_jax.sharding import activation
@@ -94,8 +94,10 @@ class Attention(nnx.Module):
           As x, lying as x.
 
         Raises:
-          ValueError: dims that do not fit the mesh, as `ulysses_attention`.
+          ValueError: dims that do not fit the mesh, as `ulysses_attention`; what
+            `check_input` refuses.
         """
+        check_input(self, x)
         if angles is None:
             positions, segment_ids = positions_and_segments(
                 self.model, x.shape[:2], positions, segment_ids

@@ -8,6 +8,7 @@ from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.models.bias import add_bias
+from ulysses_jax.models.inputs import check_input
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
 from ulysses_jax.weights.by_strategy import products_of
 from ulysses_jax.weights.parameter import matrix, vector
@@ -37,6 +38,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Global, in the compute dtype; lies as x."""
+        check_input(self, x)
         inputs = (self.up,) if self.gate is None else (self.up, self.gate)
         equations = ("BTD,DF->BTF",) * len(inputs)
         up, *gate = self.products.into(equations, x, tuple(w[...] for w in inputs))

@@ -1,6 +1,9 @@
-"""What a model is called with: positions and segments, filled in and laid out."""
+"""What a model or a layer is called with: refused, or filled in and laid out."""
+
+from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int
 
 from ulysses_jax import layout
@@ -9,6 +12,8 @@ from ulysses_jax.ids import int32_ids
 from ulysses_jax.parallel.zigzag import zigzag_index
 from ulysses_jax.sharding import activation
 from ulysses_jax.strategies import num_members, strategy_of
+from ulysses_jax.weights.gathered import value_of
+from ulysses_jax.weights.parameter import has_letters
 
 PerToken = Int[Array, "B T"]
 
@@ -37,6 +42,43 @@ def positions_and_segments(
     if segment_ids is not None:
         segment_ids = layout.lay(int32_ids(segment_ids, "segment_ids", shape), spec)
     return positions, segment_ids
+
+
+def check_input(module: Any, x: Any) -> None:
+    """Refuses what a layer, or a part of one, cannot be called with.
+
+    Raises:
+      ValueError: x is no [B, T, D] of the module's width; the module is a stack, or
+        lies on another mesh than the one that is set.
+    """
+    name, width = type(module).__name__, None
+    parts = (module, *vars(module).values())
+    parts = [each for each in parts if isinstance(each, nnx.Module)]
+    own = [each for part in parts for each in vars(part).values()]
+    own = [each for each in own if isinstance(each, nnx.Param) and has_letters(each)]
+    arrays = [value_of(each.get_value()) for each in own]
+    for variable, array in zip(own, arrays, strict=True):
+        letters = variable.get_metadata()["letters"]
+        if array.ndim > len(letters):
+            raise ValueError(
+                f"this {name} is a stack of {array.shape[0]} layers, which is not "
+                "called: Transformer.features runs it, as models.stack.run_stacks "
+                "does; its first layer alone is nnx.merge(graph, jax.tree.map(lambda "
+                "w: w[0], state)), of graph, state = nnx.split(stack)"
+            )
+        if width is None and "D" in letters:
+            width = array.shape[letters.index("D")]
+    shape = getattr(x, "shape", None)
+    fits = shape is not None and len(shape) == 3 and width in (None, shape[2])
+    if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = type(x).__name__ if shape is None else f"{x.dtype} {shape}"
+        raise ValueError(
+            f"{name} takes floating-point [B, T, D] with a width D of {width}, not "
+            f"{what}: token ids go into a Transformer"
+        )
+    if not layout.inside_shard_map():
+        for array in (*arrays, x):
+            layout.check_mesh(array)
 
 
 def _order(model: Model, num_tokens: int) -> Int[Array, "T"]:

@@ -10,6 +10,7 @@ from ulysses_jax.config import Model
 from ulysses_jax.models.attention import Angles
 from ulysses_jax.models.feed_forward import FeedForward
 from ulysses_jax.models.foreign import call
+from ulysses_jax.models.inputs import check_input
 from ulysses_jax.models.kinds import make_kind
 from ulysses_jax.models.norm import Norm
 
@@ -36,6 +37,7 @@ class Layer(nnx.Module):
         angles: Angles = None,
     ) -> Float[Array, "B T D"]:
         """Args, returns, raises: as `Attention`."""
+        check_input(self, x)
         normed = self.attention_norm(x)
         attended = call(self.attention, normed, positions, segment_ids, angles=angles)
         _check(f"the kind {self.kind!r}", attended, x)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
+from ulysses_jax.models.inputs import check_input
 from ulysses_jax.models.sizes import letter_sizes
 from ulysses_jax.weights.parameter import vector
 
@@ -25,6 +26,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Global or local; returns x's dtype, lying as x."""
+        check_input(self, x)
         y = x.astype(jnp.float32)
         if self.centred:
             y = y - y.mean(axis=-1, keepdims=True)
