@@ -511,6 +511,14 @@ def test_a_stack_is_not_called():
     assert alone(X).shape == X.shape
 
 
+def test_a_kind_that_attention_has_not():
+    for make in (Layer, Attention):
+        with pytest.raises(ValueError, match=r"does not say .* Model\(window=\.\.\.\)"):
+            make(Model(width=32, num_heads=4), rngs=nnx.Rngs(0), kind="window")
+    with pytest.raises(ValueError, match="kind 'windows' is none of Attention: use"):
+        Attention(MODEL, rngs=nnx.Rngs(0), kind="windows")
+
+
 def test_modules_that_cannot_be():
     with pytest.raises(
         ValueError, match="'linear', which is no kind.*'full', 'window'"

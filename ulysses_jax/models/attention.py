@@ -50,9 +50,22 @@ class Attention(nnx.Module):
     """Causal; every query sees all tokens before it, or the last `window` of them."""
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs, kind: str | None = None):
-        """Args: kind: full or window; None: the first of the model's pattern."""
+        """Args: kind: full or window; None: the first of the model's pattern.
+
+        Raises:
+          ValueError: another kind; window where the model has none.
+        """
         model = complete_model(model)
         assert model.pattern
+        if kind not in (None, "full", "window"):
+            raise ValueError(
+                f"kind {kind!r} is none of Attention: use 'full' or 'window'"
+            )
+        if kind == "window" and model.window is None:
+            raise ValueError(
+                "kind 'window' sees the last model.window tokens, and model.window "
+                "does not say how many: set it, Model(window=...), or use kind 'full'"
+            )
         narrow = (kind or model.pattern[0]) == "window"
         self.model, self.window = model, model.window if narrow else None
         self.products = products_of(model.strategy)
