@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be(config_file, tmp_path, capfd, where):
 def test_a_length_that_does_not_divide_is_padded(config_file, tmp_path, capfd):
     short = ("--training.num-steps=3", "--training.sequence-tokens=63")
     start(config_file, tmp_path / "padded", *short)
-    assert "padded with 1 masked tokens" in capfd.readouterr().out
+    assert "padded with 1 masked token" in capfd.readouterr().out
     start(config_file, tmp_path / "whole", *short, "--mesh.data=8", "--mesh.seq=1")
     assert "padded" not in capfd.readouterr().out
     np.testing.assert_allclose(

@@ -148,7 +148,7 @@ def test_a_cut_file_is_said_and_known_again(tmp_path):
     )
     data = open_data(config)
     assert (
-        "train 3 files, 4,278 tokens; validation 1 files, 226 tokens (5.0%)"
+        "train 3 files, 4,278 tokens; validation 1 file, 226 tokens (5.0%)"
         in (data.notes[0])
     )
     assert "the last 225 bytes validate, the 1,275 before them train" in data.notes[1]

@@ -1,11 +1,14 @@
 """What a run says of itself before it starts."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 from run_cases import make_config
 
-from ulysses_jax.training.report import _kinds, _memory, attention_of
+from ulysses_jax.training.report import _kinds, _memory, attention_of, describe_own
 
 
 def dot_product_attention_fwd(q):
@@ -26,6 +29,16 @@ def test_the_attention_is_the_program_s_own(chosen, platform, runs, name):
     config = make_config({}, model=dict(attention=chosen))
     step = jax.jit(lambda q: jax.jit(runs)(q) * 2).trace(jnp.ones(2))
     assert attention_of(config, platform, step) == name
+
+
+def test_padding_of_a_module_of_the_user_s_is_said():
+    state: Any = SimpleNamespace(parameters={"w": jnp.ones(3)})
+    config = make_config(dict(seq=4), sequence_tokens=30)
+    assert describe_own(config, state, "Mine")[2:] == [
+        "30 tokens do not divide over ring 1 x seq 4: each sequence is padded with 2 "
+        "masked tokens"
+    ]
+    assert len(describe_own(make_config(dict(seq=4)), state, "Mine")) == 2
 
 
 def test_memory_options_are_said_by_their_names():

@@ -144,10 +144,16 @@ def _sizes(train: Rows, validation: Rows | None) -> str:
     parts = {"train": train} | ({"validation": validation} if validation else {})
     total = sum(rows.num_tokens for rows in parts.values())
     return "; ".join(
-        f"{name} {len(rows.documents):,} files, {rows.num_tokens:,} tokens"
+        f"{name} {counted(len(rows.documents), 'file')}, "
+        f"{counted(rows.num_tokens, 'token')}"
         + (f" ({rows.num_tokens / total:.1%})" if name == "validation" else "")
         for name, rows in parts.items()
     )
+
+
+def counted(number: int, what: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _check_same_everywhere(mine: str | None) -> None:

@@ -6,6 +6,7 @@ import math
 import jax
 
 from ulysses_jax.config import Config, Model
+from ulysses_jax.data.open import counted
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import ZERO, zero_axes
 from ulysses_jax.strategies import shared_out
@@ -20,23 +21,17 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
     Args:
       attention: what a device computes, as `attention_of` says.
     """
-    model, training, mesh = config.model, config.training, config.mesh
+    model, mesh = config.model, config.mesh
     assert model.num_kv_heads is not None
-    lines = [f"{_size(state)}, {model.num_layers} layers; {_work(config)}"]
+    layers = counted(model.num_layers, "layer")
+    lines = [f"{_size(state)}, {layers}; {_work(config)}"]
     if mesh.ring * mesh.seq > 1:
         order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
         chunks = config.memory.head_chunks or 1
         groups = f", heads in {chunks} groups" if chunks > 1 else ""
         lines[0] += f"; strategy {model.strategy}{order}{groups}"
     lines.append(f"attention {attention}{_kinds(model)}; memory {_memory(config)}")
-    padding = config.padded_tokens() - training.sequence_tokens
-    if padding:
-        halves = "half-blocks of " if config.zigzag_members() > 1 else ""
-        lines.append(
-            f"{training.sequence_tokens:,} tokens do not divide over {halves}ring "
-            f"{mesh.ring} x seq {mesh.seq}: each sequence is padded with {padding} "
-            "masked tokens"
-        )
+    lines += _padding(config)
     heads = model.num_heads // mesh.tensor
     layout = head_layout(heads, model.num_kv_heads // mesh.tensor, mesh.seq)
     if layout.num_slots > heads and model.strategy != "all_gather":
@@ -63,6 +58,19 @@ def describe_own(config: Config, state: TrainState, name: str) -> list[str]:
         f"{_size(state)} of {name}; {_work(config)}",
         "attention and memory are its own; zero_stage "
         f"{config.training.zero_stage}, where its parameters say how they lie",
+        *_padding(config),
+    ]
+
+
+def _padding(config: Config) -> list[str]:
+    mesh, tokens = config.mesh, config.training.sequence_tokens
+    padding = config.padded_tokens() - tokens
+    if not padding:
+        return []
+    halves = "half-blocks of " if config.zigzag_members() > 1 else ""
+    return [
+        f"{counted(tokens, 'token')} do not divide over {halves}ring {mesh.ring} x seq "
+        f"{mesh.seq}: each sequence is padded with {counted(padding, 'masked token')}"
     ]
 
 
