@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -22,7 +23,7 @@ def int32_ids(ids: Any, name: str, shape: tuple[int, ...]) -> Int[Array, "B T"]:
     limits = np.iinfo(np.int32)
     is_jax = isinstance(ids, jax.Array)
     if not is_jax:
-        ids = np.asarray(ids)
+        ids = as_array(ids, name)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} are integers, not {ids.dtype}")
     if ids.shape != shape:
@@ -39,3 +40,47 @@ def int32_ids(ids: Any, name: str, shape: tuple[int, ...]) -> Int[Array, "B T"]:
     elif ids.size and (ids.min() < limits.min or ids.max() > limits.max):
         raise ValueError(f"{name} {ids.min()} to {ids.max()} exceed int32")
     return ids.astype(np.int32)
+
+
+def as_array(ids: Any, name: str) -> Any:
+    """Lists of rows as NumPy's array; any array as it is.
+
+    Raises:
+      ValueError: rows of different lengths.
+    """
+    if hasattr(ids, "shape"):
+        return ids
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        raise ValueError(
+            f"{name} are rows of different lengths: pad them to one, with segment_ids "
+            "that no other token has"
+        ) from None
+
+
+def check_below(ids: Any, name: str, number: int, what: str) -> None:
+    """Refuses ids that a table has no rows for, where their values are known.
+
+    Traced ones, and those that other processes have, are let pass: such an id takes a
+    row of zeros.
+
+    Args:
+      what: the field that says `number`, how many rows there are.
+
+    Raises:
+      ValueError: with the least and the greatest id.
+
+    Cost: of a JAX array, a wait for it and a copy to the host.
+    """
+    if isinstance(ids, jax.core.Tracer):
+        return
+    if isinstance(ids, jax.Array):
+        if not ids.is_fully_addressable:
+            return
+        ids = jax.device_get(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= number):
+        raise ValueError(
+            f"{name} are {ids.min()} to {ids.max()}, but {what} is {number}: use ids "
+            f"of 0 to {number - 1}"
+        )

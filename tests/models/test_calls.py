@@ -511,6 +511,36 @@ def test_a_stack_is_not_called():
     assert alone(X).shape == X.shape
 
 
+def test_ids_of_no_row_are_refused_where_they_are_known():
+    learned = Model(
+        vocab_size=32, width=16, num_heads=4, positions="learned", max_positions=20
+    )
+    model = Transformer(learned, rngs=nnx.Rngs(0))
+    for wrong in (TOKENS.at[0, 0].set(32), np.asarray(TOKENS.at[0, 0].set(32))):
+        for call in (model, model.features):
+            with pytest.raises(
+                ValueError, match="to 32, but model.vocab_size is 32: u"
+            ):
+                call(wrong)
+    with pytest.raises(ValueError, match="tokens are -1 to"):
+        model(TOKENS.at[0, 0].set(-1))
+    with pytest.raises(ValueError, match="positions are 4 to 19, but model.max_p"):
+        Transformer(dataclasses.replace(learned, max_positions=19), rngs=nnx.Rngs(0))(
+            TOKENS, jnp.broadcast_to(4 + jnp.arange(T), (B, T))
+        )
+    # Traced ones take a row of zeros.
+    jax.eval_shape(model.features, TOKENS + 40)
+
+
+def test_tokens_as_lists():
+    model = transformer()
+    assert_close(model(TOKENS.tolist()), model(TOKENS))
+    with pytest.raises(ValueError, match="tokens are rows of different lengths: pad"):
+        model([[1, 2], [3]])
+    with pytest.raises(ValueError, match=r"tokens are \[B, T\], and have shape \(2,\)"):
+        model([1, 2])
+
+
 def test_a_kind_that_attention_has_not():
     for make in (Layer, Attention):
         with pytest.raises(ValueError, match=r"does not say .* Model\(window=\.\.\.\)"):

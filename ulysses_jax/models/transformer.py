@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
-from ulysses_jax.ids import int32_ids
+from ulysses_jax.ids import as_array, check_below, int32_ids
 from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.models.inputs import positions_and_segments
 from ulysses_jax.models.layer import Layer
@@ -100,12 +100,14 @@ class Transformer(nnx.Module):
         Cost: `[B, T, V]` float32. To train, give `features` and `head` to
         `training.loss.cross_entropy`, whose logits exist tile by tile.
         """
+        tokens = as_array(tokens, "tokens")
         given = {"positions": positions, "segment_ids": segment_ids}
         ids = {
             name: int32_ids(each, name, tokens.shape)
             for name, each in {"tokens": tokens, **given}.items()
             if each is not None
         }
+        self._check_values(ids["tokens"], ids.get("positions"))
         module, values = unbind(self)
         for array in jax.tree.leaves((values, ids)):
             layout.check_mesh(array)
@@ -134,11 +136,13 @@ class Transformer(nnx.Module):
           `[B, T, D]` in the compute dtype, sharded as tokens should be.
 
         Raises:
-          ValueError: ids of another shape or dtype; a batch or tokens that the mesh
-            does not divide; more tokens than `max_positions`; arrays that lie on
-            another mesh than the one that is set.
+          ValueError: ids of another shape or dtype, or, where their values are known,
+            of no row of the vocabulary or of the learned table; a batch or tokens that
+            the mesh does not divide; more tokens than `max_positions`; arrays that lie
+            on another mesh than the one that is set.
         """
         model, axes = self.model, layout.axes()
+        tokens = as_array(tokens, "tokens")
         if len(tokens.shape) != 2:
             raise ValueError(f"tokens are [B, T], and have shape {tokens.shape}")
         rows = model.max_positions
@@ -149,10 +153,12 @@ class Transformer(nnx.Module):
                     f"{tokens.shape[1]} tokens, but model.max_positions is {rows}: "
                     "raise it, or give positions below it"
                 )
+        given = positions
         positions, segment_ids = positions_and_segments(
             model, tokens.shape, positions, segment_ids
         )
         ids = int32_ids(tokens, "tokens", tokens.shape)
+        self._check_values(ids, None if given is None else positions)
         ids = layout.lay(ids, activation("BT", axes))
         dtype = jnp.dtype(model.compute_dtype)
         x: Array = to_residual(embed(self.embedding[...], ids, dtype))
@@ -164,3 +170,10 @@ class Transformer(nnx.Module):
             segment_ids = layout.lay(segment_ids, activation("B", axes))
         x = run_stacks(self.layers, self.rest, x, positions, segment_ids, run)
         return to_layer(self.norm(x))
+
+    def _check_values(self, tokens: Any, positions: Any) -> None:
+        """Of ids that are rows of a table."""
+        check_below(tokens, "tokens", self.model.vocab_size, "model.vocab_size")
+        if self.model.max_positions and positions is not None:
+            rows = self.model.max_positions
+            check_below(positions, "positions", rows, "model.max_positions")
