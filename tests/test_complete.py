@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete, complete_model
 from ulysses_jax.config import Config, Memory, Model, Training
 
@@ -66,6 +67,10 @@ def test_learned_positions_need_a_table_s_rows():
             dict(pattern=("full", "mine"), window=64),
             "window 64 is of layers of kind window, but model.pattern full, mine has",
         ),
+        (
+            dict(pattern=("windows", "full"), window=8),
+            r"windows, full has none \(windows is no kind of this library's\): put",
+        ),
         (dict(strategy="ulises"), "'auto' or 'ulysses' | .*, not 'ulises'"),
         (dict(num_heads=3), "width 128 does not divide by model.num_heads 3"),
         (dict(num_kv_heads=3), r"3 does not divide .* 4: use one of \[1, 2, 4\]"),
@@ -103,6 +108,26 @@ def test_a_pattern_repeats_along_the_depth(fields, kinds, windows):
 def test_odd_heads_turn_no_pairs_under_learned_positions():
     model = complete_model(small(head_size=31, positions="learned", max_positions=8))
     assert model.head_size == 31
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("configs/tiny.yaml", r"not the str 'configs/tiny.yaml': .*_file.load\(path"),
+        ({"model": {}}, r"not the dict: ulysses_jax.config_file.from_dict\(Config, va"),
+        (
+            Config(mesh=make_mesh(data=2, seq=4)),  # pyright: ignore
+            r"Config.mesh is a ulysses_jax.config.Mesh, not the jax.*Mesh: give "
+            r"ulysses_jax.config.Mesh\(data=2, seq=4\)",
+        ),
+        (Config(model={}), "Config.model is a ulysses_jax.config.Model"),  # pyright: ignore
+        (Config(training=8), "Config.training is .*, not the int 8"),  # pyright: ignore
+    ],
+    ids=["path", "dict", "mesh", "model", "number"],
+)
+def test_what_is_no_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        complete(config, name="x")
 
 
 def test_every_section_is_checked_as_a_file_s_is():

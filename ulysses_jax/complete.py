@@ -22,6 +22,19 @@ def complete(config: Config, *, name: str) -> Config:
       ValueError: a value of another type or out of its range, by the field's name; or
         fields that exclude each other, with the numbers and what would do.
     """
+    if not isinstance(config, Config):
+        reads = (
+            "config_file.load(path) reads a file"
+            if isinstance(config, str | os.PathLike)
+            else "config_file.from_dict(Config, values) makes one of nested dicts"
+        )
+        raise ValueError(
+            f"a run takes a ulysses_jax.config.Config, not {_short(config)}: "
+            f"ulysses_jax.{reads}"
+        )
+    for section, cls in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls):
+            _check_class(getattr(config, section), cls, f"Config.{section}")
     config = dataclasses.replace(
         config,
         **{
@@ -53,6 +66,7 @@ def complete_model(model: Model) -> Model:
       ValueError: as `complete`; learned positions without model.max_positions, which a
         run takes from training.sequence_tokens.
     """
+    _check_class(model, Model, "a model's size")
     model = checked(model, "model")
     if model.head_size is None and model.width % model.num_heads:
         raise ValueError(
@@ -92,6 +106,26 @@ def complete_model(model: Model) -> Model:
     return model
 
 
+def _check_class(value: Any, cls: Any, what: str) -> None:
+    """Such as a mesh of devices, or a dict, in the place of a section's fields."""
+    if not isinstance(value, cls):
+        example = {"Mesh": "data=2, seq=4", "Model": "width=256"}.get(
+            cls.__name__, "..."
+        )
+        raise ValueError(
+            f"{what} is a ulysses_jax.config.{cls.__name__}, not {_short(value)}: "
+            f"give ulysses_jax.config.{cls.__name__}({example})"
+        )
+
+
+def _short(value: Any) -> str:
+    """Its class, and itself where that is a name or a number."""
+    cls = type(value)
+    module = "" if cls.__module__ == "builtins" else f"{cls.__module__}."
+    said = f" {value!r}" if isinstance(value, str | int | os.PathLike) else ""
+    return f"the {module}{cls.__qualname__}{said}"
+
+
 def _check_pattern(model: Model) -> None:
     """Which kinds there are is not known here: `models` has them, or a user."""
     pattern, layers = model.pattern, model.num_layers
@@ -113,10 +147,12 @@ def _check_pattern(model: Model) -> None:
             "in place of window"
         )
     if "window" not in pattern and model.window is not None:
+        own = ", ".join(kind for kind in pattern if kind != "full")
         raise ValueError(
             f"model.window {model.window} is of layers of kind window, but "
-            f"model.pattern {', '.join(pattern)} has none: put window into the "
-            "pattern, or set model.window to null"
+            f"model.pattern {', '.join(pattern)} has none"
+            + f" ({own} is no kind of this library's)" * bool(own)
+            + ": put window into the pattern, or set model.window to null"
         )
 
 

@@ -550,6 +550,8 @@ def test_a_kind_that_attention_has_not():
 
 
 def test_modules_that_cannot_be():
+    with pytest.raises(ValueError, match="size is a ulysses_jax.config.Model, not the"):
+        Transformer({"width": 32}, rngs=nnx.Rngs(0))  # pyright: ignore
     with pytest.raises(
         ValueError, match="'linear', which is no kind.*'full', 'window'"
     ):
