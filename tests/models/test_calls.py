@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -539,6 +540,14 @@ def test_tokens_as_lists():
         model([[1, 2], [3]])
     with pytest.raises(ValueError, match=r"tokens are \[B, T\], and have shape \(2,\)"):
         model([1, 2])
+
+
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0)], ids=["seed", "key"])
+def test_a_seed_is_no_rngs(rngs):
+    makes = [partial(each, MODEL) for each in (Transformer, Layer, FeedForward)]
+    for make in (*makes, lambda rngs: make_stack(Squared, 2, rngs)):
+        with pytest.raises(ValueError, match=r"rngs is a flax.nnx.Rngs, not .*Rngs\(0"):
+            make(rngs=rngs)
 
 
 def test_a_kind_that_attention_has_not():

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax.models.attention import Angles
 from ulysses_jax.weights.gathered import value_of
-from ulysses_jax.weights.parameter import has_letters, is_matrix
+from ulysses_jax.weights.parameter import check_rngs, has_letters, is_matrix
 from ulysses_jax.weights.whole import Unbound, Values, unbind
 
 RunLayer = Callable[..., Float[Array, "B T D"]]
@@ -25,6 +25,7 @@ def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> An
 
     It is a module to look at and to change, not to call: `run_stacks` runs it.
     """
+    check_rngs(rngs)
     stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(size))
     for _, variable in nnx.to_flat_state(nnx.state(stack)):
         # Of another library's parameters: what it is and how it lies is of one layer.

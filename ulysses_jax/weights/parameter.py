@@ -35,8 +35,9 @@ def matrix(
       table: where heads and features lie.
 
     Raises:
-      ValueError: a dim does not divide over the axes that it lies on.
+      ValueError: a dim does not divide over the axes that it lies on; rngs are none.
     """
+    check_rngs(rngs)
     shape = tuple(sizes[letter] for letter in letters)
     spec = _spec(letters, shape, table)
     if layout.is_explicit():
@@ -44,6 +45,15 @@ def matrix(
     else:
         values = layout.lay(jax.random.normal(rngs.params(), shape, jnp.float32), spec)
     return nnx.Param(values * std, letters=letters, table=table, is_matrix=True)
+
+
+def check_rngs(rngs: Any) -> None:
+    """Refuses a seed or a key in the place of `nnx.Rngs`."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(
+            f"rngs is a flax.nnx.Rngs, not {type(rngs).__name__}: give nnx.Rngs(0), or "
+            "nnx.Rngs(jax.random.key(0))"
+        )
 
 
 def vector(
