@@ -75,6 +75,8 @@ def test_a_wrong_product_names_a_remedy_that_works(given):
         (dict(data=2**40, seq=2**40), "whose product is 8"),
         (dict(seq=0), "every degree is a positive number"),
         (dict(seq=-2), "every degree is a positive number"),
+        (dict(seq=4), r"or data=-1; or, .*devices=jax.devices\(\)\[:4\]\)$"),
+        (dict(data=2, sequence=4), "no axis sequence: its axes are data, fsdp, ring"),
     ],
     ids=str,
 )

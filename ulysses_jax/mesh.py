@@ -33,6 +33,7 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
     axis_type: AxisType = AxisType.Auto,
+    **others: Any,
 ) -> Mesh:
     """Makes a mesh with the axes data, fsdp, ring, seq, tensor, outermost first.
 
@@ -50,9 +51,15 @@ def make_mesh(
       A `jax.sharding.Mesh` over all of `devices`.
 
     Raises:
-      ValueError: a degree is no number, the degrees do not multiply to the number of
-        devices, or JAX cannot start a device.
+      ValueError: an axis of another name, a degree is no number, the degrees do not
+        multiply to the number of devices, or JAX cannot start a device.
     """
+    if others:
+        raise ValueError(
+            f"make_mesh has no axis {', '.join(others)}: its axes are "
+            f"{', '.join(AXES)}, and it takes devices= and axis_type="
+        )
+    takes_all = devices is None
     if devices is None:
         try:
             devices = jax.devices()
@@ -71,6 +78,12 @@ def make_mesh(
     try:
         degrees = resolve_degrees(degrees, len(devices))
     except ValueError as error:
+        some = math.prod(degrees.values())
+        if takes_all and 0 < some < len(devices):
+            raise ValueError(
+                f"{error}; or, in Python, make_mesh(..., devices=jax.devices()[:{some}]"
+                ")"
+            ) from None
         if len(devices) > 1 or devices[0].platform != "cpu":
             raise
         raise ValueError(
