@@ -474,6 +474,11 @@ class Summed(Headed):
         return self.embed(tokens).sum(axis=1)
 
 
+class Short(Headed):
+    def features(self, tokens, positions):
+        return self.embed(tokens)
+
+
 class Narrow(Headed):
     def features(self, tokens, positions, segment_ids):
         return self.embed(tokens)[..., :8]
@@ -522,6 +527,7 @@ class Narrow(Headed):
             r"features returned \(4, 16\) for tokens of \(4, 32\) and a head of \(264, "
             r"16\): it must return \(4, 32, 16\)",
         ),
+        (Short, r"Short.features cannot be called with tokens, positions, segment_ids"),
         (Narrow, r"features returned \(4, 32, 8\) .* must return \(4, 32, 16\)"),
     ],
 )

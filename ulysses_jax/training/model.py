@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,6 +37,12 @@ head: float32 `[model.vocab_size, D]`, a parameter, or an array made of one."""
 
 def abstract_model(config: Config, make_model: MakeModel) -> Any:
     """The module, whose parameters are shapes and, on a mesh that is set, shardings."""
+    if isinstance(make_model, nnx.Module) or not callable(make_model):
+        name = type(make_model).__name__
+        raise ValueError(
+            "make_model is called, make_model(config.model, rngs=...), and makes the "
+            f"module: give a class or a function, not a {name} that is made"
+        )
     of = Config(model=config.model, run=Run(seed=config.run.seed))
     kinds = tuple(KINDS.items())
     graph, state = _abstract(of, make_model, kinds, get_abstract_mesh())
@@ -157,6 +164,14 @@ def _check_module(model: Any, vocab_size: int) -> None:
         # A property's own AttributeError is its own to say.
         if part not in {*dir(type(model)), *vars(model)}:
             raise ValueError(f"{name} has no {part}: a model to train has {what}")
+    try:
+        inspect.signature(model.features).bind("tokens", "positions", "segment_ids")
+    except TypeError as error:
+        raise ValueError(
+            f"{name}.features cannot be called with tokens, positions, segment_ids "
+            f"({error}): make it features(self, tokens, positions, segment_ids), where "
+            "segment_ids may be None"
+        ) from None
     _check_parameters(model)
     shape = _head(model).shape
     if len(shape) != 2 or shape[0] != vocab_size:
