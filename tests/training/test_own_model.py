@@ -287,6 +287,16 @@ def test_it_is_loaded_on_other_meshes(page):
         np.testing.assert_allclose(call(loaded_before), want, rtol=0, atol=1e-5)
 
 
+def test_what_is_no_run_s_folder(page):
+    """But lies in one, or is no make_model."""
+    for inside in ("config.yaml", "checkpoints", "checkpoints/10"):
+        with pytest.raises(ValueError, match=f"give the run's folder, '{page.folder}'"):
+            load_run(page.folder / inside, make_model=page.Mine)
+    for make_model in (page.model, "Mine"):
+        with pytest.raises(ValueError, match="give a class or a function, not a .* th"):
+            load_run(page.folder, make_model=make_model)
+
+
 def test_another_class_is_refused(page):
     class Other(page.Mine):
         pass

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 
 from ulysses_jax.config_file import load
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.run_folder import is_run_folder
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.model import (
     MakeModel,
@@ -44,7 +45,9 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run's folder: it has no config.yaml")
+        run = next(filter(is_run_folder, folder.parents), None)
+        remedy = f": give the run's folder, {str(run)!r}" if run else ""
+        raise ValueError(f"{folder} is no run's folder: it has no config.yaml{remedy}")
     config = for_calls(load(folder / "config.yaml"))
 
     def described(variable: Any) -> jax.ShapeDtypeStruct:
