@@ -65,5 +65,5 @@ def refuse_others(saved: dict, wanted: dict, folder: Path) -> None:
         more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ValueError(
             f"{folder} holds other arrays than this run ({'; '.join(differ[:5])}{more})"
-            ": use another --run.folder, or the config it was made with"
+            ": use another run.folder (--run.folder), or the config it was made with"
         )

@@ -254,7 +254,7 @@ class Checkpointer:
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole: {listed}. Put a copy of one "
                 "back; or, to start from step 0, remove that folder or use another "
-                "--run.folder"
+                "run.folder (--run.folder)"
             )
         used = "nothing to resume" if chosen == _NONE else f"using step {chosen}"
         for sentence in broken:
@@ -274,7 +274,7 @@ class Checkpointer:
         if ahead and not self._restored:
             raise ValueError(
                 f"{self.folder} holds checkpoints of steps {ahead} of another run: "
-                "restore from it, or use another --run.folder"
+                "restore from it, or use another run.folder (--run.folder)"
             )
         if step < newest:
             raise ValueError(f"step {step} comes before the one saved last, {newest}")

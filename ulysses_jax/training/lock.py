@@ -55,8 +55,8 @@ class RunLock:
                     raise
                 raise ValueError(
                     f"{self.path.parent} is another run's, {holder}: wait for it to "
-                    "end, or use another --run.folder; if it runs no more, remove "
-                    f"{self.path}"
+                    "end, or use another run.folder (--run.folder); if it runs no "
+                    f"more, remove {self.path}"
                 ) from None
             if _is_at(file, self.path):
                 break

@@ -69,7 +69,9 @@ def check_folder(folder: Path) -> None:
         why = "may not be written"
     else:
         return
-    raise ValueError(f"run.folder {folder}: {there} {why}; use another --run.folder")
+    raise ValueError(
+        f"run.folder {folder}: {there} {why}; use another run.folder (--run.folder)"
+    )
 
 
 def check_space(folder: Path, state_bytes: int, keep: int) -> None:
@@ -95,7 +97,7 @@ def check_space(folder: Path, state_bytes: int, keep: int) -> None:
         raise ValueError(
             f"checkpoints need {gb(needed)} more in {folder} ({keep} to keep and one "
             f"being written, {gb(state_bytes)} each), but {gb(free)} are free: "
-            f"{fewer}free some space or use a --run.folder on another disk"
+            f"{fewer}free some space or use a run.folder (--run.folder) on another disk"
         )
 
 
@@ -126,7 +128,8 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
     if was != now:
         raise ValueError(
             f"the checkpoint is of a {was}, and make_model makes a {now}: give the "
-            "make_model that the run was trained with, or use another --run.folder"
+            "make_model that the run was trained with (train.py makes a Transformer), "
+            "or use another run.folder (--run.folder)"
         )
     model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
     differ = [
@@ -140,7 +143,7 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
     if differ:
         raise ValueError(
             f"the checkpoint is of another model ({'; '.join(differ)}): use another "
-            "--run.folder, or the config it was made with"
+            "run.folder (--run.folder), or the config it was made with"
         )
 
 
