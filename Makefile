@@ -21,7 +21,7 @@ PEER_INSTALLED := .venv-ringattention/installed-for-python-$(VERSION)
 .PHONY: train test test-all check plan test-plan strategies format constraints clean
 
 train: $(INSTALLED)
-	@echo "== training configs/tiny.yaml: a few minutes on 2 cores"
+	@echo "== training configs/tiny.yaml: 4 minutes on 2 cores"
 	$(IN)python train.py --config configs/tiny.yaml
 
 test: $(INSTALLED)

@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
             jax.numpy.ones((2, 2)) + jax.numpy.ones(2)
     assert output.errors == "strict"
     assert rb"caf\udce9.md" in output.buffer.getvalue()
-    return SimpleNamespace(**found, folder=folder / "runs" / "mine")
+    return SimpleNamespace(**found, folder=folder / "runs" / "small")
 
 
 @pytest.fixture(scope="module")
