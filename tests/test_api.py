@@ -120,14 +120,14 @@ def test_the_attention_for_the_platform_is_called(monkeypatch):
     """The devices of the mesh decide, and q, k and the mask with them."""
     asked = []
 
-    def spy(platform, q, k, mask):
-        asked.append((platform, q.shape, k.shape, mask.causal))
+    def spy(name, device, q, k, mask):
+        asked.append((name, device.platform, q.shape, k.shape, mask.causal))
         return reference_attention
 
     monkeypatch.setattr("ulysses_jax.attend.local_attention", spy)
     q, k, v = inputs(8, 4)
     attend(q, k[:, :8], v[:, :8], mesh=make_mesh(seq=8), mask=Mask())
-    assert asked == [("cpu", (B, T, 8, H), (B, 8, 4, H), False)]
+    assert asked == [("auto", "cpu", (B, T, 8, H), (B, 8, 4, H), False)]
 
 
 COMPILED = []

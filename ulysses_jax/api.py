@@ -58,7 +58,7 @@ def ulysses_attention(
       attention: what a device computes, `f(q, k, v, mask=..., scale=...)` on
         `[B, T, N/P, H]`; `mask` is a `ulysses_jax.attention.mask.Mask`. None: the best
         for the mesh's devices that honours the mask
-        (`ulysses_jax.attention.select.local_attention` says which). Over a ring, a
+        (`ulysses_jax.attention.select.choose` says which). Over a ring, a
         `ulysses_jax.attention.parts.Parts`: an attention to some keys at a time.
         Without jit a plain function is compiled once; one that holds something (a
         closure, a method, a module) at every call, as what it holds may have changed.

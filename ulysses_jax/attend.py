@@ -12,18 +12,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import (
-    PARTS,
-    Parts,
-    attention_parts,
-    attention_with_logsumexp,
-)
+from ulysses_jax.attention.parts import PARTS, Parts, attention_with_logsumexp
 from ulysses_jax.attention.select import (
-    ATTENTIONS,
+    attention_parts,
     check_attention,
     local_attention,
 )
-from ulysses_jax.mesh import platform_of
+from ulysses_jax.mesh import device_of
 from ulysses_jax.parallel.all_gather import all_gather
 from ulysses_jax.parallel.hybrid import hybrid
 from ulysses_jax.parallel.megatron import megatron
@@ -88,13 +83,8 @@ def attend(
     if strategy is None:
         strategy = strategy_of(ring, seq)
     check_strategy(strategy, ring, seq)
-    platform = platform_of(mesh)
+    device = device_of(mesh)
     attention = _checked(attention)
-    if attention == "cudnn" and platform not in ("gpu", "cuda"):
-        raise ValueError(
-            f"attention cudnn needs GPUs, and these are {platform} devices: use "
-            "attention auto (of the function: None), or blockwise"
-        )
     if isinstance(scale, jax.Array):
         q = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)
         scale = 1.0
@@ -113,7 +103,7 @@ def attend(
             run = megatron
         if return_logsumexp:
             if isinstance(attention, str):
-                attention = attention_parts(attention, platform, q, k, mask)
+                attention = attention_parts(attention, device, q, k, mask)
             elif not isinstance(attention, Parts):
                 raise ValueError(
                     "a function given as attention returns no logsumexp: give a "
@@ -125,10 +115,10 @@ def attend(
                 f"attention is Parts, but over ring={ring} a device attends to whole "
                 "rows: give f(q, k, v, mask=..., scale=...)"
             )
-        elif attention == "auto":
-            whole = local_attention(platform, q, k, mask)
+        elif isinstance(attention, str):
+            whole = local_attention(attention, device, q, k, mask)
         else:
-            whole = ATTENTIONS[attention] if isinstance(attention, str) else attention
+            whole = attention
         return run(q, k, v, attention=whole, **options)
     if zigzag and not mask.causal:
         raise ValueError(
@@ -160,7 +150,7 @@ def attend(
             tokens = x.shape[1] // num_blocks
             return jax.ShapeDtypeStruct((len(x), tokens, *x.shape[2:]), x.dtype)
 
-        attention = attention_parts(attention, platform, part(q), part(k), mask)
+        attention = attention_parts(attention, device, part(q), part(k), mask)
     elif not isinstance(attention, Parts):
         raise ValueError(
             f"over {members} members a device attends to a block of keys at a time, "

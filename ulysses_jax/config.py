@@ -49,7 +49,7 @@ class Model:
     window where model.window is set, else full."""
     window: int | None = None
     """Layers of kind window attend only to keys fewer than this many positions away."""
-    attention: Literal["auto", "blockwise", "cudnn", "reference"] = "auto"
+    attention: Literal["auto", "cudnn", "mosaic", "blockwise", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
     strategy: Literal["auto"] | Strategy = "auto"
     """How attention reaches all tokens. ulysses: an exchange over seq; ring: blocks of

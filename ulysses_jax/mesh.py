@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -126,12 +126,29 @@ def resolve_degrees(degrees: dict[str, int], num_devices: int) -> dict[str, int]
     return degrees | {axis: num_devices // fixed for axis in free}
 
 
+class Device(NamedTuple):
+    """What a mesh is made of: "cpu" or "gpu", and the model, as JAX names them."""
+
+    platform: str
+    kind: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.platform in ("gpu", "cuda")
+
+
+def device_of(mesh: Mesh | AbstractMesh) -> Device:
+    """The devices of a mesh, all alike; known without one being there."""
+    if isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+    else:
+        device = mesh.abstract_device or jax.devices()[0]
+    return Device(device.platform, device.device_kind)
+
+
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """The platform of a mesh's devices, e.g. "cpu" or "gpu"; known without a device."""
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    device = mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return device_of(mesh).platform
 
 
 def devices_per_host() -> int:

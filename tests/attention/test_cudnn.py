@@ -6,6 +6,7 @@ import functools
 import cudnn_stand_in
 import jax
 import jax.numpy as jnp
+import mosaic_stand_in
 import numpy as np
 import pytest
 from attention_cases import CASES, out_and_gradients
@@ -128,7 +129,7 @@ def test_odd_numbers_of_tokens_have_no_gradient(queries, keys):
 @pytest.mark.parametrize("tokens", [12, 16])
 def test_cudnn_by_name_over_a_ring(monkeypatch, tokens):
     """Over 4 members of 12 tokens each has 3; of 16, the remedy, it has 4."""
-    monkeypatch.setattr(attend_module, "platform_of", lambda mesh: "cuda")
+    mosaic_stand_in.use(monkeypatch)
     mesh = make_mesh(ring=4, devices=jax.devices()[:4])
     x = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float16)
 

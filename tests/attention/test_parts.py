@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES
+from mosaic_stand_in import H100
 from slow import slow_but_for
 
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, attention_parts, join
+from ulysses_jax.attention.parts import PARTS, join
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import attention_parts
 from ulysses_jax.attention.tiling import HIDDEN
+from ulysses_jax.mesh import Device
 
 CUTS = (0, 4, 5, 9)  # where the keys are cut: parts of unlike sizes, one of one key
 
@@ -114,8 +117,9 @@ def test_joined_weights_add_up_however_large_the_logits(size):
 
 def test_by_name():
     q, mask = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), Mask(causal=True)
-    assert attention_parts("auto", "cpu", q, q, mask) is PARTS["blockwise"]
-    assert attention_parts("auto", "gpu", q, q, mask) is PARTS["cudnn"]
-    assert attention_parts("blockwise", "gpu", q, q, mask) is PARTS["blockwise"]
-    with pytest.raises(ValueError, match="reference .* use auto, blockwise or cudnn"):
-        attention_parts("reference", "cpu", q, q, mask)
+    cpu = Device("cpu", "cpu")
+    assert attention_parts("auto", cpu, q, q, mask) is PARTS["blockwise"]
+    assert attention_parts("auto", H100, q, q, mask) is PARTS["cudnn"]
+    assert attention_parts("blockwise", H100, q, q, mask) is PARTS["blockwise"]
+    with pytest.raises(ValueError, match="reference .* use auto, cudnn or mosaic or b"):
+        attention_parts("reference", cpu, q, q, mask)

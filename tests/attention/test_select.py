@@ -4,54 +4,125 @@ import jax
 import jax.numpy as jnp
 import pytest
 from attention_cases import PACKED, SHUFFLED
+from mosaic_stand_in import A100, H100
 
+from ulysses_jax.attention import select
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import cudnn_attention, through_jax_nn
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.select import ATTENTIONS, local_attention
+from ulysses_jax.attention.parts import PARTS
+from ulysses_jax.attention.select import (
+    ATTENTIONS,
+    Choice,
+    attention_parts,
+    choose,
+    local_attention,
+)
+from ulysses_jax.mesh import Device
 
 BF16 = jnp.bfloat16
+CPU, TPU = Device("cpu", "cpu"), Device("tpu", "TPU v5")
 
 
 def shaped(tokens=14, size=64, dtype=BF16):
     return jax.ShapeDtypeStruct((2, tokens, 4, size), dtype)
 
 
-@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(select, "is_installed", lambda: True)
+
+
+@pytest.mark.parametrize("device", [H100, A100])
 @pytest.mark.parametrize(
     "mask", [Mask(), Mask(causal=True), Mask(causal=True, window=4)], ids=repr
 )
-def test_cudnn_on_gpus(platform, mask):
+def test_cudnn_on_gpus(device, mask):
     for dtype in (jnp.bfloat16, jnp.float16):
         for size in (8, 64, 128):
             q = shaped(size=size, dtype=dtype)
-            assert local_attention(platform, q, q, mask) is cudnn_attention
+            assert local_attention("auto", device, q, q, mask) is cudnn_attention
     q, k = shaped(tokens=6), shaped(tokens=14)
-    assert local_attention(platform, q, k, mask) is cudnn_attention
+    assert local_attention("auto", device, q, k, mask) is cudnn_attention
+
+
+OTHERS = {  # what cuDNN through jax.nn has not
+    "documents": (shaped(), Mask(causal=True, **PACKED)),
+    "documents and a window": (shaped(), Mask(causal=True, window=4, **PACKED)),
+    "positions": (shaped(), Mask(causal=True, **SHUFFLED)),
+    "a window on both sides": (shaped(), Mask(window=4)),
+    "head size 256": (shaped(size=256), Mask(causal=True)),
+    "head size 12": (shaped(size=12), Mask(causal=True)),
+    "from 13 queries": (shaped(tokens=13), Mask(causal=True)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_mosaic_on_hopper_for_the_rest(installed, name):
+    q, mask = OTHERS[name]
+    assert choose("auto", H100, q, q, mask) == Choice("mosaic")
+    assert local_attention("auto", H100, q, q, mask) is ATTENTIONS["mosaic"]
+    assert attention_parts("auto", H100, q, q, mask) is PARTS["mosaic"]
 
 
 @pytest.mark.parametrize(
-    "platform, q, mask",
+    "device, q, why",
     [
-        ("cpu", shaped(), Mask(causal=True)),
-        ("tpu", shaped(), Mask(causal=True)),
-        ("cuda", shaped(dtype=jnp.float32), Mask(causal=True)),
-        ("cuda", shaped(size=12), Mask(causal=True)),
-        ("cuda", shaped(size=256), Mask(causal=True)),
-        ("cuda", shaped(), Mask(causal=True, **PACKED)),
-        ("cuda", shaped(), Mask(causal=True, **SHUFFLED)),
-        ("cuda", shaped(), Mask(window=4)),
-        ("cuda", shaped(tokens=13), Mask(causal=True)),
+        (
+            A100,
+            shaped(),
+            "cuDNN has not documents .*Mosaic not a GPU that is no Hopper",
+        ),
+        (H100, shaped(dtype=jnp.float32), "cuDNN has not products in float32"),
+        (H100, shaped(size=264), "head size 264"),
     ],
 )
-def test_blockwise_everywhere_else(platform, q, mask):
-    assert local_attention(platform, q, q, mask) is blockwise_attention
+def test_what_is_slow_on_a_gpu_says_so(installed, device, q, why):
+    mask = Mask(causal=True, **PACKED)
+    with pytest.warns(UserWarning, match=f"tens of times slower .*{why}"):
+        assert local_attention("auto", device, q, q, mask) is blockwise_attention
+    with pytest.warns(UserWarning, match=why):
+        assert attention_parts("auto", device, q, q, mask) is PARTS["blockwise"]
+    assert local_attention("blockwise", device, q, q, mask) is blockwise_attention
 
 
-def test_blockwise_for_a_window_with_more_queries_than_keys():
-    mask = Mask(causal=True, window=4)
-    chosen = local_attention("cuda", shaped(tokens=18), shaped(tokens=6), mask)
-    assert chosen is blockwise_attention
+@pytest.mark.parametrize("device", [CPU, TPU])
+def test_blockwise_on_other_devices(device):
+    for q, mask in (*OTHERS.values(), (shaped(), Mask(causal=True))):
+        assert local_attention("auto", device, q, q, mask) is blockwise_attention
+
+
+@pytest.mark.parametrize(
+    "name, device, q, message",
+    [
+        (
+            "auto",
+            H100,
+            shaped(),
+            "documents in a row, .*not installed: use Python 3.12",
+        ),
+        (
+            "mosaic",
+            H100,
+            shaped(),
+            "mosaic is not installed: use Python 3.12 .*tokamax",
+        ),
+        ("mosaic", A100, shaped(), "no kernel for a GPU that is no Hopper .*A100.*use"),
+        ("mosaic", H100, shaped(dtype=jnp.float32), "for products in float32: use"),
+        ("mosaic", CPU, shaped(), "mosaic needs GPUs, and these are cpu devices: use"),
+        ("cudnn", CPU, shaped(), "cudnn needs GPUs, and these are cpu devices: use"),
+        (
+            "flash",
+            H100,
+            shaped(),
+            "no attention 'flash': use 'auto', 'cudnn', 'mosaic'",
+        ),
+    ],
+)
+def test_refused_before_anything_is_compiled(monkeypatch, name, device, q, message):
+    monkeypatch.setattr(select, "is_installed", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        choose(name, device, q, q, Mask(causal=True, **PACKED))
 
 
 @pytest.mark.parametrize(
@@ -87,4 +158,4 @@ def test_cudnn_is_asked_for_what_xla_is(monkeypatch):
 
 
 def test_names_for_a_config():
-    assert list(ATTENTIONS) == ["blockwise", "cudnn", "reference"]
+    assert list(ATTENTIONS) == ["cudnn", "mosaic", "blockwise", "reference"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mosaic_stand_in import H100
 from slow import slow_but_for
 from strategy_cases import (
     FULL_MASKS,
@@ -35,6 +36,7 @@ from strategy_cases import (
 from ulysses_jax import attend as attend_module
 from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
+from ulysses_jax.attention import select
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, Parts
 from ulysses_jax.attention.reference import reference_attention
@@ -253,8 +255,8 @@ def test_half_blocks_that_are_not_whole_are_refused():
         (32, False, "cudnn"),
         (32, True, "cudnn"),
         (24, False, "cudnn"),
-        (24, True, "blockwise"),  # half-blocks of 3, which cuDNN does not pull back
-        (12, False, "blockwise"),  # blocks of 3
+        (24, True, "mosaic"),  # half-blocks of 3, which cuDNN does not pull back
+        (12, False, "mosaic"),  # blocks of 3
     ],
 )
 def test_an_attention_is_chosen_for_what_it_is_called_on(
@@ -263,7 +265,8 @@ def test_an_attention_is_chosen_for_what_it_is_called_on(
     def chosen(*_, parts, **options):
         return parts
 
-    monkeypatch.setattr(attend_module, "platform_of", lambda mesh: "cuda")
+    monkeypatch.setattr(attend_module, "device_of", lambda mesh: H100)
+    monkeypatch.setattr(select, "is_installed", lambda: True)
     monkeypatch.setitem(attend_module.BY_BLOCKS, strategy, chosen)
     x = jax.ShapeDtypeStruct((1, tokens, 4, 64), jnp.bfloat16)
     parts = attend(

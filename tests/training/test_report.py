@@ -16,10 +16,16 @@ def dot_product_attention_fwd(q):
     return q + 1
 
 
+def flash_attention_sm90(q):
+    """Likewise, of tokamax's kernel."""
+    return q + 1
+
+
 @pytest.mark.parametrize(
     "chosen, platform, runs, name",
     [
         ("auto", "gpu", dot_product_attention_fwd, "cudnn"),
+        ("auto", "gpu", flash_attention_sm90, "mosaic"),
         ("auto", "gpu", jnp.sin, "blockwise"),
         ("auto", "cpu", jnp.sin, "blockwise"),
         ("reference", "cpu", jnp.sin, "reference"),

@@ -12,16 +12,23 @@ from ulysses_jax.attention.mask import Mask
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def cudnn_can(q: Array, k: Array, mask: Mask) -> bool:
-    """Whether cuDNN through jax.nn has this dtype, head size, length and mask."""
-    return (
-        q.dtype in DTYPES
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and q.shape[1] % 2 == k.shape[1] % 2 == 0  # odd ones have no gradient there
-        and mask.is_by_index
-        and (mask.window is None or (mask.causal and q.shape[1] <= k.shape[1]))
-    )
+def cudnn_lacks(q: Array, k: Array, mask: Mask) -> str | None:
+    """What cuDNN through jax.nn has no attention for; None where it has one."""
+    if q.dtype not in DTYPES:
+        return f"products in {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"head size {q.shape[-1]}"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return f"a gradient from {q.shape[1]} queries to {k.shape[1]} keys"
+    if mask.q_segment_ids is not None:
+        return "documents in a row"
+    if mask.q_positions is not None:
+        return "positions"
+    if mask.window is not None and not mask.causal:
+        return "a window on both sides"
+    if mask.window is not None and q.shape[1] > k.shape[1]:
+        return "a window with more queries than keys"
+    return None
 
 
 def cudnn_attention(

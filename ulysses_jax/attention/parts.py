@@ -15,10 +15,10 @@ from ulysses_jax.attention.blockwise import (
 )
 from ulysses_jax.attention.cudnn import (
     cudnn_attention_with_logsumexp,
-    cudnn_can,
     cudnn_gradients,
 )
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.mosaic import mosaic_gradients, mosaic_statistics
 
 Statistics = tuple[Float[Array, "B T N H"], Float[Array, "2 B N T"]]
 
@@ -91,34 +91,46 @@ class Parts(NamedTuple):
         return dq, dk, dv
 
 
-def attention_with_logsumexp(
-    parts: Parts,
-) -> Callable[..., Any]:
-    """`f(q, k, v, mask=, scale=) -> (out, logsumexp)` whose gradients are of both."""
+def attention_of(parts: Parts) -> Callable[..., Any]:
+    """`f(q, k, v, mask=, scale=) -> out`, of parts that attend to all keys at once.
 
-    def attention(q, k, v, *, mask: Mask, scale):
-        return _attend(parts, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
+    Keeps out and logsumexp for the backward pass under the names "attention_out" and
+    "attention_logsumexp".
+    """
+
+    def attention(q, k, v, *, mask: Mask, scale: float | None = None):
+        return _attend(parts, False, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
 
     return attention
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(parts: Parts, scale, q, k, v, mask):
-    return _forward(parts, scale, q, k, v, mask)[0]
+def attention_with_logsumexp(parts: Parts) -> Callable[..., Any]:
+    """`f(q, k, v, mask=, scale=) -> (out, logsumexp)` whose gradients are of both."""
+
+    def attention(q, k, v, *, mask: Mask, scale):
+        return _attend(parts, True, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
+
+    return attention
 
 
-def _forward(parts: Parts, scale, q, k, v, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(parts: Parts, with_logsumexp: bool, scale, q, k, v, mask):
+    return _forward(parts, with_logsumexp, scale, q, k, v, mask)[0]
+
+
+def _forward(parts: Parts, with_logsumexp: bool, scale, q, k, v, mask):
     out, logsumexp = parts.statistics(q, k, v, mask=mask, scale=scale)
     out = checkpoint_name(out.astype(q.dtype), "attention_out")
     logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
-    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+    results = (out, logsumexp) if with_logsumexp else out
+    return results, (q, k, v, mask, out, logsumexp)
 
 
-def _backward(parts: Parts, scale, residuals, upstream):
+def _backward(parts: Parts, with_logsumexp: bool, scale, residuals, upstream):
     q, k, v, mask, *statistics = residuals
-    gradients = parts.gradients_of_both(
-        q, k, v, *statistics, *upstream, mask=mask, scale=scale
-    )
+    pull = parts.gradients_of_both if with_logsumexp else parts.gradients
+    upstream = upstream if with_logsumexp else (upstream,)
+    gradients = pull(q, k, v, *statistics, *upstream, mask=mask, scale=scale)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
 
 
@@ -126,23 +138,7 @@ _attend.defvjp(_forward, _backward)
 
 
 PARTS = {
-    "blockwise": Parts(blockwise_statistics, blockwise_gradients),
     "cudnn": Parts(cudnn_attention_with_logsumexp, cudnn_gradients),
+    "mosaic": Parts(mosaic_statistics, mosaic_gradients),
+    "blockwise": Parts(blockwise_statistics, blockwise_gradients),
 }
-
-
-def attention_parts(name: str, platform: str, q: Array, k: Array, mask: Mask) -> Parts:
-    """By a config's name; "auto" is the fastest for these shapes, mask and devices.
-
-    Raises:
-      ValueError: the dense reference, which has no parts.
-    """
-    if name == "auto":
-        is_gpu = platform in ("gpu", "cuda")
-        name = "cudnn" if is_gpu and cudnn_can(q, k, mask) else "blockwise"
-    if name not in PARTS:
-        raise ValueError(
-            f"model.attention {name} cannot attend to some keys at a time: use auto, "
-            + " or ".join(PARTS)
-        )
-    return PARTS[name]

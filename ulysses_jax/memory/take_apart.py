@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import attention_parts, join
+from ulysses_jax.attention.parts import join
+from ulysses_jax.attention.select import attention_parts
 from ulysses_jax.config import Memory
 from ulysses_jax.memory.block_attention import Pieces
-from ulysses_jax.mesh import platform_of
+from ulysses_jax.mesh import device_of
 from ulysses_jax.parallel.exchange import (
     HeadLayout,
     head_layout,
@@ -210,8 +211,8 @@ def take_apart(
         return layer.add_feed_forward(x + layer.attention.project_out(out))
 
     def parts(q, k, mask):
-        platform = platform_of(get_abstract_mesh())
-        return attention_parts(model.attention, platform, q, k, mask)
+        device = device_of(get_abstract_mesh())
+        return attention_parts(model.attention, device, q, k, mask)
 
     def statistics(q, k, v, *where):
         seen = blocks.mask(rows, segment_ids, *where)

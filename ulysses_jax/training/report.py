@@ -12,7 +12,8 @@ from ulysses_jax.sharding import ZERO, zero_axes
 from ulysses_jax.strategies import shared_out
 from ulysses_jax.training.state import TrainState
 
-_CUDNN = "dot_product_attention_fwd"  # the primitive behind jax.nn's
+# What a traced program calls where these attend: jax.nn's primitive, tokamax's kernel.
+_CALLED = {"cudnn": "dot_product_attention_fwd", "mosaic": "flash_attention_sm90"}
 
 
 def describe(config: Config, state: TrainState, attention: str) -> list[str]:
@@ -103,8 +104,9 @@ def attention_of(config: Config, platform: str, step: jax.stages.Traced) -> str:
     if config.model.attention != "auto":
         return config.model.attention
     # On GPUs the mask and the shapes decide: the program itself says what they did.
-    is_gpu = platform in ("gpu", "cuda")
-    return "cudnn" if is_gpu and _CUDNN in str(step.jaxpr) else "blockwise"
+    text = str(step.jaxpr) if platform in ("gpu", "cuda") else ""
+    names = [name for name, called in _CALLED.items() if called in text]
+    return " and ".join(names) or "blockwise"
 
 
 def _memory(config: Config) -> str:

@@ -1,0 +1,146 @@
+"""Gradients of attention tile by tile: a kernel is called on those that are not empty.
+
+A kernel that hides what a mask hides, but computes it, does the work of all pairs. Here
+it is called on tiles of some queries and some keys, several in a call, and only on
+tiles in which a query sees a key.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ulysses_jax.attention.ranges import KeyRanges
+
+
+class TileList(NamedTuple):
+    """The tiles that are not empty, those of one block of queries after another.
+
+    Attributes:
+      q, kv: int32, the blocks of each tile; past `number` they mean nothing.
+      number: how many there are.
+    """
+
+    q: Int[Array, "tiles"]
+    kv: Int[Array, "tiles"]
+    number: Int[Array, ""]
+
+
+def tiles_of(ranges: KeyRanges, block_tokens: int, num_kv_blocks: int) -> TileList:
+    """The tiles of any row in which a query sees a key, or might.
+
+    Args:
+      ranges: of a multiple of `block_tokens` queries.
+      block_tokens: of queries, and of keys.
+    """
+    batch, num_q = ranges.start.shape
+    blocks = batch, num_q // block_tokens, block_tokens
+    start, stop = (x.reshape(blocks) for x in (ranges.start, ranges.stop))
+    sees = start < stop
+    first = jnp.where(sees, start // block_tokens, num_kv_blocks).min(axis=(0, 2))
+    last = jnp.where(sees, (stop - 1) // block_tokens, -1).max(axis=(0, 2))
+    counts = jnp.maximum(last - first + 1, 0)
+    ends = jnp.cumsum(counts)
+    tile = jnp.arange(blocks[1] * num_kv_blocks, dtype=jnp.int32)
+    q = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+    q = jnp.minimum(q, blocks[1] - 1)
+    kv = first[q] + tile - (ends - counts)[q]
+    return TileList(q, kv.astype(jnp.int32), ends[-1])
+
+
+def gradients_by_tiles(
+    pull: Callable[..., tuple[Array, Array, Array]],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
+    logsumexp: Float[Array, "B N T"],
+    dout: Float[Array, "B T N H"],
+    ranges: KeyRanges,
+    *,
+    block_tokens: int,
+    tiles_at_once: int,
+) -> tuple[Array, Array, Array]:
+    """Float32 dq, dk, dv, summed over tiles in an order that is always the same.
+
+    Args:
+      pull: `f(q, k, v, out, logsumexp, dout, start, stop) -> (dq, dk, dv)` of one tile
+        a row: a flash attention's backward pass where a query sees the tile's keys
+        [start, stop).
+      out, logsumexp: over all keys of a query.
+
+    Cost: `pull` computes `block_tokens`**2 pairs a tile, and `tiles_at_once` - 1 tiles
+    at most beside those that are not empty.
+    """
+    batch, num_q, num_kv = len(q), q.shape[1], k.shape[1]
+    q_blocks = -(-num_q // block_tokens)
+    kv_blocks = -(-num_kv // block_tokens)
+
+    def split(x: Array, axis: int, blocks: int) -> Float[Array, "blocks B ..."]:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = 0, blocks * block_tokens - x.shape[axis]
+        x = jnp.pad(x, widths) if widths[axis][1] else x
+        x = x.reshape(*x.shape[:axis], blocks, block_tokens, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # Queries of padding see nothing: [0, 0).
+    of_q = (
+        *(split(x, 1, q_blocks) for x in (q, out, dout)),
+        split(logsumexp, 2, q_blocks),
+    )
+    starts, stops = (split(x, 1, q_blocks) for x in ranges[:2])
+    of_kv = tuple(split(x, 1, kv_blocks) for x in (k, v))
+    tiles = tiles_of(
+        KeyRanges(_joined(starts), _joined(stops), ranges.in_order),
+        block_tokens,
+        kv_blocks,
+    )
+
+    def some_tiles(carry):
+        step, dq, dk, dv = carry
+        at = step * tiles_at_once + jnp.arange(tiles_at_once)
+        is_tile = at < tiles.number
+        at = jnp.minimum(at, tiles.q.size - 1)
+        i = jnp.where(is_tile, tiles.q[at], 0)
+        j = jnp.where(is_tile, tiles.kv[at], 0)
+
+        def rows(x, blocks):  # tiles are rows of one call
+            x = x[blocks]
+            return x.reshape(-1, *x.shape[2:])
+
+        queries, outs, douts, logsumexps = (rows(x, i) for x in of_q)
+        keys, values = (rows(x, j) for x in of_kv)
+        first = (j * block_tokens)[:, None, None]
+        start, stop = (
+            jnp.clip(x[i] - first, 0, block_tokens) * is_tile[:, None, None]
+            for x in (starts, stops)
+        )
+        start, stop = (x.reshape(-1, block_tokens) for x in (start, stop))
+        parts = pull(queries, keys, values, outs, logsumexps, douts, start, stop)
+        dqs, dks, dvs = (
+            x.astype(jnp.float32).reshape(tiles_at_once, batch, *x.shape[1:])
+            for x in parts
+        )
+        # One after another: two tiles may share a block.
+        for tile in range(tiles_at_once):
+            dq = dq.at[i[tile]].add(dqs[tile])
+            dk = dk.at[j[tile]].add(dks[tile])
+            dv = dv.at[j[tile]].add(dvs[tile])
+        return step + 1, dq, dk, dv
+
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (of_q[0], *of_kv))
+    _, *sums = lax.while_loop(
+        lambda carry: carry[0] * tiles_at_once < tiles.number,
+        some_tiles,
+        (jnp.int32(0), *zeros),
+    )
+    dq, dk, dv = map(_joined, sums)
+    return dq[:, :num_q], dk[:, :num_kv], dv[:, :num_kv]
+
+
+def _joined(x: Array) -> Array:
+    """Blocks of dim 0 back into dim 1."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
