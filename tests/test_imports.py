@@ -17,6 +17,8 @@ COSTS = {
         "collectives",
         "head_chunks",
         "hlo",
+        "kernels",
+        "pairs",
         "predict",
         "reckoning",
         "targets",
@@ -50,7 +52,7 @@ ALLOWED = {
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
-ALLOWED["costs"] = BASE | {"parallel", "placement"}
+ALLOWED["costs"] = ATTENTION | {"placement"}
 ALLOWED["training"] = (
     ALLOWED["memory"]
     | ALLOWED["costs"]

@@ -81,6 +81,9 @@ class Data:
     """Of the bytes, as whole files and the end of one."""
     mask_documents: bool = True
     """Documents packed into one sequence do not see each other."""
+    document_tokens: int | None = None
+    """The mean length of a document, by which the plan counts attention's work; null:
+    as if a sequence were one."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ tiles in which a query sees a key.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -131,11 +132,12 @@ def gradients_by_tiles(
         return step + 1, dq, dk, dv
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (of_q[0], *of_kv))
-    _, *sums = lax.while_loop(
-        lambda carry: carry[0] * tiles_at_once < tiles.number,
-        some_tiles,
-        (jnp.int32(0), *zeros),
-    )
+    with jax.named_scope("attention_by_tiles"):  # which a plan looks for
+        _, *sums = lax.while_loop(
+            lambda carry: carry[0] * tiles_at_once < tiles.number,
+            some_tiles,
+            (jnp.int32(0), *zeros),
+        )
     dq, dk, dv = map(_joined, sums)
     return dq[:, :num_q], dk[:, :num_kv], dv[:, :num_kv]
 

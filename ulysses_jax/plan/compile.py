@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import check_offload, memory_stats
-from ulysses_jax.mesh import make_mesh, resolve_degrees
+from ulysses_jax.mesh import Device, device_of, make_mesh, resolve_degrees
 from ulysses_jax.plan.collectives import (
     find_collectives,
     moving_loops_of_unknown_trips,
@@ -25,8 +25,10 @@ from ulysses_jax.plan.collectives import (
 from ulysses_jax.plan.head_chunks import place_on
 from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
 from ulysses_jax.plan.host import host_moves
+from ulysses_jax.plan.kernels import attention_of_kinds
 from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
+from ulysses_jax.plan.pairs import pairs_of
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import traffic, unexpected
 from ulysses_jax.training.state import (
@@ -57,6 +59,8 @@ class Program:
     """Abstract, with shardings on the mesh."""
     gradients: dict[str, Any]
     """Likewise, as a step sums them."""
+    device: Device
+    """What it runs on."""
     compile_seconds: float
     """Tracing, lowering and compiling."""
 
@@ -133,7 +137,8 @@ def compile_on(
     stats = memory_stats(compiled)
     check_offload(host_bytes(config, state), stats, platform)
     seconds = time.monotonic() - started
-    return Program(text, stats, config, dict(mesh.shape), state, gradients, seconds)
+    degrees, device = dict(mesh.shape), device_of(mesh)
+    return Program(text, stats, config, degrees, state, gradients, device, seconds)
 
 
 def analyse(
@@ -147,14 +152,14 @@ def analyse(
     Returns:
       `mesh`, `num_devices`, `sequence_tokens`, `batch_size`, `compile_seconds`;
       `memory`, `traffic`, `overlap`, `copies`, `host_moves` (see the functions of those
-      names);
+      names); `attention`, what attends in each kind of layer (`attention_of_kinds`);
       `attention_flops`, `matmul_flops` (as compiled, recomputation included); and
       `warnings`: what the program sends beside the formulas, what could not be read.
     """
     config, degrees = program.config, program.degrees
     training = config.training
     assert training.accumulation_steps
-    module = parse(program.text)
+    module = parse(program.text, pairs_of(config))
     collectives = find_collectives(module, degrees, gpus_per_host)
     entry = module.computations[module.entry]
     layer_runs = config.model.num_layers * training.accumulation_steps
@@ -178,6 +183,7 @@ def analyse(
             host_memory_bytes,
         ),
         "traffic": rows,
+        "attention": attention_of_kinds(config, program.device),
         "overlap": overlap(module, collectives),
         "copies": copies(module, collectives, layer_runs),
         "host_moves": moves,

@@ -7,7 +7,8 @@ from ulysses_jax.config import Config
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.parallel.ulysses import head_chunk_counts
 from ulysses_jax.placement import place
-from ulysses_jax.plan.predict import link_seconds, step_flops, visible_pairs
+from ulysses_jax.plan.pairs import pairs_of
+from ulysses_jax.plan.predict import link_seconds, step_flops
 from ulysses_jax.plan.reckoning import share_outside
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import received_by
@@ -71,7 +72,8 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     attention = flops["attention"] / part / (peak * target.attention_efficiency)
     layer = attention + flops["matmul"] / part / (peak * target.matmul_efficiency)
 
-    pairs = [visible_pairs(config.padded_tokens(), each) for each in model.windows()]
+    span = config.padded_tokens()
+    pairs = [pairs_of(config, (each,)).visible(span) for each in model.windows()]
     spared = [attention * each / statistics.fmean(pairs) for each in pairs]
 
     def seconds(chunks: int) -> float:

@@ -10,6 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ulysses_jax.plan.pairs import Pairs
+
+# How attention through Mosaic kernels is named: the loop over the backward pass's tiles
+# (`attention.by_tiles`), and tokamax's forward kernel.
+BY_TILES, FORWARD = "attention_by_tiles", "flash_attention"
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # others say it: bf16, s32, f8e4m3fn, c64
 
 
@@ -114,6 +120,8 @@ class Module:
     """How often a computation runs a step; loops count their trips, nested ones too."""
     unknown_trips: tuple[str, ...] = ()
     """Loops whose trips XLA does not know: counted once."""
+    pairs: Pairs | None = None
+    """Of the mask that its attention is given as ranges; None: all pairs are seen."""
 
     def top_level(self) -> Iterator[tuple[Computation, Instruction]]:
         """Instructions that run by themselves, not inside a fusion or a reduction."""
@@ -130,8 +138,8 @@ class Module:
                     yield computation, each
 
 
-def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`.
+def parse(text: str, pairs: Pairs | None = None) -> Module:
+    """Reads `compiled.as_text()`, of a step whose mask leaves these pairs.
 
     Raises:
       ValueError: no entry computation: not HLO text.
@@ -154,7 +162,7 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY")
     runs, unknown = _count_runs(computations, entry)
-    return Module(entry, computations, runs, unknown)
+    return Module(entry, computations, runs, unknown, pairs)
 
 
 def arrays_of(type_text: str) -> tuple[Array, ...]:
@@ -205,8 +213,19 @@ def matmul_flops(module: Module, computation: Computation, each: Instruction) ->
 
 
 def attention_flops(module: Module, computation: Computation, each: Instruction) -> int:
-    """FLOPs of a cuDNN attention call: two products forward, five backward."""
+    """FLOPs of an attention call: cuDNN's two products forward, five backward; of
+    Mosaic's kernels by the pairs that the module's mask leaves."""
     target = each.custom_call_target
+    if BY_TILES in each.op_name and each.opcode == "while":
+        # Two kernels on tiles: seven products, of all pairs of a tile.
+        blocks, batch, block, heads, size = _accumulator(each)
+        tiles = module.pairs.tiles(blocks, block) if module.pairs else blocks**2
+        return int(7 * 2 * batch * tiles * block**2 * heads * size)
+    if "mosaic_gpu" in target and FORWARD in each.op_name:
+        batch, q_tokens, heads, size = each.arrays[0].dims
+        fraction = module.pairs.fraction(q_tokens) if module.pairs else 1
+        keys = computation.by_name[each.operands[1]].arrays[0].dims[1]
+        return int(2 * 2 * batch * q_tokens * keys * fraction * heads * size)
     if "fmha" in target.lower():
         q = computation.by_name[each.operands[0]].arrays[0].dims
         k = computation.by_name[each.operands[1]].arrays[0].dims
@@ -220,6 +239,11 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
             pairs = q_tokens * int(window) - int(window) ** 2 / 2
         return int(products * 2 * batch * pairs * heads * size)
     return _flops_inside(module, each, attention_flops)
+
+
+def _accumulator(loop: Instruction) -> tuple[int, ...]:
+    """Dims of dq, `[blocks, B, block tokens, N, H]`, which a loop over tiles adds to."""
+    return next(x.dims for x in loop.arrays if x.dtype == "f32" and len(x.dims) == 5)
 
 
 def _flops_inside(module: Module, each: Instruction, flops: Callable[..., int]) -> int:

@@ -4,6 +4,8 @@ from typing import Any
 
 from ulysses_jax.config import Config, Model
 from ulysses_jax.parallel.exchange import head_layout
+from ulysses_jax.plan.kernels import tile_products
+from ulysses_jax.plan.pairs import pairs_of
 from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.traffic import feed_forward_is_tiled, num_passes
 
@@ -49,6 +51,13 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     devices = plan["num_devices"]
     flops = step_flops(config, config.padded_tokens())
     matmul = (flops["matmul"] + flops["matmul_recompute"]) / devices
+    query_width = config.model.num_heads * (config.model.head_size or 0)
+    flops["attention_recompute"] += (
+        2.0
+        * tile_products(config, plan["attention"])
+        * query_width
+        * config.training.batch_size
+    )
     attention = flops["attention"] + flops["attention_recompute"]
     attention *= _head_padding(config) / devices
     peak = target.peak_flops_per_second(config.model.compute_dtype)
@@ -122,8 +131,8 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
 
     `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
     multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
-    and 4 backward; a layer's window narrows it; documents packed into a sequence are
-    counted as one; heads that pad N to a multiple of seq are not counted.
+    and 4 backward; a layer's window narrows it, and documents packed into a sequence
+    do (`pairs.Pairs`); heads that pad N to a multiple of seq are not counted.
     `*_recompute`: what rematerialisation, and flash attention's backward (T^2 N H
     more), do again.
     """
@@ -140,8 +149,7 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     layers = model.num_layers * layer
     head = model.width * model.vocab_size
     # One product of all visible pairs, over batch and layers.
-    pairs = sum(visible_pairs(span, window) for window in model.windows())
-    product = 2 * pairs * query_width * training.batch_size
+    product = 2 * pairs_of(config).visible(span) * query_width * training.batch_size
     again = num_passes(config) > 2
     # Nothing reads what the feed-forward of a recomputed layer makes; its backward pass
     # reads the hidden activations, and in tiles makes them again, whether the layer is
@@ -157,13 +165,6 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
         # Kept out and logsumexp: the backward pass calls no forward.
         "attention_recompute": (1.0 + 2.0 * attention_again) * product,
     }
-
-
-def visible_pairs(span: int, window: int | None) -> float:
-    """Pairs of a query and a key under a causal mask, a token's own counted as half."""
-    if window is None or window >= span:
-        return span * span / 2
-    return span * window - window * window / 2
 
 
 def check_kinds(model: Model) -> None:

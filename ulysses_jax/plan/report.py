@@ -44,6 +44,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         _print_reckoning(plan["reckoning"], console)
     if "auto" in plan:
         _print_auto(plan, console)
+    _print_attention(plan["attention"], console)
     _print_memory(plan["memory"], console)
     console.print(verdict(plan), style="bold green" if plan["fits"] else "bold red")
     _print_traffic(plan, console)
@@ -56,6 +57,16 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         )
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", style="yellow")
+
+
+def _print_attention(rows: list[dict[str, Any]], console: Console) -> None:
+    for row in rows:
+        console.print(
+            f"attention of {row['layers']} layers of kind {row['kind']}: "
+            f"{row['kernel']}, {row['pairs_fraction']:.2%} of all pairs of tokens"
+        )
+        if row["why"]:
+            console.print(f"warning: slow there: {row['why']}", style="yellow")
 
 
 def _parts(number: int) -> str:

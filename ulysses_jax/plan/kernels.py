@@ -1,0 +1,91 @@
+"""Which kernel attends in the layers of each kind, and how many pairs it computes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.mosaic import BLOCK_TOKENS
+from ulysses_jax.attention.select import choose
+from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.mesh import Device
+from ulysses_jax.plan.pairs import pairs_of
+
+
+def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
+    """What `attention.select.choose` says, as `attend` asks it.
+
+    Args:
+      config: placed on its mesh.
+
+    Returns:
+      For every kind of layer `kind`, `layers` (how many there are), `kernel`, `why` (no
+      faster one; "" where there is none) and `pairs_fraction`, of T x T, that its mask
+      leaves in the mean.
+
+    Raises:
+      ValueError: as `choose`.
+    """
+    model = config.model
+    kinds = model.kinds()
+    rows = []
+    for kind in dict.fromkeys(kinds):
+        window = model.window if kind == "window" else None
+        choice = choose(model.attention, device, *_asked(config, window))
+        rows.append(
+            {
+                "kind": kind,
+                "layers": kinds.count(kind),
+                "kernel": choice.name,
+                "why": choice.why,
+                "pairs_fraction": pairs_of(config, (window,)).fraction(
+                    config.padded_tokens()
+                ),
+            }
+        )
+    return rows
+
+
+def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:
+    """Products of one pair each that Mosaic's backward passes compute beyond the five
+    of every visible pair: seven of all pairs of their tiles; a row, over layers."""
+    span = config.padded_tokens()
+    more = 0.0
+    for row in kernels:
+        if row["kernel"] == "mosaic":
+            window = config.model.window if row["kind"] == "window" else None
+            pairs = pairs_of(config, (window,))
+            tiles = pairs.tiles(-(-span // BLOCK_TOKENS), BLOCK_TOKENS)
+            beyond = 7 * tiles * BLOCK_TOKENS**2 - 5 * pairs.visible(span)
+            more += row["layers"] * beyond
+    return more
+
+
+def _asked(config: Config, window: int | None) -> tuple[Any, Any, Mask]:
+    """q, k and mask as a device attends: shapes alone."""
+    model, tokens = config.model, config.padded_tokens()
+    assert model.num_kv_heads and model.head_size
+    members = config.mesh.ring
+    if model.strategy == "all_gather":
+        members = config.mesh.seq
+    by_parts = members > 1 or in_pieces(model, config.memory)
+    tokens //= members * (2 if model.zigzag else 1)
+    q, k = (
+        jax.ShapeDtypeStruct(
+            (1, tokens, heads, model.head_size), jnp.dtype(model.compute_dtype)
+        )
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    segments = ids if config.data.mask_documents else None
+    positions = ids if by_parts and window is not None else None
+    mask = Mask(
+        causal=True,
+        window=window,
+        q_segment_ids=segments,
+        kv_segment_ids=segments,
+        q_positions=positions,
+        kv_positions=positions,
+    )
+    return q, k, mask
