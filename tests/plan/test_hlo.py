@@ -15,7 +15,8 @@ from ulysses_jax.plan.hlo import (
     tuple_items,
 )
 from ulysses_jax.plan.memory import estimated_extras, large_buffers
-from ulysses_jax.plan.overlap import copies, overlap
+from ulysses_jax.plan.overlap import copies, is_attention_kernel, overlap
+from ulysses_jax.plan.pairs import Pairs
 
 DEGREES = dict(data=1, fsdp=2, ring=1, seq=4, tensor=1)
 
@@ -189,6 +190,38 @@ ENTRY %main (q: bf16[1,64,4,8], k: bf16[1,64,2,8]) -> bf16[1,4,64,8] {
     extras = {e["name"]: e["bytes"] for e in estimated_extras(module, [])}
     assert extras["cuDNN workspace"] == 4 * 64 * 4 * 8
     assert "NCCL buffers" not in extras
+
+
+def test_attention_flops_of_ranges():
+    """Forward by the pairs that the mask leaves, backward by the tiles that hold one."""
+    text = """HloModule m
+%body (b: (s32[], f32[4,2,8,6,16])) -> (s32[], f32[4,2,8,6,16]) {
+  ROOT %b = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(0)
+}
+%cond (c: (s32[], f32[4,2,8,6,16])) -> pred[] {
+  %c = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(0)
+  ROOT %p = pred[] constant(false)
+}
+ENTRY %main (q: bf16[2,32,6,16], k: bf16[2,32,2,16], s: (s32[], f32[4,2,8,6,16])) -> f32[] {
+  %q = bf16[2,32,6,16]{3,2,1,0} parameter(0)
+  %k = bf16[2,32,2,16]{3,2,1,0} parameter(1)
+  %s = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(2)
+  %f = (bf16[2,32,6,16]{3,2,1,0}, f32[2,6,32]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/vmap()/flash_attention_sm90"}
+  %w = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) while(%s), condition=%cond, body=%body, metadata={op_name="jit(step)/attention_by_tiles/while"}
+  ROOT %o = f32[] constant(0)
+}
+"""
+    for pairs, share, tiles in ((None, 1, 16), (Pairs((None,)), 0.5, 10)):
+        module = parse(text, pairs)
+        entry = module.computations["main"]
+        forward, backward = entry.by_name["f"], entry.by_name["w"]
+        assert is_attention_kernel(forward)
+        assert attention_flops(module, entry, forward) == (
+            2 * 2 * 2 * 32 * 32 * share * 6 * 16
+        )
+        assert attention_flops(module, entry, backward) == (
+            7 * 2 * 2 * tiles * 8 * 8 * 6 * 16
+        )
 
 
 def test_collectives(found):

@@ -1,6 +1,7 @@
 """The prediction: FLOPs counted by hand, time from a plan made by hand."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -8,6 +9,7 @@ from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.complete import complete
 from ulysses_jax.plan import predict as prediction
+from ulysses_jax.plan.kernels import tile_products
 from ulysses_jax.plan.predict import predict
 from ulysses_jax.plan.targets import TARGETS
 
@@ -51,7 +53,14 @@ def step_flops(config):
     return prediction.step_flops(config, config.padded_tokens())
 
 
-def plan(config, *collectives, optimizer_bytes=0, host_optimizer_bytes=0, moves=()):
+def plan(
+    config,
+    *collectives,
+    optimizer_bytes=0,
+    host_optimizer_bytes=0,
+    moves=(),
+    kernel="cudnn",
+):
     blank = dict(
         count=1,
         bytes=0.0,
@@ -66,6 +75,10 @@ def plan(config, *collectives, optimizer_bytes=0, host_optimizer_bytes=0, moves=
             "host_optimizer_bytes": host_optimizer_bytes,
         },
         "host_moves": {"places": list(moves)},
+        "attention": [
+            {"kind": kind, "layers": config.model.kinds().count(kind), "kernel": kernel}
+            for kind in dict.fromkeys(config.model.kinds())
+        ],
         "overlap": {"collectives": [blank | each for each in collectives]},
     }
 
@@ -129,6 +142,34 @@ def test_flops_of_other_models():
     assert step_flops(run(parts=2)) == step_flops(run(mesh=dict(seq=8))) == base
     # Tokens are those of the padded sequence.
     assert step_flops(run(tokens=1021)) == base
+
+
+def test_tiles_of_a_backward_pass_take_time():
+    """Of a kernel that computes whole tiles; 8 heads of 64, 4 sequences, 8 GPUs."""
+    config = run()
+    plain, tiled = (
+        predict(config, GPU, plan(config, kernel=name)) for name in ("cudnn", "mosaic")
+    )
+    rows = plan(config, kernel="mosaic")["attention"]
+    more = 2 * tile_products(config, rows) * 8 * 64 * 4 / 8
+    assert more > 0
+    gained = tiled["attention_seconds"] - plain["attention_seconds"]
+    assert gained == pytest.approx(more / 0.25e12)
+    assert tiled["model_flops"] == plain["model_flops"]
+
+
+def test_documents_shorten_a_step():
+    config = run()
+    data = dataclasses.replace(config.data, document_tokens=64)
+    packed = dataclasses.replace(config, data=data)
+    base, found = step_flops(config), step_flops(packed)
+    pairs = 64 * 1024 - 64 * 64 * (1 - math.exp(-16))
+    assert found["attention"] / base["attention"] == pytest.approx(
+        pairs / (1024**2 / 2)
+    )
+    assert found["matmul"] == base["matmul"]
+    long, short = (predict(each, GPU, plan(each)) for each in (config, packed))
+    assert short["step_seconds"] < long["step_seconds"]
 
 
 def test_time_by_hand():

@@ -242,7 +242,7 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
 
 
 def _accumulator(loop: Instruction) -> tuple[int, ...]:
-    """Dims of dq, `[blocks, B, block tokens, N, H]`, which a loop over tiles adds to."""
+    """Dims of dq, `[blocks, B, block, N, H]`, which a loop over tiles adds to."""
     return next(x.dims for x in loop.arrays if x.dtype == "f32" and len(x.dims) == 5)
 
 

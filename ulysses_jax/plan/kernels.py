@@ -77,7 +77,7 @@ def _asked(config: Config, window: int | None) -> tuple[Any, Any, Mask]:
         )
         for heads in (model.num_heads, model.num_kv_heads)
     )
-    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     segments = ids if config.data.mask_documents else None
     positions = ids if by_parts and window is not None else None
     mask = Mask(

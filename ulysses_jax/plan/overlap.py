@@ -124,13 +124,14 @@ def copies(
 
 
 def is_attention_kernel(instruction: Instruction) -> bool:
-    """Whether a custom call is attention: cuDNN's, or a Triton kernel named so."""
+    """Whether a custom call is attention: cuDNN's, or a Pallas kernel named so."""
     target = instruction.custom_call_target.lower()
     if "fmha" in target:
         return True
     text = f"{instruction.name} {instruction.op_name}".lower()
     words = ("attention", "mha", "flash")
-    return "triton" in target and any(word in text for word in words)
+    is_pallas = "triton" in target or "mosaic_gpu" in target
+    return is_pallas and any(word in text for word in words)
 
 
 def is_layout_only(module: Module, instruction: Instruction) -> bool:

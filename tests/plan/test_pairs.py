@@ -1,0 +1,108 @@
+"""Pairs that packed rows leave: the formulas beside rows that are really packed."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulysses_jax import config as configs
+from ulysses_jax.attention.by_tiles import tiles_of
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.ranges import key_ranges
+from ulysses_jax.complete import complete
+from ulysses_jax.mesh import Device
+from ulysses_jax.placement import place
+from ulysses_jax.plan.kernels import attention_of_kinds, tile_products
+from ulysses_jax.plan.pairs import Pairs, pairs_of
+
+
+def packed_rows(tokens, mean, rows=400):
+    """Segment ids of rows in which documents end anywhere with chance 1 / mean."""
+    ends = np.random.default_rng(0).random((rows, tokens)) < 1 / mean
+    return np.cumsum(ends, axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize("window", [None, 40, 700])
+@pytest.mark.parametrize("mean", [25, 300])
+def test_of_random_documents(mean, window):
+    tokens, block = 512, 32
+    ids = jnp.asarray(packed_rows(tokens, mean))
+    mask = Mask(causal=True, window=window, q_segment_ids=ids, kv_segment_ids=ids)
+    ranges = key_ranges(mask, len(ids), tokens, tokens)
+    seen = np.asarray(ranges.stop - ranges.start).sum(axis=1)
+    pairs = Pairs((window,), mean)
+    counted = seen.mean() - tokens / 2  # a token's own pair counts as half
+    assert pairs.visible(tokens) == pytest.approx(counted, rel=0.04)
+    assert pairs.fraction(tokens) == pairs.visible(tokens) / tokens**2
+    tiles = [
+        int(tiles_of(type(ranges)(*(x[i : i + 1] for x in ranges)), block, 16).number)
+        for i in range(0, len(ids), 20)
+    ]
+    assert pairs.tiles(16, block) == pytest.approx(np.mean(tiles), rel=0.08)
+
+
+def test_without_documents():
+    assert Pairs((None,)).visible(100) == 100 * 100 / 2
+    assert Pairs((100,)).visible(1024) == 100 * 1024 - 100 * 100 / 2
+    assert Pairs((5000,)).visible(100) == Pairs((None,)).visible(100)
+    assert Pairs((None,)).tiles(4, 8) == 10  # half of 16, and the diagonal
+    assert Pairs((8,)).tiles(4, 8) == 7  # its own, and but for the first the one before
+    assert Pairs((None, 8)).tiles(4, 8) == 8.5
+    assert Pairs((None, 10)).visible(100) == 5000 + 950
+    # A document much longer than a row is one.
+    assert Pairs((None,), 10**9).visible(1000) == pytest.approx(500_000, rel=1e-4)
+
+
+def run(**data):
+    config = configs.Config(
+        model=configs.Model(
+            vocab_size=512,
+            width=256,
+            num_layers=3,
+            num_heads=8,
+            positions="rope",
+            pattern=("window", "full"),
+            window=100,
+        ),
+        data=configs.Data(**data),
+        training=configs.Training(batch_size=8, sequence_tokens=4096),
+        mesh=configs.Mesh(seq=8),
+    )
+    config = complete(config, name="run")
+    return place(config, dataclasses.asdict(config.mesh))
+
+
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
+
+
+def test_the_kernel_of_every_kind(monkeypatch):
+    monkeypatch.setattr("ulysses_jax.attention.select.is_installed", lambda: True)
+    rows = attention_of_kinds(run(mask_documents=False), H100)
+    assert [row["kernel"] for row in rows] == ["cudnn", "cudnn"]
+    assert [(row["kind"], row["layers"]) for row in rows] == [
+        ("window", 2),
+        ("full", 1),
+    ]
+    assert rows[1]["pairs_fraction"] == 0.5
+    assert tile_products(run(mask_documents=False), rows) == 0
+
+    config = run(document_tokens=512)
+    rows = attention_of_kinds(config, H100)
+    assert [row["kernel"] for row in rows] == ["mosaic", "mosaic"]
+    assert rows[0]["pairs_fraction"] < rows[1]["pairs_fraction"] < 0.11
+    pairs = Pairs((100, 100, None), 512)
+    beyond = 7 * 3 * pairs.tiles(4, 1024) * 1024**2 - 5 * pairs.visible(4096)
+    assert tile_products(config, rows) == pytest.approx(beyond)
+
+    ampere = Device("gpu", "NVIDIA A100-SXM4-40GB")
+    slow = attention_of_kinds(config, ampere)
+    assert {row["kernel"] for row in slow} == {"blockwise"}
+    assert all("no Hopper" in row["why"] for row in slow)
+
+
+def test_documents_that_see_each_other_are_one():
+    assert (
+        pairs_of(run(mask_documents=False, document_tokens=64)).document_tokens is None
+    )
+    assert pairs_of(run(document_tokens=64)).document_tokens == 64
