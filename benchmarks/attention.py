@@ -1,0 +1,111 @@
+"""What does attention cost by its mask, where work should follow the visible pairs?
+
+    .venv/bin/python benchmarks/attention.py [--json FILE] [--quick]
+
+Forward and backward of `blockwise_attention` on one CPU device, two heads of 16,
+float32, 1K to 64K tokens. Each row's seconds are the median of three calls after one
+that compiles; temp_bytes are XLA's, of the same program. A dense row at the greatest
+length takes minutes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ulysses_jax.attention.blockwise import blockwise_attention
+from ulysses_jax.attention.mask import Mask
+
+NUM_HEADS, HEAD_SIZE = 2, 16
+WINDOW = DOCUMENT = 1024
+TOKENS = [1024 * 2**n for n in range(7)]
+
+
+def packed(tokens: int) -> Mask:
+    ids = (jnp.arange(tokens, dtype=jnp.int32) // DOCUMENT)[None]
+    return Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+
+
+MASKS: dict[str, Callable[[int], Mask]] = {
+    "dense": lambda tokens: Mask(causal=True),
+    f"window {WINDOW:,}": lambda tokens: Mask(causal=True, window=WINDOW),
+    f"documents of {DOCUMENT:,}": packed,
+}
+
+
+def row(name: str, tokens: int, calls: int = 3) -> dict[str, Any]:
+    """One mask at one length."""
+    shape = (1, tokens, NUM_HEADS, HEAD_SIZE)
+    q, k, v, upstream = (
+        jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)
+    )
+
+    def both_ways(q, k, v, upstream, mask):
+        out, pullback = jax.vjp(
+            lambda q, k, v: blockwise_attention(q, k, v, mask=mask), q, k, v
+        )
+        return out, pullback(upstream)
+
+    arguments = q, k, v, upstream, MASKS[name](tokens)
+    run = jax.jit(both_ways).lower(*arguments).compile()
+    jax.block_until_ready(run(*arguments))
+    seconds = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - started)
+    stats = run.memory_analysis()
+    assert stats is not None
+    return {
+        "attention": name,
+        "tokens": tokens,
+        "seconds": statistics.median(seconds),
+        "temp_bytes": stats.temp_size_in_bytes,
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Milliseconds, and how many times faster than dense."""
+    lengths = sorted({each["tokens"] for each in rows})
+    found = {(each["attention"], each["tokens"]): each for each in rows}
+    table = Table(title="Milliseconds of attention, forward and backward, on a CPU")
+    table.add_column("mask")
+    for tokens in lengths:
+        table.add_column(f"{tokens // 1024}K", justify="right")
+    table.add_column("MiB at most", justify="right")
+    for name in MASKS:
+        cells = []
+        for tokens in lengths:
+            seconds = found[name, tokens]["seconds"]
+            ratio = found["dense", tokens]["seconds"] / seconds
+            faster = f" ({ratio:.1f}x)" * (name != "dense")
+            cells.append(f"{seconds * 1e3:,.1f}{faster}")
+        most = max(found[name, tokens]["temp_bytes"] for tokens in lengths)
+        table.add_row(name, *cells, f"{most / 2**20:.1f}")
+    Console(width=160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows")
+    parser.add_argument("--quick", action="store_true", help="to 8K tokens")
+    options = parser.parse_args()
+    lengths = TOKENS[:4] if options.quick else TOKENS
+    points = [(name, tokens) for tokens in lengths for name in MASKS]
+    rows = [row(*point) for point in track(points, console=Console(stderr=True))]
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
