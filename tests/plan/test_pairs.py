@@ -101,6 +101,24 @@ def test_the_kernel_of_every_kind(monkeypatch):
     assert all("no Hopper" in row["why"] for row in slow)
 
 
+def test_a_window_goes_by_index_where_rows_are_whole(monkeypatch):
+    """Cut into parts it compares positions, which cuDNN does not."""
+    monkeypatch.setattr("ulysses_jax.attention.select.is_installed", lambda: True)
+    config = run(mask_documents=False)
+    for memory, kernel in (
+        (dict(head_chunks=1), "cudnn"),
+        (dict(sequence_chunk_tokens=512), "cudnn"),  # all of a device's
+        (dict(sequence_chunk_tokens=128), "mosaic"),
+    ):
+        narrow = dataclasses.replace(config, memory=configs.Memory(**memory))
+        assert attention_of_kinds(narrow, H100)[0]["kernel"] == kernel
+    model = dataclasses.replace(config.model, strategy="ring", zigzag=True)
+    mesh = dataclasses.replace(config.mesh, ring=8, seq=1)
+    ring = dataclasses.replace(config, model=model, mesh=mesh)
+    assert attention_of_kinds(ring, H100)[0]["kernel"] == "mosaic"
+    assert attention_of_kinds(ring, H100)[1]["kernel"] == "cudnn"
+
+
 def test_documents_that_see_each_other_are_one():
     assert (
         pairs_of(run(mask_documents=False, document_tokens=64)).document_tokens is None

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_TOKENS
 from ulysses_jax.attention.select import choose
-from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.config import Config
 from ulysses_jax.mesh import Device
 from ulysses_jax.plan.pairs import pairs_of
+from ulysses_jax.strategies import num_members
 
 
 def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
@@ -64,13 +65,15 @@ def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:
 
 def _asked(config: Config, window: int | None) -> tuple[Any, Any, Mask]:
     """q, k and mask as a device attends: shapes alone."""
-    model, tokens = config.model, config.padded_tokens()
-    assert model.num_kv_heads and model.head_size
-    members = config.mesh.ring
-    if model.strategy == "all_gather":
-        members = config.mesh.seq
-    by_parts = members > 1 or in_pieces(model, config.memory)
-    tokens //= members * (2 if model.zigzag else 1)
+    model, mesh, tokens = config.model, config.mesh, config.padded_tokens()
+    assert model.num_kv_heads and model.head_size and model.strategy != "auto"
+    members = num_members(model.strategy, mesh.ring, mesh.seq)
+    chunk = config.memory.sequence_chunk_tokens
+    by_parts = members > 1
+    if by_parts:
+        tokens //= members * (2 if model.zigzag else 1)
+    elif chunk is not None and chunk < tokens // mesh.seq:
+        by_parts, tokens = True, chunk
     q, k = (
         jax.ShapeDtypeStruct(
             (1, tokens, heads, model.head_size), jnp.dtype(model.compute_dtype)
