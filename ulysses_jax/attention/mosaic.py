@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from ulysses_jax.attention.by_tiles import gradients_by_tiles
 from ulysses_jax.attention.mask import Mask
@@ -111,6 +111,8 @@ def _forward(q, k, v, start, stop, *, scale: float):
     wide = q.shape[-1] > 128  # else shared memory does not hold two stages
     config = kernel.Config(block_q=64, block_kv=64 if wide else 128)
     k, v = (_pad_tokens(x, config.block_kv) for x in (k, v))
+    num_q = len(q)  # a core reads the ranges of two blocks of queries
+    q, start, stop = (_pad_tokens(x, 2 * config.block_q) for x in (q, start, stop))
     out, (highest, total) = kernel.flash_attention_kernel(
         q,
         k,
@@ -129,7 +131,7 @@ def _forward(q, k, v, start, stop, *, scale: float):
         rescale_threshold=1.0,
         config=config,
     )
-    return out, highest, total
+    return out[:num_q], highest[:, :num_q], total[:, :num_q]
 
 
 def _backward(q, k, v, out, logsumexp, dout, start, stop, *, scale: float):
@@ -164,6 +166,6 @@ def _backward(q, k, v, out, logsumexp, dout, start, stop, *, scale: float):
     )[:3]
 
 
-def _pad_tokens(x: Float[Array, "S K H"], block: int) -> Float[Array, "s K H"]:
+def _pad_tokens(x: Shaped[Array, "S ..."], block: int) -> Shaped[Array, "s ..."]:
     padding = -len(x) % block
-    return jnp.pad(x, ((0, padding), (0, 0), (0, 0))) if padding else x
+    return jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1))) if padding else x
