@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, Parts, attention_with_logsumexp
+from ulysses_jax.attention.parts import PARTS, Parts, attention_of
 from ulysses_jax.attention.select import (
     attention_parts,
     check_attention,
@@ -109,7 +109,7 @@ def attend(
                     "a function given as attention returns no logsumexp: give a "
                     "ulysses_jax.attention.parts.Parts, or leave attention out"
                 )
-            whole = attention_with_logsumexp(attention)
+            whole = attention_of(attention, with_logsumexp=True)
         elif isinstance(attention, Parts):
             raise ValueError(
                 f"attention is Parts, but over ring={ring} a device attends to whole "

@@ -102,16 +102,16 @@ CASES = {
 }
 
 
-def out_and_gradients(attend, q, k, v, weights):
+def out_and_gradients(attend, q, k, v, weights, *sinks):
     """The output and the gradients of a weighted sum of it, jitted."""
 
-    def weighted(q, k, v):
-        out = attend(q, k, v)
+    def weighted(*arrays):
+        out = attend(*arrays)
         return jnp.sum(out.astype(jnp.float32) * weights), out
 
-    gradients, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(
-        q, k, v
-    )
+    arrays = q, k, v, *sinks
+    grad = jax.grad(weighted, argnums=range(len(arrays)), has_aux=True)
+    gradients, out = jax.jit(grad)(*arrays)
     return out, *gradients
 
 

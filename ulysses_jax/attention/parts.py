@@ -90,48 +90,75 @@ class Parts(NamedTuple):
         )
         return dq, dk, dv
 
+    def with_sinks(
+        self, statistics: Statistics, sinks: Float[Array, "N"] | None
+    ) -> Statistics:
+        """Joined with one more key a head, of logit `sinks` and value 0; None: none.
 
-def attention_of(parts: Parts) -> Callable[..., Any]:
-    """`f(q, k, v, mask=, scale=) -> out`, of parts that attend to all keys at once.
+        It is a key of every query: of those over all keys, join it once. `gradients`
+        of the result are then those with sinks.
+        """
+        if sinks is None:
+            return statistics
+        out, logsumexp = statistics
+        logits = jnp.zeros_like(logsumexp).at[0].set(sinks[:, None])
+        return self.join(statistics, (jnp.zeros_like(out), logits))
+
+    def sinks_gradient(
+        self, sinks: Float[Array, "N"] | None, out, logsumexp, dout, dlogsumexp=None
+    ) -> Float[Array, "N"] | None:
+        """Over these queries, given out and logsumexp `[B, N, T]` over keys and sinks.
+
+        d(logit) of a key is weight * (dout value - dout out + dlogsumexp), value = 0.
+        """
+        if sinks is None:
+            return None
+        shared = jnp.einsum(
+            "BTNH,BTNH->BNT", dout, out, preferred_element_type=jnp.float32
+        )
+        if dlogsumexp is not None:
+            shared = shared - dlogsumexp
+        weights = jnp.exp(sinks[:, None] - logsumexp)
+        return -(weights * shared).sum(axis=(0, 2))
+
+
+def attention_of(parts: Parts, *, with_logsumexp: bool = False) -> Callable[..., Any]:
+    """`f(q, k, v, mask=, scale=, sinks=None) -> out`, of parts that attend to all keys
+    at once; `with_logsumexp` a pair, whose gradients are of both.
 
     Keeps out and logsumexp for the backward pass under the names "attention_out" and
-    "attention_logsumexp".
+    "attention_logsumexp". sinks: local float32 `[N]`, which count as `with_sinks` says.
     """
 
-    def attention(q, k, v, *, mask: Mask, scale: float | None = None):
-        return _attend(parts, False, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
-
-    return attention
-
-
-def attention_with_logsumexp(parts: Parts) -> Callable[..., Any]:
-    """`f(q, k, v, mask=, scale=) -> (out, logsumexp)` whose gradients are of both."""
-
-    def attention(q, k, v, *, mask: Mask, scale):
-        return _attend(parts, True, scale, q, k, v, jax.tree.map(jnp.asarray, mask))
+    def attention(q, k, v, *, mask: Mask, scale: float | None = None, sinks=None):
+        mask = jax.tree.map(jnp.asarray, mask)
+        return _attend(parts, with_logsumexp, scale, q, k, v, sinks, mask)
 
     return attention
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(parts: Parts, with_logsumexp: bool, scale, q, k, v, mask):
-    return _forward(parts, with_logsumexp, scale, q, k, v, mask)[0]
+def _attend(parts: Parts, with_logsumexp: bool, scale, q, k, v, sinks, mask):
+    return _forward(parts, with_logsumexp, scale, q, k, v, sinks, mask)[0]
 
 
-def _forward(parts: Parts, with_logsumexp: bool, scale, q, k, v, mask):
-    out, logsumexp = parts.statistics(q, k, v, mask=mask, scale=scale)
+def _forward(parts: Parts, with_logsumexp: bool, scale, q, k, v, sinks, mask):
+    statistics = parts.statistics(q, k, v, mask=mask, scale=scale)
+    out, logsumexp = parts.with_sinks(statistics, sinks)
     out = checkpoint_name(out.astype(q.dtype), "attention_out")
     logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
     results = (out, logsumexp) if with_logsumexp else out
-    return results, (q, k, v, mask, out, logsumexp)
+    return results, (q, k, v, sinks, mask, out, logsumexp)
 
 
 def _backward(parts: Parts, with_logsumexp: bool, scale, residuals, upstream):
-    q, k, v, mask, *statistics = residuals
+    q, k, v, sinks, mask, *statistics = residuals
     pull = parts.gradients_of_both if with_logsumexp else parts.gradients
     upstream = upstream if with_logsumexp else (upstream,)
     gradients = pull(q, k, v, *statistics, *upstream, mask=mask, scale=scale)
-    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
+    dsinks = parts.sinks_gradient(sinks, *statistics, *upstream)
+    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True))
+    return dq, dk, dv, dsinks, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ def reference_attention(
     *,
     mask: Mask,
     scale: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T) v over the visible keys, in float32, with [T, S] in memory.
 
@@ -22,6 +23,7 @@ def reference_attention(
       q, k, v: local arrays; query head n reads KV head n // (N/K).
       mask: which keys a query sees.
       scale: None is H**-0.5.
+      sinks: local, logits of one more key a head, whose value is 0.
 
     Returns:
       `[B, T, N, H]` in q's dtype; a query that sees no key gives 0.
@@ -34,6 +36,12 @@ def reference_attention(
     q32 = q.astype(jnp.float32).reshape(grouped)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
     seen = mask.visible(0, num_q, 0, k.shape[1])[:, None, None]
+    if sinks is not None:
+        column = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
+        column = jnp.broadcast_to(column, (*logits.shape[:-1], 1))
+        logits = jnp.concatenate((logits, column), axis=-1)
+        seen = jnp.pad(seen, [(0, 0)] * 4 + [(0, 1)], constant_values=True)
+        v = jnp.pad(v, [(0, 0), (0, 1), (0, 0), (0, 0)])
     # Hidden logits are replaced before and after exp: a row without a visible key is
     # then 0 / 1 and its gradient 0, not NaN.
     highest = jnp.max(logits, axis=-1, keepdims=True, where=seen, initial=-1e30)
