@@ -53,6 +53,7 @@ def attend(
     scale: float | Float[Array, ""] | None = None,
     head_chunks: int = 1,
     return_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Any:
     """Attends over a sequence that is spread over the mesh, by any strategy.
 
@@ -69,13 +70,15 @@ def attend(
       head_chunks: groups of heads that are exchanged and attended by themselves.
       return_logsumexp: return a pair, whose second is float32; not for all_gather and
         megatron.
+      sinks: global, float: logits of one more key a head, whose value is 0.
 
     Returns:
       `[B, T, N, H]`, sharded as q; with `return_logsumexp` also `[B, T, N]`.
 
     Raises:
       ValueError: a strategy that the mesh does not carry; zigzag without a causal mask;
-        a name that there is not; an attention that has no parts; dims that do not fit.
+        a name that there is not; an attention that has no parts, or no sinks; dims that
+        do not fit.
     """
     ring, seq, tensor = (
         dict(mesh.shape).get(axis, 1) for axis in ("ring", "seq", "tensor")
@@ -85,11 +88,14 @@ def attend(
     check_strategy(strategy, ring, seq)
     device = device_of(mesh)
     attention = _checked(attention)
+    if sinks is not None:
+        _check_sinks(sinks, q, attention)
+        sinks = sinks.astype(jnp.float32)  # its gradient is a sum over devices
     if isinstance(scale, jax.Array):
         q = (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)
         scale = 1.0
     members = num_members(strategy, ring, seq)
-    options: dict = dict(mesh=mesh, mask=mask, scale=scale)
+    options: dict = dict(mesh=mesh, mask=mask, scale=scale, sinks=sinks)
     if return_logsumexp:
         if strategy in ("all_gather", "megatron"):
             raise ValueError(
@@ -101,7 +107,7 @@ def attend(
         if strategy == "megatron":
             check_head_chunks(strategy, head_chunks, k.shape[2], tensor=tensor, seq=seq)
             run = megatron
-        if return_logsumexp:
+        if return_logsumexp or (sinks is not None and attention != "reference"):
             if isinstance(attention, str):
                 attention = attention_parts(attention, device, q, k, mask)
             elif not isinstance(attention, Parts):
@@ -109,7 +115,7 @@ def attend(
                     "a function given as attention returns no logsumexp: give a "
                     "ulysses_jax.attention.parts.Parts, or leave attention out"
                 )
-            whole = attention_of(attention, with_logsumexp=True)
+            whole = attention_of(attention, with_logsumexp=return_logsumexp)
         elif isinstance(attention, Parts):
             raise ValueError(
                 f"attention is Parts, but over ring={ring} a device attends to whole "
@@ -179,6 +185,25 @@ def _checked(attention: LocalAttention | Parts | str) -> LocalAttention | Parts 
             f"ulysses_jax.attention.parts.Parts, or None, not {attention!r}"
         )
     return _told("f(q, k, v, mask=..., scale=...)", attention)
+
+
+def _check_sinks(sinks: Any, q: Array, attention: LocalAttention | Parts | str) -> None:
+    shape = getattr(sinks, "shape", type(sinks).__name__)
+    if shape != q.shape[2:3]:
+        raise ValueError(
+            f"sinks is a global array of a logit a query head, {q.shape[2:3]} for a q "
+            f"of shape {q.shape}, not {shape}"
+        )
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks are logits in float32 or bfloat16, not {sinks.dtype}: cast them"
+        )
+    if not isinstance(attention, str | Parts):
+        raise ValueError(
+            "a function given as attention has no sinks: give a "
+            "ulysses_jax.attention.parts.Parts, to which they are joined, or leave "
+            "attention or sinks out"
+        )
 
 
 def _told(called: str, attention: Callable) -> Callable:

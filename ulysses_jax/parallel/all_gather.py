@@ -24,6 +24,7 @@ def all_gather(
     scale: float | None = None,
     parts: Any,
     zigzag: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention over a sequence that is sharded over `seq`, whose keys are gathered.
 
@@ -34,7 +35,15 @@ def all_gather(
     """
     check_arrays(q, k, v, mesh)
     local = partial(all_gather_attention, scale=scale, parts=parts, zigzag=zigzag)
-    return spread(lambda q, k, v, mask: local(q, k, v, mask=mask), q, k, v, mask, mesh)
+    return spread(
+        lambda q, k, v, sinks, mask: local(q, k, v, sinks=sinks, mask=mask),
+        q,
+        k,
+        v,
+        mask,
+        mesh,
+        sinks=sinks,
+    )
 
 
 def all_gather_attention(
@@ -46,6 +55,7 @@ def all_gather_attention(
     scale: float | None = None,
     parts: Any,
     zigzag: bool = False,
+    sinks: Float[Array, "N"] | None = None,
     axis_name: str = "seq",
 ) -> Float[Array, "B t N H"]:
     """Attention over tokens that lie over a mesh axis; call it inside `jax.shard_map`.
@@ -60,15 +70,15 @@ def all_gather_attention(
     Source: context parallelism of Llama 3, arXiv 2407.21783, section 3.3.2.
     """
     blocks = Blocks(parts, scale, axis_name, zigzag)
-    return _attend(blocks, q, k, v, jax.tree.map(jnp.asarray, mask))
+    return _attend(blocks, q, k, v, sinks, jax.tree.map(jnp.asarray, mask))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: Blocks, q, k, v, mask):
-    return _forward(blocks, q, k, v, mask)[0]
+def _attend(blocks: Blocks, q, k, v, sinks, mask):
+    return _forward(blocks, q, k, v, sinks, mask)[0]
 
 
-def _forward(blocks: Blocks, q, k, v, mask):
+def _forward(blocks: Blocks, q, k, v, sinks, mask):
     kv = jnp.stack((k, v))  # one gather of both: [member, 2, B, s, K, H]
     gathered = lax.all_gather(kv, blocks.axis_name)
 
@@ -78,13 +88,14 @@ def _forward(blocks: Blocks, q, k, v, mask):
 
     so_far = blocks.own(q, kv, mask)
     so_far, _ = lax.scan(one_block, so_far, jnp.arange(1, blocks.degree))
-    out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
-    logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
-    return out, (q, gathered, mask, out, logsumexp)
+    out, logsumexp = blocks.parts.with_sinks(so_far, sinks)
+    out = checkpoint_name(out.astype(q.dtype), "attention_out")
+    logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
+    return out, (q, gathered, sinks, mask, out, logsumexp)
 
 
 def _backward(blocks: Blocks, residuals, dout):
-    q, gathered, mask, *statistics = residuals
+    q, gathered, sinks, mask, *statistics = residuals
     whole = (*statistics, dout)
 
     def one_block(carry, step):
@@ -103,7 +114,8 @@ def _backward(blocks: Blocks, residuals, dout):
     steps = jnp.arange(1, blocks.degree)
     (dq, dgathered), _ = lax.scan(one_block, (dq, dgathered), steps)
     dk, dv = lax.psum_scatter(dgathered, blocks.axis_name).astype(gathered.dtype)
-    return dq.astype(q.dtype), dk, dv, None
+    dsinks = blocks.parts.sinks_gradient(sinks, *whole)
+    return dq.astype(q.dtype), dk, dv, dsinks, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -27,7 +27,8 @@ class Blocks:
     Where a mask has positions, the attention compares them.
 
     Attributes:
-      parts: the local attention taken apart: `statistics`, `gradients`, `join`.
+      parts: the local attention taken apart: `statistics`, `gradients`, `join`, and
+        `with_sinks` of what is joined, `sinks_gradient`.
       scale: handed to it.
       axis_name: of the members.
       zigzag: whether the tokens are in zigzag order over them.

@@ -78,6 +78,18 @@ def heads_to_seq(
     return jnp.moveaxis(x, 0, 2).reshape(batch, -1, degree * heads, size)
 
 
+def own_slots(x: Shaped[Array, "slots"], axis_name: str = "seq") -> Shaped[Array, "n"]:
+    """Of one number a query slot, those of the slots that `seq_to_heads` leaves here.
+
+    To be called inside `jax.shard_map`; x is whole on every device of the axis.
+    """
+    # Tied to x: an index alone is hoisted out of a scan over layers, see
+    # `parallel.blocks.Blocks.member`.
+    index, x = lax.optimization_barrier((lax.axis_index(axis_name), x))
+    x = x.reshape(lax.axis_size(axis_name), -1)
+    return lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
 def _all_to_all(x: Shaped[Array, "P ..."], axis_name: str) -> Shaped[Array, "P ..."]:
     """Piece i goes to device i. A dim of its own for the devices, outermost, is how an
     exchange lies in memory: what makes x can write it so, without a copy."""

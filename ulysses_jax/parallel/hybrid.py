@@ -23,6 +23,7 @@ def hybrid(
     seen_steps: tuple[int, ...] | None = None,
     head_chunks: int = 1,
     with_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Array | tuple[Array, Array]:
     """Ulysses over `seq` inside a member of the ring, ring attention over `ring`.
 
@@ -48,4 +49,5 @@ def hybrid(
         scale=scale,
         head_chunks=head_chunks,
         with_logsumexp=with_logsumexp,
+        sinks=sinks,
     )

@@ -20,13 +20,14 @@ def megatron(
     attention: Callable[..., Array],
     mask: Any,
     scale: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of every device's own heads over all tokens; nothing is sent.
 
     Args:
       q, k, v: global arrays; the batch over (data, fsdp), heads over (tensor, seq),
         tokens whole, as `weights.gathered_tokens.project_gathered` makes them.
-      mesh, attention, mask, scale: as `parallel.ulysses.ulysses`.
+      mesh, attention, mask, scale, sinks: as `parallel.ulysses.ulysses`.
 
     Returns:
       The attended values, global, sharded as q.
@@ -39,7 +40,8 @@ def megatron(
     degrees = {axis: axes.get(axis, 1) for axis in ("fsdp", "seq", "tensor")}
     check_split({"num_heads": q.shape[2], "num_kv_heads": k.shape[2]}, degrees)
 
-    def local(q, k, v, mask):
-        return attention(q, k, v, mask=mask, scale=scale)
+    def local(q, k, v, sinks, mask):
+        options = {} if sinks is None else {"sinks": sinks}
+        return attention(q, k, v, mask=mask, scale=scale, **options)
 
-    return spread(local, q, k, v, mask, mesh, MEGATRON)
+    return spread(local, q, k, v, mask, mesh, MEGATRON, sinks=sinks)

@@ -25,6 +25,7 @@ def ring_attention(
     zigzag: bool = False,
     seen_steps: tuple[int, ...] | None = None,
     with_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
     axis_name: str = "ring",
 ) -> Array | tuple[Array, Array]:
     """Attention over tokens that lie over a mesh axis; call it inside `jax.shard_map`.
@@ -41,7 +42,7 @@ def ring_attention(
         `ulysses_jax.attention.mask.Mask` has them; its arrays are of whole rows, in the
         order in which the tokens lie over the axis. A window needs positions.
       scale: of the logits; None: H**-0.5.
-      parts: the attention of one block: `statistics`, `gradients`, `join`
+      parts: the attention of one block: `statistics`, `gradients`, `join`, and sinks
         (`ulysses_jax.attention.parts.Parts`).
       zigzag: the tokens are in zigzag order (`parallel.zigzag`). Only under a causal
         mask by index does this matter here: all members then work equally.
@@ -49,6 +50,7 @@ def ring_attention(
         steps, of 1 to R - 1, in which some member sees a key
         (`parallel.zigzag.seen_steps`). None: all.
       with_logsumexp: returns a pair, whose second is the float32 logsumexp `[B, N, t]`.
+      sinks: local float32, of the heads of q; their gradient is this member's part.
       axis_name: of degree R.
 
     Returns:
@@ -65,7 +67,7 @@ def ring_attention(
     blocks = Blocks(parts, scale, axis_name, zigzag, with_logsumexp=with_logsumexp)
     steps = range(1, blocks.degree) if seen_steps is None else seen_steps
     mask = jax.tree.map(jnp.asarray, mask)
-    return _attend(blocks, _stations(steps), q, k, v, mask)
+    return _attend(blocks, _stations(steps), q, k, v, sinks, mask)
 
 
 class _Station(NamedTuple):
@@ -83,11 +85,11 @@ def _stations(steps: Sequence[int]) -> tuple[_Station, ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(blocks: Blocks, stations, q, k, v, mask):
-    return _forward(blocks, stations, q, k, v, mask)[0]
+def _attend(blocks: Blocks, stations, q, k, v, sinks, mask):
+    return _forward(blocks, stations, q, k, v, sinks, mask)[0]
 
 
-def _forward(blocks: Blocks, stations, q, k, v, mask):
+def _forward(blocks: Blocks, stations, q, k, v, sinks, mask):
     kv = jnp.stack((k, v))  # which hop as one
     # Each hop stands before the attention that it runs under.
     first = _hop(blocks, kv, stations[0].came) if stations else None
@@ -99,15 +101,16 @@ def _forward(blocks: Blocks, stations, q, k, v, mask):
         return blocks.add(so_far, q, kv, mask, at.step), coming
 
     so_far, _ = _go_round(one_step, (so_far, first), stations)
-    out = checkpoint_name(so_far[0].astype(q.dtype), "attention_out")
-    logsumexp = checkpoint_name(so_far[1].sum(axis=0), "attention_logsumexp")
+    out, logsumexp = blocks.parts.with_sinks(so_far, sinks)
+    out = checkpoint_name(out.astype(q.dtype), "attention_out")
+    logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
     # The backward round starts with the block that came first.
     results = (out, logsumexp) if blocks.with_logsumexp else out
-    return results, (q, kv, first, mask, out, logsumexp)
+    return results, (q, kv, first, sinks, mask, out, logsumexp)
 
 
 def _backward(blocks: Blocks, stations, residuals, upstream):
-    q, kv, first, mask, *statistics = residuals
+    q, kv, first, sinks, mask, *statistics = residuals
     upstream = upstream if blocks.with_logsumexp else (upstream,)
     whole = (*statistics, *upstream)
     dq, own = blocks.own_gradients(q, kv, mask, whole)
@@ -126,7 +129,8 @@ def _backward(blocks: Blocks, stations, residuals, upstream):
         dq, dkv, _ = _go_round(one_step, carry, stations[1:])
         own += _hop(blocks, dkv, blocks.degree - stations[-1].step)
     dk, dv = own.astype(kv.dtype)
-    return dq.astype(q.dtype), dk, dv, None
+    dsinks = blocks.parts.sinks_gradient(sinks, *whole)
+    return dq.astype(q.dtype), dk, dv, dsinks, None
 
 
 _attend.defvjp(_forward, _backward)

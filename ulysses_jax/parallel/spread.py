@@ -16,7 +16,7 @@ from ulysses_jax.sharding import ACTIVATION, Table, activation
 
 
 def spread(
-    local: Callable[[Array, Array, Array, Any], Any],
+    local: Callable[[Array, Array, Array, Any, Any], Any],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -24,8 +24,9 @@ def spread(
     mesh: Mesh | AbstractMesh,
     table: Table = ACTIVATION,
     with_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Any:
-    """Runs `local(q, k, v, mask)` on every device's shards.
+    """Runs `local(q, k, v, sinks, mask)` on every device's shards.
 
     Args:
       q, k, v: global; the batch is sharded over (data, fsdp), tokens over (ring, seq),
@@ -36,18 +37,20 @@ def spread(
         is one device.
       table: of `sharding`; under MEGATRON a device has all tokens of its heads.
       with_logsumexp: `local` returns a pair, whose second is `[B, T, N]`.
+      sinks: global; a device has those of its heads before any exchange.
 
     Returns:
       The global result, sharded as q should be; on a mesh with Explicit axes with q's
       own type, where that lies alike. With the logsumexp a pair.
     """
     if mesh.empty:
-        return local(q, k, v, mask)
+        return local(q, k, v, sinks, mask)
     axes = _free_axes(mesh)
     spec = activation("BTNH", axes, table)
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)
-    args = (q, k, v, mask)
-    specs = (spec, spec, spec, mask_spec)
+    sinks_spec = jax.tree.map(lambda _: activation("N", axes, table), sinks)
+    args: Any = (q, k, v, sinks, mask)
+    specs = (spec, spec, spec, sinks_spec, mask_spec)
     is_explicit = any(
         mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes
     )
@@ -60,8 +63,9 @@ def spread(
         mesh=mesh,
         # Axes of other names too: what this library does not name is whole on each.
         axis_names=_not_manual(mesh),
-        # Every axis of degree > 1 shards q, k and v, so no gradient needs a sum that
-        # the check would find; without it `attention` may be anybody's function.
+        # Every axis of degree > 1 shards q, k and v, whose gradients need no sum; that
+        # of sinks is summed over axes that do not cut them, with the check or without.
+        # Without it `attention` may be anybody's function.
         check_vma=False,
     )
     out_specs = (spec, activation("BTN", axes, table)) if with_logsumexp else spec
@@ -108,10 +112,10 @@ def _inside(
         return typed(run(local, in_specs=specs, out_specs=out_specs)(*args))
 
     def forward(*args):
-        def one(q, k, v, mask):
+        def one(*args):
             nonlocal treedef
-            q, k, v, mask = untyped((q, k, v, mask))
-            out, pullback = jax.vjp(lambda *qkv: local(*qkv, mask), q, k, v)
+            *args, mask = untyped(args)
+            out, pullback = jax.vjp(lambda *args: local(*args, mask), *args)
             kept, treedef = jax.tree.flatten(pullback)
             return out, [x[None] for x in kept]
 
@@ -121,13 +125,21 @@ def _inside(
     def backward(kept, upstream):
         def one(kept, upstream):
             pullback = jax.tree.unflatten(treedef, [x[0] for x in kept])
-            return pullback(untyped(upstream))
+            *gradients, dsinks = pullback(untyped(upstream))
+            # Of q, k and v a device has its own; of sinks, its queries' part.
+            over = tuple(_axes_of(specs[0]) - _axes_of(specs[3]))
+            return *gradients, jax.tree.map(lambda x: jax.lax.psum(x, over), dsinks)
 
-        maps = run(one, in_specs=(residual, out_specs), out_specs=specs[:3])
+        maps = run(one, in_specs=(residual, out_specs), out_specs=specs[:4])
         return *typed(maps(kept, upstream)), None
 
     call.defvjp(forward, backward)
     return call(*typed(args))
+
+
+def _axes_of(spec: P | None) -> set[str]:
+    dims = ((d,) if isinstance(d, str) else d or () for d in spec or ())
+    return {axis for dim in dims for axis in dim}
 
 
 def _varying(x: Array) -> frozenset[str]:

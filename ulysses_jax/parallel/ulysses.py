@@ -12,6 +12,7 @@ from ulysses_jax.parallel.exchange import (
     HeadLayout,
     head_layout,
     heads_to_seq,
+    own_slots,
     seq_to_heads,
 )
 from ulysses_jax.parallel.spread import check_arrays, spread
@@ -31,6 +32,7 @@ def ulysses(
     scale: float | None = None,
     head_chunks: int = 1,
     with_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention over a sequence that is sharded over the mesh axis `seq`.
 
@@ -49,6 +51,8 @@ def ulysses(
       head_chunks: the local heads are exchanged and attended in this many groups, so
         that one group's exchange can run under another's attention.
       with_logsumexp: `attention` returns a pair, whose second is `[B, N/P, T]`.
+      sinks: global float32; handed to `attention`, as sinks, where there are any:
+        those of its heads.
 
     Returns:
       The attended values, global, sharded as q should be; on a mesh with Explicit axes
@@ -67,13 +71,14 @@ def ulysses(
         head_chunks, layout, tensor=tensor, seq=degree
     )
 
-    there, back = seq_to_heads, heads_to_seq
+    there, back, own = seq_to_heads, heads_to_seq, own_slots
     if degree == 1:  # the mesh may have no such axis
-        there = back = lambda x: x
+        there = back = own = lambda x: x
 
-    def results_of(q, k, v, mask):
+    def results_of(q, k, v, sinks, mask):
         """Of the local attention, all as `[B, T, n, ...]`."""
-        out = attention(q, k, v, mask=mask, scale=scale)
+        options = {} if sinks is None else {"sinks": sinks.reshape(-1)}
+        out = attention(q, k, v, mask=mask, scale=scale, **options)
         more = ()
         if with_logsumexp:
             out, logsumexp = out
@@ -86,7 +91,11 @@ def ulysses(
             )
         return out, *more
 
-    def local(q, k, v, mask):
+    def local(q, k, v, sinks, mask):
+        if sinks is not None:
+            # [KV slot of this device, query of the slot]
+            slots = layout.spread_q(sinks[None, None, :, None])
+            sinks = own(slots.reshape(-1)).reshape(-1, layout.group)
         q = layout.spread_q(q)
         k, v = layout.spread_kv(k), layout.spread_kv(v)
         # Slots as [device, KV slot of the device, query of the slot].
@@ -94,24 +103,32 @@ def ulysses(
         k = k.reshape(*k.shape[:2], degree, -1, k.shape[-1])
         v = v.reshape(*v.shape[:2], degree, -1, v.shape[-1])
         rows = []
-        for q_row, k_row, v_row in zip(
+        for q_row, k_row, v_row, sinks_row in zip(
             jnp.split(q, kv_chunks, axis=3),
             jnp.split(k, kv_chunks, axis=3),
             jnp.split(v, kv_chunks, axis=3),
+            _split_sinks(sinks, kv_chunks, axis=0),
             strict=True,
         ):
             # Each KV slot is exchanged once, however many chunks read it.
             k_all = there(_merge_heads(k_row))
             v_all = there(_merge_heads(v_row))
             cells = []
-            for q_cell in jnp.split(q_row, group_chunks, axis=4):
-                results = results_of(there(_merge_heads(q_cell)), k_all, v_all, mask)
+            for q_cell, its_sinks in zip(
+                jnp.split(q_row, group_chunks, axis=4),
+                _split_sinks(sinks_row, group_chunks, axis=1),
+                strict=True,
+            ):
+                q_all = there(_merge_heads(q_cell))
+                results = results_of(q_all, k_all, v_all, its_sinks, mask)
                 cells.append([back(x).reshape(*q_cell.shape[:-1], -1) for x in results])
             rows.append(_joined(cells, axis=4))
         results = [layout.gather_q(_merge_heads(x)) for x in _joined(rows, axis=3)]
         return (results[0], results[1][..., 0]) if with_logsumexp else results[0]
 
-    return spread(local, q, k, v, mask, mesh, with_logsumexp=with_logsumexp)
+    return spread(
+        local, q, k, v, mask, mesh, with_logsumexp=with_logsumexp, sinks=sinks
+    )
 
 
 def split_head_chunks(
@@ -149,6 +166,10 @@ def head_chunk_counts(num_kv: int, group: int) -> list[int]:
 
 def _joined(results: list[list[Array]], axis: int) -> list[Array]:
     return [jnp.concatenate(each, axis=axis) for each in zip(*results, strict=True)]
+
+
+def _split_sinks(sinks: Array | None, number: int, axis: int) -> list[Any]:
+    return [None] * number if sinks is None else jnp.split(sinks, number, axis=axis)
 
 
 def _merge_heads(x: Array) -> Array:
