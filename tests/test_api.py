@@ -378,6 +378,25 @@ def test_arrays_that_lie_elsewhere():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    "sinks, attention, message",
+    [
+        (np.zeros(2, np.float32), None, r"a logit a query head, \(4,\) .*, not \(2,\)"),
+        (np.zeros((1, 4), np.float32), None, r"query head, \(4,\) .*, not \(1, 4\)"),
+        ([0.0] * 4, None, r"query head, \(4,\) .*, not list"),
+        (np.zeros(4, np.int32), None, "in float32 or bfloat16, not int32: cast them"),
+        (np.zeros(4, np.float32), reference_attention, "give a .*Parts, to which they"),
+        (np.zeros(4, np.float32), "reference", "reference cannot attend to some keys"),
+    ],
+)
+def test_sinks_that_cannot_be(sinks, attention, message):
+    """The reference alone joins none: it has them on whole rows, not over a ring."""
+    mesh = make_mesh(ring=2 if attention == "reference" else 1, seq=2, data=-1)
+    call = functools.partial(ulysses_attention, mesh=mesh, attention=attention)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(call, sinks=sinks), *inputs())
+
+
 def test_forward_mode_is_refused_and_works_on_the_gradient():
     q, k, v = inputs()
     mesh = make_mesh(seq=2, devices=jax.devices()[:2])

@@ -39,6 +39,7 @@ def ulysses_attention(
     scale: float | Float[Array, ""] | None = None,
     head_chunks: int = 1,
     return_logsumexp: bool = False,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Any:
     """Attends over a sequence that is spread over the mesh axes `ring` and `seq`.
 
@@ -75,12 +76,17 @@ def ulysses_attention(
       head_chunks: exchange and attend the local heads in this many groups, one group's
         exchange free to run under another's attention.
       return_logsumexp: return the logsumexp of every query's logits as well.
+      sinks: global `[N]`, float32 or bfloat16, traced or learned: a logit a query head
+        of one more key, which every query of the head sees and whose value is 0. It
+        takes its share of the softmax, in float32, and has a gradient, summed over all
+        queries. With a function given as `attention` there are none; a `Parts` has
+        them, over a ring or not.
 
     Returns:
       `[B, T, N, H]`, q's dtype, B over (data, fsdp), T over (ring, seq), N over
       tensor. A query that sees no key gives 0. With `return_logsumexp` a pair: that,
       and float32 `[B, T, N]`, which lies alike and has a gradient; -1e30 for a query
-      that sees no key.
+      that sees no key, or its sink.
 
     Raises:
       ValueError: dims that do not fit each other or the mesh, with the numbers and what
@@ -94,10 +100,12 @@ def ulysses_attention(
     (`parallel.exchange.head_layout`): exchange and attention then cost slots / N times
     as much, e.g. 8/6 for 6 heads over 4 devices. `parallel.bytes.received_bytes` has
     the formulas, those of a ring too. Under a causal mask the members of a ring work
-    unequally: the last one has all the work there is, 2 - 1/R times the mean.
+    unequally: the last one has all the work there is, 2 - 1/R times the mean. Sinks
+    cost one pass over the output and, backward, an all-reduce of N numbers.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; repeated KV heads as in ALST,
-    arXiv 2506.13996; ring attention, arXiv 2310.01889.
+    arXiv 2506.13996; ring attention, arXiv 2310.01889; sinks as in gpt-oss,
+    arXiv 2508.10925.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not hasattr(x, "shape"):
@@ -128,12 +136,12 @@ def ulysses_attention(
     else:
         run = jax.jit(partial(_run, **static))
     with _remedies(mesh):
-        return run(q, k, v, mask, learned_scale)
+        return run(q, k, v, mask, learned_scale, sinks)
 
 
-def _run(q, k, v, mask, learned_scale, *, scale, **static):
+def _run(q, k, v, mask, learned_scale, sinks, *, scale, **static):
     scale = scale if learned_scale is None else learned_scale
-    return attend(q, k, v, mask=mask, scale=scale, **static)
+    return attend(q, k, v, mask=mask, scale=scale, sinks=sinks, **static)
 
 
 # Of the module: where the caller has no jit, the second call finds the first's program.
