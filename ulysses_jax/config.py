@@ -51,6 +51,8 @@ class Model:
     """Layers of kind window attend only to keys fewer than this many positions away."""
     attention: Literal["auto", "cudnn", "mosaic", "blockwise", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
+    sinks: bool = False
+    """Each head of attention learns the logit of one more key, whose value is 0."""
     strategy: Literal["auto"] | Strategy = "auto"
     """How attention reaches all tokens. ulysses: an exchange over seq; ring: blocks of
     keys go round ring; hybrid: both; all_gather: keys are gathered over seq; megatron:

@@ -180,3 +180,19 @@ def test_the_tolerance_catches_faults(fault):
         lambda q, k, v, sinks: attend(q, k, v, wrong(sinks)), *arrays, SINKS
     )
     assert (errors(got, want) > 1e-3).all()
+
+
+def test_remat_attention_keeps_what_has_the_sinks():
+    """The forward pass, two loops in one another, runs once; not kept, twice."""
+    case = CASES["causal"]
+    q, k, v, _ = case.inputs()
+    attend = attention("blockwise", case)
+
+    def loops(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        run = jax.checkpoint(attend, policy=policy)
+        grad = jax.grad(lambda *arrays: run(*arrays).sum(), (0, 1, 2, 3))
+        return str(jax.make_jaxpr(grad)(q, k, v, SINKS)).count("while[")
+
+    assert loops("attention_out", "attention_logsumexp") == 2
+    assert loops("attention_out") == 3

@@ -85,15 +85,19 @@ def make_batch(tokens, *, packed):
 
 @functools.cache
 def first_parameters(config):
-    """Made on one device; grown, so that every layer matters."""
+    """Made on one device; grown, so that every layer matters, and sinks unlike."""
     config = dataclasses.replace(
         config, mesh=configs.Mesh(), memory=configs.Memory(remat="none")
     )
     with jax.set_mesh(mesh_of()):
         state = jax.jit(functools.partial(init_state, config))()
-    return jax.tree.map(
-        lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
-    )
+
+    def grown(path, x):
+        if path[-1].key == "sinks":
+            return np.linspace(-1, 2, x.size, dtype=np.float32).reshape(x.shape)
+        return np.asarray(x) * (4 if x.ndim > 1 else 1)
+
+    return jax.tree_util.tree_map_with_path(grown, state.parameters)
 
 
 def loss_and_gradients(config, *, packed=True):

@@ -1,4 +1,5 @@
-"""Both passes over a layer that is attention alone: float64's out, dq, dk and dv."""
+"""Both passes over a layer that is attention alone, whose leaves are sinks, or None:
+float64's out, dq, dk, dv and dsinks."""
 
 import functools
 
@@ -44,12 +45,14 @@ def attention_alone(chunk_tokens):
         keys_values=lambda leaves, x, angles: tuple(
             each[None] for each in split(x)[1:]
         ),
-        queries=lambda leaves, x, angles, g: split(x)[0][None],
+        queries=lambda leaves, x, angles, g: (split(x)[0][None], leaves),
         back=lambda outs: outs[0][0],
         finish=finish,
         statistics=attend,
         gradients=gradients,
         join=PARTS["blockwise"].join,
+        with_sinks=PARTS["blockwise"].with_sinks,
+        sinks_gradient=PARTS["blockwise"].sinks_gradient,
         first_block=lambda q_block: 0,
         key_slots=(slice(None),),
         chunk_tokens=chunk_tokens,
@@ -65,16 +68,16 @@ def inputs(tokens, dtype):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def out_and_gradients(x, upstream, chunk_tokens):
+def out_and_gradients(x, upstream, chunk_tokens, sinks=None):
     pieces = attention_alone(chunk_tokens)
-    y, attended = forward(pieces, {}, x, None, keep=True)
-    dx, _ = backward(pieces, {}, x, None, attended, upstream)
-    return split(y)[0], *split(dx)
+    y, attended = forward(pieces, sinks, x, None, keep=True)
+    dx, dsinks = backward(pieces, sinks, x, None, attended, upstream)
+    return split(y)[0], *split(dx), *([] if dsinks is None else [dsinks])
 
 
-def exact(x, upstream):
-    tokens = x.shape[1]
-    return exact_attention(*split(x), split(upstream)[0], np.tri(tokens, dtype=bool))
+def exact(x, upstream, sinks=None):
+    seen = np.tri(x.shape[1], dtype=bool)
+    return exact_attention(*split(x), split(upstream)[0], seen, sinks=sinks)
 
 
 @pytest.mark.parametrize("size, tolerance", [(1, 1e-6), (100, 3e-5), (2000, 1e-3)])
@@ -83,8 +86,11 @@ def test_large_logits(size, tolerance):
     x, upstream = inputs(16, jnp.float32)
     q, k, v = split(x)
     x = join(q.at[..., 0].set(H**0.5), k.at[..., 0].set(size), v)
-    got, want = out_and_gradients(x, upstream, 4), exact(x, upstream)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+    sinks = size + jnp.array([-1.0, 2.0])
+    got = out_and_gradients(x, upstream, 4, sinks)
+    want = exact(x, upstream, sinks)
+    names = "out", "dq", "dk", "dv", "dsinks"
+    for name, a, b in zip(names, got, want, strict=True):
         error = np.abs(a - b).max() / np.abs(b).max()
         assert error < tolerance, name
 

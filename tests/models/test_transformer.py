@@ -51,12 +51,13 @@ GPT = dict(
 FAMILIES = {
     "llama": {},
     # Twice around the pattern, and a layer is left.
-    "llama, tied, pattern, biases": dict(
+    "llama, tied, pattern, biases, sinks": dict(
         tied_embeddings=True,
         num_layers=5,
         pattern=("window", "full"),
         window=3,
         biases=True,
+        sinks=True,
     ),
     "gpt": GPT,
 }
@@ -160,7 +161,11 @@ def dense(model, parameters, batch):
             keys, values = k[:, :, n // group], v[:, :, n // group]
             logits = jnp.einsum("BTH,BSH->BTS", q[:, :, n], keys)
             logits = jnp.where(sees, logits / math.sqrt(model.head_size), -jnp.inf)
-            heads.append(jnp.einsum("BTS,BSH->BTH", jax.nn.softmax(logits), values))
+            if model.sinks:
+                column = jnp.broadcast_to(p["sinks"][n], (B, T, 1))
+                logits = jnp.concatenate((logits, column), axis=-1)
+            weights = jax.nn.softmax(logits)[..., :T]
+            heads.append(jnp.einsum("BTS,BSH->BTH", weights, values))
         return linear("BTNH,NHD->BTD", jnp.stack(heads, axis=2), p, "out")
 
     def feed_forward(x, p):
@@ -261,7 +266,7 @@ def assert_close(got, want):
     slow_but_for(
         [
             ("llama", "one device"),
-            ("llama, tied, pattern, biases", "fsdp x seq x tensor"),
+            ("llama, tied, pattern, biases, sinks", "fsdp x seq x tensor"),
             ("gpt", "fsdp x seq x tensor"),
         ],
         FAMILIES,

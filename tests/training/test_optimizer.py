@@ -27,7 +27,12 @@ from ulysses_jax.training.optimizer import (
 from ulysses_jax.training.state import abstract_state
 
 GPT = dict(
-    norm="layer", feed_forward="gelu", positions="learned", biases=True, width=16
+    norm="layer",
+    feed_forward="gelu",
+    positions="learned",
+    biases=True,
+    sinks=True,
+    width=16,
 )
 FAMILIES = {"llama": dict(width=16), "biased": dict(width=16, biases=True), "gpt": GPT}
 TRAINING = configs.Training(
@@ -103,9 +108,11 @@ def test_only_matrices_decay(family):
     )
     assert shrunk == matrices
     kept = set(by_name(before)) - shrunk
-    assert {name.split(".")[-1].split("_")[-1] for name in kept} <= {"scale", "bias"}
+    kinds = {name.split(".")[-1].split("_")[-1] for name in kept}
+    assert kinds <= {"scale", "bias", "sinks"}
     biases = {"llama": 0, "biased": 7, "gpt": 9}[family]
-    assert len(kept) == 3 + biases
+    assert len(kept) == 3 + biases + ("sinks" in kinds)
+    assert ("sinks" in kinds) == (family == "gpt")
 
 
 def adamw(before, all_gradients):

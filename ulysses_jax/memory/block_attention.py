@@ -20,7 +20,7 @@ class Pieces(NamedTuple):
     leaves are what gradients are taken of: float32 arrays.
 
     keys_values: `f(leaves, x [B, t, D], angles) -> (k, v)`, each `[P, B, t, K', H]`.
-    queries: `f(leaves, x, angles, g) -> [P, B, t, n, H]`.
+    queries: `f(leaves, x, angles, g) -> (q, sinks)`, `[P, B, t, n, H]`, `[n]` or None.
     back: `f(outs) -> [B, t, N, H]`, linear; outs is a tuple, a group each.
     finish: `f(leaves, x, out [B, t, N, H]) -> [B, t, D]`, the layer's result; token by
       token.
@@ -30,6 +30,9 @@ class Pieces(NamedTuple):
     gradients: `f(q, k, v, out, logsumexp, dout, q_block, kv_block, is_own)
       -> (dq, dk, dv)`, given out and logsumexp over all keys.
     join: two results of statistics into one.
+    with_sinks: `f(statistics, sinks)`, of the result over all keys.
+    sinks_gradient: `f(sinks, out, logsumexp, dout)` of a piece, given out and logsumexp
+      with sinks: `[n]`, or None where there are none.
     first_block: `f(q_block) -> kv_block`, the first that a query of it sees.
     key_slots: the slice of K' that each group reads.
     chunk_tokens: of a row, of attention; divides its tokens.
@@ -38,12 +41,14 @@ class Pieces(NamedTuple):
     """
 
     keys_values: Callable[..., tuple[Array, Array]]
-    queries: Callable[..., Array]
+    queries: Callable[..., tuple[Array, Array | None]]
     back: Callable[[tuple[Array, ...]], Array]
     finish: Callable[..., Array]
     statistics: Callable[..., tuple[Array, Array]]
     gradients: Callable[..., tuple[Array, Array, Array]]
     join: Callable[..., tuple[Array, Array]]
+    with_sinks: Callable[..., tuple[Array, Array]]
+    sinks_gradient: Callable[..., Array | None]
     first_block: Callable[[Array], Array | int]
     key_slots: tuple[slice, ...]
     chunk_tokens: int
@@ -93,7 +98,7 @@ def _over_earlier_blocks(pieces, keys, q_block, g, step, start):
     return carry
 
 
-def attend_group(pieces, q, keys, i, g) -> tuple[Array, Array]:
+def attend_group(pieces, q, sinks, keys, i, g) -> tuple[Array, Array]:
     """Attention of chunk i and group g: out as q, logsumexp `[P, B, n, t]`."""
     number = keys[0].shape[0]
 
@@ -113,16 +118,18 @@ def attend_group(pieces, q, keys, i, g) -> tuple[Array, Array]:
             out, logsumexp = _over_earlier_blocks(
                 pieces, keys, own, g, step, (out, logsumexp)
             )
+        out, logsumexp = pieces.with_sinks((out, logsumexp), sinks)
         return out.astype(query.dtype), logsumexp.sum(axis=0)
 
     return lax.map(one_piece, (jnp.arange(q.shape[0]), q))
 
 
-def pull_group(pieces, q, keys, out, logsumexp, dout, dkeys, i, g):
-    """dq of chunk i and group g; and dkeys, to which its part has been added."""
+def pull_group(pieces, q, sinks, keys, out, logsumexp, dout, dkeys, i, g):
+    """(dq, dsinks) of chunk i and group g; and dkeys, to which its part was added."""
     number = keys[0].shape[0]
 
-    def one_piece(dkeys, inputs):
+    def one_piece(carry, inputs):
+        dkeys, dsinks = carry
         p, query, its_out, its_logsumexp, its_dout = inputs
         own = p * number + i
 
@@ -149,9 +156,12 @@ def pull_group(pieces, q, keys, out, logsumexp, dout, dkeys, i, g):
             dquery, dkeys = start
         else:
             dquery, dkeys = _over_earlier_blocks(pieces, keys, own, g, step, start)
-        return dkeys, dquery.astype(query.dtype)
+        part = pieces.sinks_gradient(sinks, its_out, its_logsumexp, its_dout)
+        dsinks = jax.tree.map(jnp.add, dsinks, part)
+        return (dkeys, dsinks), dquery.astype(query.dtype)
 
-    dkeys, dq = lax.scan(
-        one_piece, dkeys, (jnp.arange(q.shape[0]), q, out, logsumexp, dout)
+    start = dkeys, jax.tree.map(jnp.zeros_like, sinks)
+    (dkeys, dsinks), dq = lax.scan(
+        one_piece, start, (jnp.arange(q.shape[0]), q, out, logsumexp, dout)
     )
-    return dq, dkeys
+    return (dq, dsinks), dkeys

@@ -96,15 +96,15 @@ def backward(
         sums, (dpart, dback) = _over_tiles(pieces, one_tile, sums, part, (dpart, back))
         (douts,) = transposed(dback)
         for g in range(len(pieces.key_slots)):
-            q, pull = jax.vjp(
+            (q, sinks), pull = jax.vjp(
                 lambda leaves, x, g=g: pieces.queries(leaves, x, its_angles, g),
                 leaves,
                 part,
             )
             q = q if qs is None else qs[g]  # not to exchange it again
             given = (outs[g], logsumexps[g], douts[g])
-            dq, dkeys = pull_group(pieces, q, keys, *given, dkeys, i, g)
-            dleaves, more = pull(dq)
+            dqueries, dkeys = pull_group(pieces, q, sinks, keys, *given, dkeys, i, g)
+            dleaves, more = pull(dqueries)
             dpart, sums = dpart + more, _add(sums, dleaves)
         return (_write(dx, dpart, start), dkeys, sums), None
 
@@ -161,7 +161,7 @@ def _write(whole: Array, part: Array, start: Array) -> Array:
 
 def _group_shapes(pieces, leaves, part, angles) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(
-        jax.eval_shape(lambda g=g: pieces.queries(leaves, part, angles, g))
+        jax.eval_shape(lambda g=g: pieces.queries(leaves, part, angles, g)[0])
         for g in range(len(pieces.key_slots))
     )
 
@@ -185,8 +185,8 @@ def _attend_chunk(pieces, leaves, x, angles, keys, i):
     part, its_angles = _cut((x, angles), start, pieces.chunk_tokens)
     groups = []
     for g in range(len(pieces.key_slots)):
-        q = pieces.queries(leaves, part, its_angles, g)
-        groups.append((q, *attend_group(pieces, q, keys, i, g)))
+        q, sinks = pieces.queries(leaves, part, its_angles, g)
+        groups.append((q, *attend_group(pieces, q, sinks, keys, i, g)))
     return tuple(zip(*groups, strict=True))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import join
+from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.attention.select import attention_parts
 from ulysses_jax.config import Memory
 from ulysses_jax.memory.block_attention import Pieces
@@ -20,6 +20,7 @@ from ulysses_jax.parallel.exchange import (
     HeadLayout,
     head_layout,
     heads_to_seq,
+    own_slots,
     seq_to_heads,
 )
 from ulysses_jax.parallel.ulysses import split_head_chunks
@@ -61,6 +62,11 @@ class _Heads:
         spread = self.layout.spread_q(w.reshape(1, -1, *w.shape[-2:]))
         cells = spread.reshape(-1, *self.slots, w.shape[-1])[:, :, row, :, cell]
         return cells.reshape(*w.shape[:-2], -1, w.shape[-1])
+
+    def sinks_here(self, sinks: Float[Array, "N"], g: int) -> Float[Array, "n"]:
+        """Those of the query slots that this device has of group g."""
+        of_group = self.of_group(sinks[:, None], g)[:, 0]
+        return own_slots(of_group) if self.degree > 1 else of_group
 
     def there(self, x: Float[Array, "B t N H"]) -> Float[Array, "B T n H"]:
         return seq_to_heads(x) if self.degree > 1 else x
@@ -201,7 +207,10 @@ def take_apart(
             if w is not None:
                 of_group = jax.tree.map(lambda a: heads.of_group(a, g), w[...])
                 setattr(attention, name, w.copy(of_group))
-        return exchange(attention.queries(layer.attention_norm(x), angles))
+        sinks = attention.sinks
+        if sinks is not None:
+            sinks = heads.sinks_here(sinks[...], g)
+        return exchange(attention.queries(layer.attention_norm(x), angles)), sinks
 
     def back(outs):
         return heads.back(tuple(map(blocks.joined, outs)))
@@ -223,6 +232,7 @@ def take_apart(
         pull = parts(q, k, seen).gradients
         return pull(q, k, v, out, logsumexp, dout, mask=seen)
 
+    alike = PARTS["blockwise"]  # in this, whichever attends to a block
     return Pieces(
         keys_values=keys_values,
         queries=queries,
@@ -230,7 +240,9 @@ def take_apart(
         finish=finish,
         statistics=statistics,
         gradients=gradients,
-        join=join,
+        join=alike.join,
+        with_sinks=alike.with_sinks,
+        sinks_gradient=alike.sinks_gradient,
         first_block=blocks.first_seen,
         key_slots=heads.key_slots,
         chunk_tokens=chunk_tokens,

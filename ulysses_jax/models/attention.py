@@ -40,9 +40,17 @@ class Attend:
     zigzag: bool
     head_chunks: int = 1
 
-    def __call__(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    def __call__(
+        self, q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None
+    ) -> Array:
         return attend(
-            q, k, v, mesh=get_abstract_mesh(), mask=mask, **dataclasses.asdict(self)
+            q,
+            k,
+            v,
+            mesh=get_abstract_mesh(),
+            mask=mask,
+            sinks=sinks,
+            **dataclasses.asdict(self),
         )
 
 
@@ -84,6 +92,7 @@ class Attention(nnx.Module):
         self.k_bias = vector("KH", sizes, 0.0, table) if biased else None
         self.v_bias = vector("KH", sizes, 0.0, table) if biased else None
         self.out_bias = vector("D", sizes, 0.0) if biased else None
+        self.sinks = vector("N", sizes, 0.0, table) if model.sinks else None
 
     def __call__(
         self,
@@ -125,7 +134,9 @@ class Attention(nnx.Module):
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
         )
-        out = self.attend(_turn(add_bias(q, self.q_bias), angles), k, v, mask)
+        q = _turn(add_bias(q, self.q_bias), angles)
+        sinks = None if self.sinks is None else self.sinks[...]
+        out = self.attend(q, k, v, mask, sinks)
         return layout.lay_like(self.project_out(out), x)
 
     def angles(self, positions: Int[Array, "B T"]) -> Angles:
