@@ -19,11 +19,11 @@ def one_device(**shape):
     "shape, degrees, model, memory",
     [
         (UNEVEN, dict(seq=4), {}, PIECES),
-        ({}, dict(fsdp=2, seq=2, tensor=2), {}, PIECES | dict(head_chunks=2)),
         ({}, dict(data=2, ring=2, seq=2), {}, dict(remat="attention")),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ({}, dict(fsdp=2, seq=2, tensor=2), {}, PIECES | dict(head_chunks=2)),
                 ({}, {}, {}, PIECES | dict(remat="attention")),
                 (UNEVEN, dict(seq=4, tensor=2), {}, PIECES | dict(remat="attention")),
                 ({}, dict(data=2, seq=4), {}, dict(head_chunks=2, remat="full")),
