@@ -283,8 +283,8 @@ def test_jax_arrays_that_int32_does_not_hold(name):
         (dict(scale=jnp.ones(4)), r"not float32\[4\]: multiply q"),
         (dict(scale=float("nan")), "scale is a finite number, not nan"),
         (dict(attention=5), r"attention is a function f\(q, k, v, .*, not 5"),
-        (dict(attention="cuDNN"), "no attention 'cuDNN': use 'auto', 'blockwise', "),
-        (dict(attention=""), "no attention '': use 'auto', 'blockwise', 'cudnn'"),
+        (dict(attention="cuDNN"), "no attention 'cuDNN': use 'auto', 'cudnn', "),
+        (dict(attention=""), "no attention '': use 'auto', 'cudnn', 'mosaic'"),
         (
             dict(attention=jax.nn.dot_product_attention),
             r"raised TypeError.* called as f\(q, k, v, mask=..., scale=...\).*Wrap it",

@@ -51,7 +51,6 @@ def attention_under(strategy, kernel):
         [
             ("ulysses", "segments and window"),
             ("hybrid in zigzag order", "segments and window"),
-            ("ring", "segments"),
         ],
         SPREAD,
         ["causal", "window", "segments", "segments and window"],

@@ -463,5 +463,5 @@ def test_what_is_no_attention():
         with pytest.raises(ValueError, match="no strategy .*: use one of 'ulysses', "):
             attend(q, q, q, mesh=mesh, mask=Mask(causal=True), **bad)
     for degrees in (dict(seq=2), dict(ring=2)):
-        with pytest.raises(ValueError, match="no attention 'flash': use 'auto', 'bl"):
+        with pytest.raises(ValueError, match="no attention 'flash': use 'auto', 'cu"):
             attend(q, q, q, mesh=mesh_of(**degrees), mask=Mask(), attention="flash")
