@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES, assert_close, out_and_gradients
-from float64 import exact_attention
 
 from ulysses_jax.attention.blockwise import (
     blockwise_attention,
     blockwise_attention_with_logsumexp,
 )
 from ulysses_jax.attention.cudnn import through_jax_nn
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.attention.tiling import HIDDEN

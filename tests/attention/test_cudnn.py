@@ -10,12 +10,12 @@ import mosaic_stand_in
 import numpy as np
 import pytest
 from attention_cases import CASES, out_and_gradients
-from float64 import exact_attention
 
 from ulysses_jax import attend as attend_module
 from ulysses_jax import make_mesh
 from ulysses_jax.attention.blockwise import blockwise_attention_with_logsumexp
 from ulysses_jax.attention.cudnn import cudnn_attention
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.attention.reference import reference_attention

@@ -10,10 +10,10 @@ import mosaic_stand_in
 import numpy as np
 import pytest
 from attention_cases import CASES, out_and_gradients
-from float64 import exact_attention
 from slow import slow_but_for
 
 from ulysses_jax.attention import mosaic
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.parts import PARTS, Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import exact_attention
 
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.memory.block_attention import Pieces

@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import exact_attention
 from strategy_cases import (
     B,
     T,
@@ -16,6 +15,7 @@ from strategy_cases import (
 )
 
 from ulysses_jax.attend import attend
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
 
 # Where all logits are near 1, 100 and 2,000: what rounding these leaves.

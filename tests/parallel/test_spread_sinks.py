@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import exact_attention
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from slow import slow_but_for
@@ -14,6 +13,7 @@ from strategy_cases import MASKS, SMALL_TILES, TOLERANCE, T, inputs, mesh_of
 
 from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
+from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.strategies import num_members

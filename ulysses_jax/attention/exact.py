@@ -1,16 +1,19 @@
-"""Dense attention in NumPy's float64, of arrays as they are: forward and backward."""
+"""Dense attention in NumPy's float64, forward and backward: how true is a kernel?"""
 
 import numpy as np
 
 
 def exact_attention(q, k, v, upstream, seen, *, scale=None, sinks=None, rows=512):
-    """out, dq, dk, dv in float64, and dsinks where there are sinks.
+    """out, dq, dk, dv in float64, of arrays as they are; dsinks where there are sinks.
+
+    Given some queries alone, it returns what of dk and dv is theirs: all, where the
+    upstream of every other query is 0.
 
     Args:
       q, upstream, k, v: `[B, T, N, H]`, `[B, S, K, H]`, any dtype.
       seen: bool, broadcasts to `[B, T, S]`.
       sinks: `[N]`, logits of one more key a head, whose value is 0.
-      rows: queries at a time.
+      rows: queries at a time, of which there are `rows` x S logits a head.
     """
     q, k, v, upstream = (np.asarray(x).astype(np.float64) for x in (q, k, v, upstream))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
