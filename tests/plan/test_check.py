@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from ulysses_jax.config_file import load
 from ulysses_jax.plan import check as check_module
 from ulysses_jax.plan.__main__ import main
-from ulysses_jax.plan.check import check
+from ulysses_jax.plan.check import check, documents
+from ulysses_jax.plan.pairs import Pairs
 
 
 def row(found, what):
@@ -110,3 +112,18 @@ def test_refusals(config_file, tmp_path, capsys, overrides, message):
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert message in err and out == "" and not file.exists()
+
+
+@pytest.mark.parametrize("tokens, mean", [(32_768, 4096), (131_072, 1024), (64, 4096)])
+def test_documents_are_as_many_pairs_as_the_plan_counts(tokens, mean):
+    segments, positions = documents(tokens, mean)
+    starts = np.flatnonzero(positions == 0)
+    assert starts[0] == 0 and len(starts) == max(round(tokens / mean), 1)
+    assert (np.flatnonzero(np.diff(segments)) + 1 == starts[1:]).all()
+    planned = Pairs((None,), mean).visible(tokens)
+    assert positions.sum(dtype=float) == pytest.approx(planned, rel=0.1)
+
+
+def test_a_row_is_one_document_where_none_are_said():
+    segments, positions = documents(64, None)
+    assert not segments.any() and (positions == np.arange(64)).all()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.config import Config
@@ -25,7 +26,8 @@ from ulysses_jax.training.step import abstract_batch, jit_train_step
 def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
     """Compiles a run for this machine's devices, runs some steps of it, and compares.
 
-    Runs on random tokens, so it needs no corpus; the first step is not timed.
+    Runs on random tokens, so it needs no corpus, in documents as the plan counts them
+    (`data.document_tokens`); the first step is not timed.
 
     Returns:
       `device`, `plan` (as `compile.analyse`), and `rows` of `what`, `planned`,
@@ -120,12 +122,12 @@ def _high_water(mesh: Mesh) -> int:
 
 
 def _random_batch(config: Config) -> dict[str, jax.Array]:
-    """A batch of one document a row, with random tokens, made sharded."""
+    """A batch of random tokens, made sharded; all rows have the same documents."""
     shapes = abstract_batch(config)
+    like = shapes["tokens"]
 
     def make():
-        like = shapes["tokens"]
-        tokens = jax.random.randint(
+        return jax.random.randint(
             jax.random.key(0),
             like.shape,
             0,
@@ -133,15 +135,33 @@ def _random_batch(config: Config) -> dict[str, jax.Array]:
             jnp.int32,
             out_sharding=like.sharding.spec,
         )
-        places = jax.lax.broadcasted_iota(
-            jnp.int32, like.shape, 2, out_sharding=like.sharding
-        )
-        whole = {
-            "tokens": tokens,
-            "labels": tokens,
-            "positions": places,
-            "segment_ids": places * 0,
-        }
-        return {name: whole[name] for name in shapes}
 
-    return jax.jit(make)()
+    def spread(row):
+        return jax.make_array_from_callback(
+            like.shape, like.sharding, lambda at: np.broadcast_to(row, like.shape)[at]
+        )
+
+    tokens = jax.jit(make)()
+    mean = config.data.document_tokens if config.data.mask_documents else None
+    segments, positions = documents(config.padded_tokens(), mean)
+    whole = {
+        "tokens": tokens,
+        "labels": tokens,
+        "positions": spread(positions),
+        "segment_ids": spread(segments),
+    }
+    return {name: whole[name] for name in shapes}
+
+
+def documents(tokens: int, mean: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions of a row of documents; None: it is one.
+
+    Their lengths are those that `pairs.Pairs` expects: quantiles of the exponential
+    distribution, in the same order always.
+    """
+    count = 1 if mean is None else max(round(tokens / mean), 1)
+    lengths = -np.log((np.random.default_rng(0).permutation(count) + 0.5) / count)
+    ends = np.round(np.cumsum(lengths) / lengths.sum() * tokens).astype(np.int32)
+    places = np.arange(tokens, dtype=np.int32)
+    segments = np.searchsorted(ends, places, side="right").astype(np.int32)
+    return segments, places - np.concatenate(([0], ends))[segments].astype(np.int32)
