@@ -4,6 +4,8 @@
 # make plan    sets up .venv-plan (with the CUDA plugin, 4 GB) and plans Llama-3-8B on 8
 #              H100; another plan: make plan ARGS="--config configs/... --gpus ..."
 # make test-plan   the tests that compile for GPUs
+# make gpu-check  kernels true and fast on this machine's GPU? Uses $(PYTHON) as it is where
+#              its JAX sees a GPU, else .venv-plan; writes docs/measured.md and .json
 # make strategies  benchmarks/strategies.py, with ringattention in .venv-ringattention
 # PYTHON=python3.12 make test   uses another Python
 
@@ -18,7 +20,7 @@ ARGS ?= --config configs/llama3_8b.yaml --gpus h100:1x8
 # A peer that benchmarks/strategies.py times needs an older JAX.
 PEER_INSTALLED := .venv-ringattention/installed-for-python-$(VERSION)
 
-.PHONY: train test test-all check plan test-plan strategies format constraints clean
+.PHONY: train test test-all check plan test-plan gpu-check strategies format constraints clean
 
 train: $(INSTALLED)
 	@echo "== training configs/tiny.yaml: 4 minutes on 2 cores"
@@ -44,6 +46,13 @@ plan: $(PLAN_INSTALLED)
 test-plan: $(PLAN_INSTALLED)
 	@echo "== tests that compile for GPUs that are not there"
 	.venv-plan/bin/python -m pytest -m plan
+
+# A machine with GPUs brings its own JAX, which knows its driver: that one is taken.
+SEES_GPU = $(PYTHON) -c "import jax; jax.devices('gpu')" 2>/dev/null
+gpu-check:
+	@$(SEES_GPU) || $(MAKE) $(PLAN_INSTALLED)
+	@if $(SEES_GPU); then python=$(PYTHON); else python=.venv-plan/bin/python; fi; \
+	PYTHONPATH=. $$python -m ulysses_jax.check_gpu --json docs/measured.json --write-docs
 
 strategies: $(INSTALLED) $(PEER_INSTALLED)
 	@$(IN)python benchmarks/strategies.py

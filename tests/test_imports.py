@@ -60,6 +60,7 @@ ALLOWED["training"] = (
 )
 ALLOWED["interop"] = ALLOWED["models"] | {"models"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
+ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training"}
 
 

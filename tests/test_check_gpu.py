@@ -1,0 +1,193 @@
+"""The check of a GPU, on the CPU: rows, faults that it must see, processes that die."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ulysses_jax.check_gpu import __main__ as command
+from ulysses_jax.check_gpu.measure import UNTIL, NoMachine, measure
+from ulysses_jax.check_gpu.problems import MASKS
+from ulysses_jax.check_gpu.tables import BEGIN, END, markdown, page_with
+
+# Two masks, and an attention whose scale is 4 % off at head size 16.
+FAULTY = """
+from functools import partial
+from ulysses_jax.check_gpu import errors, problems, timings, worker
+
+for name in set(problems.MASKS) - {"causal", "packed window"}:
+    del problems.MASKS[name]
+errors.SPOT_MASKS = timings.TIMED_MASKS = ("causal",)
+right = problems.ATTENTIONS["blockwise"]
+problems.ATTENTIONS["blockwise"] = partial(right, scale=0.26)
+worker.main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def of(results, table, **columns):
+    return [
+        row
+        for row in results["rows"]
+        if row["table"] == table and columns.items() <= row.items()
+    ]
+
+
+def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "measured.json"
+    worker = (sys.executable, "-c", FAULTY)
+    monkeypatch.setattr(
+        command, "measure", lambda **options: measure(worker=worker, **options)
+    )
+    tables = "errors,spots,rates,timings"
+    code = command.main(["--json", str(file), "--tables", tables, "--minutes", "30"])
+    assert code == 1
+    results = json.loads(file.read_text())
+    assert results["is_complete"] and results["quick"]
+    assert results["machine"]["card"] == "cpu"
+    assert results["machine"]["versions"]["jax"]
+    assert {row["table"] for row in results["rows"]} == set(tables.split(","))
+    wrong = of(results, "errors", kernel="blockwise")
+    assert [row["status"] for row in wrong] == ["FAIL"] * 4
+    for row in wrong:
+        assert row["why"].startswith("out 0.0") and row["dq"] > 0.008
+    right = of(results, "errors", kernel="jax.nn xla", mask="causal")
+    assert [row["status"] for row in right] == ["ok"] * 2
+    for name in ("out", "dq", "dk", "dv"):
+        assert 0 < right[0][name] < 0.005
+    for name in ("mosaic", "cudnn"):
+        for row in of(results, "errors", kernel=name):
+            assert row["status"] == "skipped" and "needs" in row["why"]
+    assert of(results, "spots", kernel="blockwise")[0]["status"] == "FAIL"
+    assert of(results, "spots", kernel="jax.nn xla")[0]["status"] == "ok"
+    assert of(results, "rates")[0]["TFLOP/s"] > 0
+    both = of(results, "timings", kernel="blockwise")
+    assert [row["pass"] for row in both] == ["forward", "forward and backward"]
+    for row in both:
+        flops = 2 * row["tokens"] * (row["tokens"] + 1) / 2 * 4 * 16
+        flops *= 2 if row["pass"] == "forward" else 7
+        assert row["TFLOP/s"] * 1e12 * row["ms"] / 1e3 == pytest.approx(flops)
+    out, err = capsys.readouterr()
+    assert "**5 rows FAIL.**" in out and "mosaic, 4 rows skipped: it needs" in out
+    assert "FAIL errors blockwise causal" in err
+
+
+@pytest.mark.slow
+def test_the_command_runs_to_its_end(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ulysses_jax.check_gpu", "--minutes", "60"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(command.PAGE.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "measured.json").read_text())
+    assert {row["table"] for row in results["rows"]} == set(UNTIL)
+    assert {row["status"] for row in results["rows"]} == {"ok", "skipped"}
+    for row in of(results, "errors", kernel="blockwise"):
+        assert row["status"] == "ok"
+    steps = of(results, "steps")
+    assert [row["status"] for row in steps] == ["ok"] * 2
+    for row in steps:
+        held = row["rows"][0]
+        assert held["planned"] == held["measured"] > 0
+        assert row["rows"][2]["measured"] > 0
+    assert "| of 64 tokens on average | a step (s) |" in done.stdout
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_pairs_are_those_that_a_mask_shows(mask):
+    for tokens, span in ((40, 12), (36, 12), (10, 12)):
+        problem = MASKS[mask](2, tokens, span)
+        seen = np.asarray(problem.mask.visible(0, tokens, 0, tokens))
+        assert problem.pairs == np.broadcast_to(seen, (2, tokens, tokens)).sum()
+
+
+# A worker without JAX: rows a, b, c; `at_b` is what happens where b begins.
+STAND_IN = """
+import json, os, signal, sys, time
+request = json.load(sys.stdin)
+def say(**message):
+    print(json.dumps(message), flush=True)
+machine = dict(card="none", versions={{}}, driver=None, python="3")
+rows = [dict(table="errors", kernel=name) for name in "abc"]
+say(machine=machine, quick=False, rows=rows)
+for i in range(3):
+    if i not in request["done"]:
+        say(begin=i)
+        if i == 1:
+            {at_b}
+        say(row=i, status="ok")
+"""
+
+
+@pytest.mark.parametrize(
+    "at_b, why",
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by signal 11"),
+        ("sys.exit('no such kernel')", "ended with exit code 1: no such kernel"),
+        ("time.sleep(60)", "nothing was heard of it for 3 s"),
+    ],
+)
+def test_a_process_that_dies_or_hangs_costs_one_row(at_b, why):
+    kept = []
+    results = measure(
+        tables=("errors",),
+        keep=lambda results, i: kept.append(i),
+        worker=(sys.executable, "-c", STAND_IN.format(at_b=at_b)),
+        silence_seconds=3,
+    )
+    assert [row["status"] for row in results["rows"]] == ["ok", "FAIL", "ok"]
+    assert why in results["rows"][1]["why"]
+    assert kept == [0, 1, 2, None]
+    assert "**1 rows FAIL.**" in markdown(results)
+
+
+def test_what_time_does_not_allow_is_skipped_and_said():
+    results = measure(
+        tables=("errors",),
+        minutes=1e-6,
+        keep=lambda results, i: None,
+        worker=(sys.executable, "-c", STAND_IN.format(at_b="time.sleep(60)")),
+        silence_seconds=3,
+    )
+    rows = results["rows"]
+    assert [row["status"] for row in rows] == ["ok", "skipped", "skipped"]
+    assert "--minutes 1e-06" in rows[1]["why"] and "--minutes 1e-06" in rows[2]["why"]
+
+
+def test_a_machine_that_cannot_start():
+    worker = (sys.executable, "-c", "raise SystemExit('no devices')")
+    with pytest.raises(NoMachine, match="exit code 1: no devices"):
+        measure(keep=lambda results, i: None, worker=worker)
+
+
+def test_the_page_takes_the_tables(tmp_path):
+    page = tmp_path / "measured.md"
+    page.write_text(f"# Title\n\n{BEGIN}\nNothing yet.\n{END}\n\nEnd.\n")
+    text = page_with(page, "| a |")
+    assert text == f"# Title\n\n{BEGIN}\n\n| a |\n\n{END}\n\nEnd.\n"
+    page.write_text(text)
+    assert page_with(page, "| a |") == text
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match="has not the lines"):
+        page_with(page, "")
+    assert page_with(command.PAGE, "x")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [(("--tables", "errors,speed"), "speed"), (("--minutes", "0"), "positive")],
+)
+def test_refusals(argument, message, capsys, tmp_path):
+    file = tmp_path / "measured.json"
+    assert command.main(["--json", str(file), *argument]) == 2
+    assert message in capsys.readouterr().err and not file.exists()

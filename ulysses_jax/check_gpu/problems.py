@@ -1,0 +1,172 @@
+"""What is asked of kernels: masks as data, the kernels, arrays to attend to."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ulysses_jax.attention.cudnn import cudnn_lacks, through_jax_nn
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.select import ATTENTIONS, choose
+from ulysses_jax.mesh import Device
+
+
+class Problem(NamedTuple):
+    """A mask, and how many pairs of a query and a key it shows, over the batch."""
+
+    mask: Mask
+    pairs: int
+
+
+class Heads(NamedTuple):
+    """Query heads, key/value heads, and their size."""
+
+    N: int
+    K: int
+    H: int
+
+
+def _near(tokens: int, window: int | None = None) -> int:
+    """Pairs of one document under a causal mask, as far as a window reaches."""
+    window = min(window or tokens, tokens)
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def _packed(batch: int, tokens: int, span: int, window: int | None = None) -> Problem:
+    """Documents as the trainer packs them, in each row shorter than in the one before;
+    what is left at a row's end is padding, whose id is 0."""
+    segments = np.zeros((batch, tokens), np.int32)
+    positions = np.zeros((batch, tokens), np.int32)
+    pairs = 0
+    for row in range(batch):
+        size = span * 2 // (2 + row)
+        whole = tokens // size
+        places = np.arange(tokens, dtype=np.int32)
+        segments[row] = np.where(places < whole * size, places // size + 1, 0)
+        positions[row] = places % size
+        pairs += whole * _near(size, window) + _near(tokens % size, window)
+    ids, at = jnp.asarray(segments), jnp.asarray(positions)
+    mask = Mask(
+        causal=True,
+        window=window,
+        q_segment_ids=ids,
+        kv_segment_ids=ids,
+        q_positions=at,
+        kv_positions=at,
+    )
+    return Problem(mask, pairs)
+
+
+# A mask by its name: f(batch, tokens, span), where span is a document's tokens, or a
+# window's.
+MASKS: dict[str, Callable[[int, int, int], Problem]] = {
+    "causal": lambda B, T, span: Problem(Mask(causal=True), B * _near(T)),
+    "packed": _packed,
+    "window": lambda B, T, span: Problem(
+        Mask(causal=True, window=span), B * _near(T, span)
+    ),
+    "packed window": lambda B, T, span: _packed(B, T, span, span // 2),
+    "full": lambda B, T, span: Problem(Mask(), B * T * T),
+}
+
+
+class Kernel(NamedTuple):
+    """`attend`: f(q, k, v, mask=); `lacks`: f(device, q, k, mask), why not, or None."""
+
+    attend: Callable[..., Array]
+    lacks: Callable[[Device, Any, Any, Mask], str | None]
+
+
+def _chosen(name: str, device: Device, q: Any, k: Any, mask: Mask) -> str | None:
+    try:
+        choose(name, device, q, k, mask)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _cudnn_lacks(device: Device, q: Any, k: Any, mask: Mask) -> str | None:
+    if why := _chosen("cudnn", device, q, k, mask):
+        return why
+    lacks = cudnn_lacks(q, k, mask)
+    return lacks and f"cuDNN through jax.nn has none for {lacks}"
+
+
+def _mosaic_lacks(device: Device, q: Any, k: Any, mask: Mask) -> str | None:
+    if not device.is_gpu:
+        return (
+            "it needs a GPU: JAX's interpreter of Mosaic's GPU kernels knows neither "
+            "inline_mgpu nor operands of wgmma that lie in registers"
+        )
+    why = _chosen("mosaic", device, q, k, mask)
+    return why and why.removeprefix("attention mosaic is ")
+
+
+def _jax_nn_lacks(device: Device, q: Any, k: Any, mask: Mask) -> str | None:
+    return _cudnn_lacks(Device("gpu", device.kind), q, k, mask)
+
+
+def kernels(device: Device) -> dict[str, Kernel]:
+    """What there is to attend with, by name; jax.nn's own stands beside them.
+
+    Where there is no GPU jax.nn runs XLA's attention, so that the check can be tried.
+    """
+    implementation = "cudnn" if device.is_gpu else "xla"
+    beside = partial(through_jax_nn, scale=None, implementation=implementation)
+    return {
+        "cudnn": Kernel(ATTENTIONS["cudnn"], _cudnn_lacks),
+        "cudnn in parts": Kernel(attention_of(PARTS["cudnn"]), _cudnn_lacks),
+        "mosaic": Kernel(ATTENTIONS["mosaic"], _mosaic_lacks),
+        "blockwise": Kernel(ATTENTIONS["blockwise"], lambda *_: None),
+        f"jax.nn {implementation}": Kernel(beside, _jax_nn_lacks),
+    }
+
+
+def shapes(batch: int, tokens: int, heads: Heads) -> tuple[Any, Any, Any, Any]:
+    """q, k, v and the upstream gradient, bfloat16, as shapes."""
+
+    def shape(num_heads):
+        return jax.ShapeDtypeStruct((batch, tokens, num_heads, heads.H), jnp.bfloat16)
+
+    return shape(heads.N), shape(heads.K), shape(heads.K), shape(heads.N)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def arrays(batch: int, tokens: int, heads: Heads) -> tuple[Array, ...]:
+    """Standard normal q, k, v and upstream gradient: always the same ones."""
+    like = shapes(batch, tokens, heads)
+    keys = jax.random.split(jax.random.key(0), len(like))
+    return tuple(
+        jax.random.normal(key, x.shape, x.dtype)
+        for key, x in zip(keys, like, strict=True)
+    )
+
+
+def forward(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """f(mask, q, k, v, upstream) -> out: the same arguments as `both_ways`."""
+    return lambda mask, q, k, v, upstream: attend(q, k, v, mask=mask)
+
+
+def both_ways(attend: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
+    """f(mask, q, k, v, upstream) -> (out, dq, dk, dv)."""
+
+    def run(mask, q, k, v, upstream):
+        out, pull = jax.vjp(partial(attend, mask=mask), q, k, v)
+        return out, *pull(upstream)
+
+    return run
+
+
+def compiled(function: Callable[..., Any], mask: Mask, like: tuple[Any, ...]) -> Any:
+    """The program; on the CPU, where its speed says nothing, a quick compilation."""
+    quick = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    options = quick if jax.default_backend() == "cpu" else None
+    return jax.jit(function).lower(mask, *like).compile(options)
