@@ -18,7 +18,7 @@ FAULTY = """
 from functools import partial
 from ulysses_jax.check_gpu import errors, problems, timings, worker
 
-for name in set(problems.MASKS) - {"causal", "packed window"}:
+for name in set(problems.MASKS) - {"causal", "packed window", "sinks"}:
     del problems.MASKS[name]
 errors.SPOT_MASKS = timings.TIMED_MASKS = ("causal",)
 right = problems.ATTENTIONS["blockwise"]
@@ -54,7 +54,15 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
     assert results["machine"]["card"] == "cpu"
     assert results["machine"]["versions"]["jax"]
     assert {row["table"] for row in results["rows"]} == set(tables.split(","))
-    wrong = of(results, "errors", kernel="blockwise")
+    (sinks,) = of(results, "errors", kernel="blockwise", mask="sinks")
+    assert sinks["status"] == "ok" and 0 < sinks["dsinks"] < 0.008
+    (none,) = of(results, "errors", kernel="jax.nn xla", mask="sinks")
+    assert none["status"] == "skipped" and none["why"] == "it has no sinks"
+    wrong = [
+        row
+        for row in of(results, "errors", kernel="blockwise")
+        if row["mask"] != "sinks"  # which goes by another function
+    ]
     assert [row["status"] for row in wrong] == ["FAIL"] * 4
     for row in wrong:
         assert row["why"].startswith("out 0.0") and row["dq"] > 0.008
@@ -75,7 +83,7 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
         flops *= 2 if row["pass"] == "forward" else 7
         assert row["TFLOP/s"] * 1e12 * row["ms"] / 1e3 == pytest.approx(flops)
     out, err = capsys.readouterr()
-    assert "**5 rows FAIL.**" in out and "mosaic, 4 rows skipped: it needs" in out
+    assert "**5 rows FAIL.**" in out and "mosaic, 5 rows skipped: it needs" in out
     assert "FAIL errors blockwise causal" in err
 
 

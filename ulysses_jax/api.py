@@ -84,7 +84,9 @@ def ulysses_attention(
 
     Returns:
       `[B, T, N, H]`, q's dtype, B over (data, fsdp), T over (ring, seq), N over
-      tensor. A query that sees no key gives 0. With `return_logsumexp` a pair: that,
+      tensor. A query that sees no key gives 0. On Hopper GPUs a row whose keys do not
+      lie in order (`attention.ranges.key_ranges`) gives NaN, where cuDNN has not the
+      mask: use `attention=blockwise_attention`. With `return_logsumexp` a pair: that,
       and float32 `[B, T, N]`, which lies alike and has a gradient; -1e30 for a query
       that sees no key, or its sink.
 

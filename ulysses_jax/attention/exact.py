@@ -6,8 +6,8 @@ import numpy as np
 def exact_attention(q, k, v, upstream, seen, *, scale=None, sinks=None, rows=512):
     """out, dq, dk, dv in float64, of arrays as they are; dsinks where there are sinks.
 
-    Given some queries alone, it returns what of dk and dv is theirs: all, where the
-    upstream of every other query is 0.
+    Given some queries alone, it returns what of dk, dv and dsinks is theirs: all, where
+    the upstream of every other query is 0.
 
     Args:
       q, upstream, k, v: `[B, T, N, H]`, `[B, S, K, H]`, any dtype.

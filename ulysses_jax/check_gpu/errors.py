@@ -18,6 +18,7 @@ from ulysses_jax.check_gpu.problems import (
     both_ways,
     compiled,
     shapes,
+    sinks,
 )
 from ulysses_jax.check_gpu.rows import Row, Sizes
 from ulysses_jax.mesh import Device
@@ -25,7 +26,13 @@ from ulysses_jax.mesh import Device
 # Root mean square of the error over that of float64's result. One rounding to bfloat16
 # is 0.0017; kernels round results, weights and d(logits), and make dq and dk of an out
 # that is rounded. A scale that is off by some per cent is seen in each of them.
-TOLERANCES: dict[str, float] = {"out": 0.005, "dq": 0.008, "dk": 0.008, "dv": 0.005}
+TOLERANCES: dict[str, float] = {
+    "out": 0.005,
+    "dq": 0.008,
+    "dk": 0.008,
+    "dv": 0.005,
+    "dsinks": 0.008,
+}
 NAMES = tuple(TOLERANCES)
 
 # At 128K a few queries alone have an upstream gradient: their dq, and what of dk and dv
@@ -44,7 +51,7 @@ def error_rows(device: Device, kernels: dict[str, Kernel], sizes: Sizes) -> list
         for which in (heads, alone):
             for mask in MASKS if which is heads else ("causal", "packed window"):
                 problem = MASKS[mask](batch, tokens, sizes.error_span)
-                want = cache(partial(_exact, problem.mask, batch, tokens, which))
+                want = cache(partial(_exact, problem, batch, tokens, which))
                 for name, kernel in kernels.items():
                     columns = {"kernel": name, "mask": mask, **_columns(tokens, which)}
                     like = shapes(batch, tokens, which)
@@ -52,9 +59,9 @@ def error_rows(device: Device, kernels: dict[str, Kernel], sizes: Sizes) -> list
                         Row(
                             "errors",
                             columns,
-                            kernel.lacks(device, *like[:2], problem.mask),
+                            kernel.lacks(device, *like[:2], problem),
                             partial(
-                                compiled, both_ways(kernel.attend), problem.mask, like
+                                compiled, both_ways(kernel, problem), problem.mask, like
                             ),
                             partial(_judge, problem, batch, tokens, which, want),
                         )
@@ -68,15 +75,15 @@ def spot_rows(device: Device, kernels: dict[str, Kernel], sizes: Sizes) -> list[
     for mask in SPOT_MASKS:
         problem = MASKS[mask](1, tokens, sizes.spot_span)
         spots = _spots(tokens, sizes.spot_span)
-        want = cache(partial(_exact, problem.mask, 1, tokens, heads, spots))
+        want = cache(partial(_exact, problem, 1, tokens, heads, spots))
         for name, kernel in kernels.items():
             like = shapes(1, tokens, heads)
             rows.append(
                 Row(
                     "spots",
                     {"kernel": name, "mask": mask, **_columns(tokens, heads)},
-                    kernel.lacks(device, *like[:2], problem.mask),
-                    partial(compiled, both_ways(kernel.attend), problem.mask, like),
+                    kernel.lacks(device, *like[:2], problem),
+                    partial(compiled, both_ways(kernel, problem), problem.mask, like),
                     partial(_judge, problem, 1, tokens, heads, want, spots=spots),
                 )
             )
@@ -109,23 +116,30 @@ def _inputs(batch, tokens, heads, spots):
     return q, k, v, upstream
 
 
-def _exact(mask, batch, tokens, heads, spots=None) -> tuple[np.ndarray, ...]:
+def _exact(
+    problem: Problem, batch, tokens, heads, spots=None
+) -> tuple[np.ndarray, ...]:
     """float64's out, dq, dk, dv; out and dq of the spots alone, where there are any."""
     q, k, v, upstream = map(np.asarray, _inputs(batch, tokens, heads, spots))
+    mask = problem.mask
+    exact = partial(
+        exact_attention, sinks=sinks(heads.N) if problem.has_sinks else None
+    )
     if spots is None:
         seen = np.asarray(mask.visible(0, tokens, 0, tokens))
-        return exact_attention(q, k, v, upstream, seen)
+        return exact(q, k, v, upstream, seen)
     visible = jax.jit(lambda mask, at: mask.visible(at, 1, 0, tokens))
     seen = np.concatenate([visible(mask, at) for at in spots], axis=1)
     at = list(spots)
-    return exact_attention(q[:, at], k, v, upstream[:, at], seen)
+    return exact(q[:, at], k, v, upstream[:, at], seen)
 
 
 def _judge(
     problem: Problem, batch, tokens, heads, want: Oracle, program, *, spots=None
 ) -> dict[str, Any]:
     got = program(problem.mask, *_inputs(batch, tokens, heads, spots))
-    got = dict(zip(NAMES, map(np.asarray, got), strict=True))
+    names = NAMES if problem.has_sinks else NAMES[:4]
+    got = dict(zip(names, map(np.asarray, got), strict=True))
     if spots is not None:
         at = list(spots)
         others = np.delete(got["dq"], at, axis=1)
@@ -134,10 +148,10 @@ def _judge(
         got |= {name: got[name][:, at] for name in ("out", "dq")}
     errors = {
         name: relative_error(got[name], exact)
-        for name, exact in zip(NAMES, want(), strict=True)
+        for name, exact in zip(names, want(), strict=True)
     }
     # A NaN is below no tolerance.
-    bad = [name for name in NAMES if not errors[name] <= TOLERANCES[name]]
+    bad = [name for name in names if not errors[name] <= TOLERANCES[name]]
     why = ", ".join(f"{name} {errors[name]:.2g} > {TOLERANCES[name]}" for name in bad)
     return errors | ({"status": "FAIL", "why": why} if bad else {})
 

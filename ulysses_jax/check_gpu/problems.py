@@ -17,10 +17,12 @@ from ulysses_jax.mesh import Device
 
 
 class Problem(NamedTuple):
-    """A mask, and how many pairs of a query and a key it shows, over the batch."""
+    """A mask, how many pairs of a query and a key it shows, over the batch, and whether
+    each head has a sink."""
 
     mask: Mask
     pairs: int
+    has_sinks: bool = False
 
 
 class Heads(NamedTuple):
@@ -71,15 +73,28 @@ MASKS: dict[str, Callable[[int, int, int], Problem]] = {
         Mask(causal=True, window=span), B * _near(T, span)
     ),
     "packed window": lambda B, T, span: _packed(B, T, span, span // 2),
+    "sinks": lambda B, T, span: Problem(Mask(causal=True), B * _near(T), True),
     "full": lambda B, T, span: Problem(Mask(), B * T * T),
 }
 
 
 class Kernel(NamedTuple):
-    """`attend`: f(q, k, v, mask=); `lacks`: f(device, q, k, mask), why not, or None."""
+    """What attends.
+
+    Attributes:
+      attend: f(q, k, v, mask=).
+      attend_with_sinks: f(q, k, v, mask=, sinks=); None: there is none.
+      mask_lacks: f(device, q, k, mask), why not, or None.
+    """
 
     attend: Callable[..., Array]
-    lacks: Callable[[Device, Any, Any, Mask], str | None]
+    attend_with_sinks: Callable[..., Array] | None
+    mask_lacks: Callable[[Device, Any, Any, Mask], str | None]
+
+    def lacks(self, device: Device, q: Any, k: Any, problem: Problem) -> str | None:
+        if problem.has_sinks and self.attend_with_sinks is None:
+            return "it has no sinks"
+        return self.mask_lacks(device, q, k, problem.mask)
 
 
 def _chosen(name: str, device: Device, q: Any, k: Any, mask: Mask) -> str | None:
@@ -118,12 +133,16 @@ def kernels(device: Device) -> dict[str, Kernel]:
     """
     implementation = "cudnn" if device.is_gpu else "xla"
     beside = partial(through_jax_nn, scale=None, implementation=implementation)
+    parts = {name: attention_of(each) for name, each in PARTS.items()}
+    cudnn, mosaic, blockwise = (
+        parts[name] for name in ("cudnn", "mosaic", "blockwise")
+    )
     return {
-        "cudnn": Kernel(ATTENTIONS["cudnn"], _cudnn_lacks),
-        "cudnn in parts": Kernel(attention_of(PARTS["cudnn"]), _cudnn_lacks),
-        "mosaic": Kernel(ATTENTIONS["mosaic"], _mosaic_lacks),
-        "blockwise": Kernel(ATTENTIONS["blockwise"], lambda *_: None),
-        f"jax.nn {implementation}": Kernel(beside, _jax_nn_lacks),
+        "cudnn": Kernel(ATTENTIONS["cudnn"], cudnn, _cudnn_lacks),
+        "cudnn in parts": Kernel(cudnn, cudnn, _cudnn_lacks),
+        "mosaic": Kernel(mosaic, mosaic, _mosaic_lacks),
+        "blockwise": Kernel(ATTENTIONS["blockwise"], blockwise, lambda *_: None),
+        f"jax.nn {implementation}": Kernel(beside, None, _jax_nn_lacks),
     }
 
 
@@ -147,19 +166,43 @@ def arrays(batch: int, tokens: int, heads: Heads) -> tuple[Array, ...]:
     )
 
 
-def forward(attend: Callable[..., Array]) -> Callable[..., Array]:
+def sinks(num_heads: int) -> Array:
+    """None outweighs all keys, and none is outweighed by them."""
+    return jnp.linspace(-1, 3, num_heads)
+
+
+def forward(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
     """f(mask, q, k, v, upstream) -> out: the same arguments as `both_ways`."""
-    return lambda mask, q, k, v, upstream: attend(q, k, v, mask=mask)
 
-
-def both_ways(attend: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
-    """f(mask, q, k, v, upstream) -> (out, dq, dk, dv)."""
-
-    def run(mask, q, k, v, upstream):
-        out, pull = jax.vjp(partial(attend, mask=mask), q, k, v)
-        return out, *pull(upstream)
+    def run(mask, *arrays):
+        attend, inputs = _call(kernel, problem, mask, *arrays[:3])
+        return attend(*inputs)
 
     return run
+
+
+def both_ways(kernel: Kernel, problem: Problem) -> Callable[..., tuple[Array, ...]]:
+    """f(mask, q, k, v, upstream) -> (out, dq, dk, dv), and dsinks where there are."""
+
+    def run(mask, *arrays):
+        attend, inputs = _call(kernel, problem, mask, *arrays[:3])
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(arrays[3])
+
+    return run
+
+
+def _call(kernel: Kernel, problem: Problem, mask: Mask, q, k, v):
+    """A function, and what it is called with."""
+    if not problem.has_sinks:
+        return partial(kernel.attend, mask=mask), (q, k, v)
+    attend = kernel.attend_with_sinks
+    assert attend
+
+    def with_sinks(q, k, v, sinks):
+        return attend(q, k, v, mask=mask, sinks=sinks)
+
+    return with_sinks, (q, k, v, sinks(q.shape[2]))
 
 
 def compiled(function: Callable[..., Any], mask: Mask, like: tuple[Any, ...]) -> Any:

@@ -23,7 +23,7 @@ from ulysses_jax.check_gpu.problems import (
 from ulysses_jax.check_gpu.rows import Row, Sizes, Skip
 from ulysses_jax.mesh import Device
 
-TIMED_MASKS = "causal", "packed", "window"
+TIMED_MASKS = "causal", "packed", "window", "sinks"
 ROUNDS = 5
 # A round is of several calls where one is short: starting it would count as much.
 ROUND_SECONDS = 0.02
@@ -71,9 +71,9 @@ def timing_rows(device: Device, kernels: dict[str, Kernel], sizes: Sizes) -> lis
                                 "tokens": tokens,
                                 "pass": which,
                             },
-                            kernel.lacks(device, *like[:2], problem.mask),
+                            kernel.lacks(device, *like[:2], problem),
                             partial(
-                                compiled, passes(kernel.attend), problem.mask, like
+                                compiled, passes(kernel, problem), problem.mask, like
                             ),
                             partial(
                                 _time,
