@@ -1,8 +1,6 @@
 """Meshes: degrees, what is left, errors whose remedy works, hosts kept together."""
 
-import importlib
 import re
-import socket
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +15,6 @@ from ulysses_jax.mesh import (
     make_mesh,
     platform_of,
     resolve_degrees,
-    start_distributed,
 )
 
 
@@ -150,156 +147,3 @@ def test_no_device_of_jax_platforms_is_said_in_words(monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(ValueError, match=r"JAX_PLATFORMS.*the extra \[gpu\].*=cpu"):
         make_mesh(seq=8)
-
-
-@pytest.fixture
-def started(monkeypatch, no_launcher):
-    """What `jax.distributed.initialize` is called with; nothing starts."""
-    calls = []
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
-    )
-    return calls
-
-
-@pytest.fixture
-def port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-@pytest.fixture
-def port_in_use():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        yield server.getsockname()[1]
-
-
-def test_flags_start_this_process(started, port):
-    start_distributed(f"localhost:{port}", 2, 0)
-    ((positional, named),) = started
-    assert positional == (f"localhost:{port}", 2, 0)
-    assert named["local_device_ids"] is None
-    start_distributed("nobody looks", 1, 0)
-    assert len(started) == 1
-
-
-def test_flags_under_a_launcher_take_its_share_of_the_gpus(
-    started, port_in_use, monkeypatch
-):
-    """As with Open MPI 5, which does not say where process 0 is."""
-    for name, value in dict(SIZE=8, RANK=3, LOCAL_SIZE=8, LOCAL_RANK=3).items():
-        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
-    start_distributed(f"127.0.0.1:{port_in_use}", 8, 3)  # process 0 listens
-    assert started[0][1]["local_device_ids"] == [3]
-
-
-@pytest.mark.parametrize(
-    "coordinator, message",
-    [
-        ("localhost", "is not host:port, such as host0:1234"),
-        ("localhost:port", "is not host:port"),
-        ("localhost:0", "with a port of 1 to 65535"),
-        ("localhost:65536", "with a port of 1 to 65535"),
-        (":1234", "is not host:port"),
-        ("", "is not host:port"),
-        ("no-such-host.invalid:1234", "'no-such-host.invalid' is not known"),
-        ("a..b:1234", "'a..b' is not known"),
-    ],
-)
-@pytest.mark.parametrize("process_id", [0, 1])
-def test_a_coordinator_that_cannot_be(
-    started, monkeypatch, coordinator, message, process_id
-):
-    monkeypatch.setattr(meshes, "_UNKNOWN_SECONDS", 0)
-    with pytest.raises(ValueError, match=f"distributed.coordinator.*{message}"):
-        start_distributed(coordinator, 2, process_id)
-    assert not started
-
-
-def test_nobody_at_the_coordinators_port(started, monkeypatch, port):
-    monkeypatch.setattr(meshes, "_ABSENT_SECONDS", 0)
-    with pytest.raises(ValueError, match="process 0 is not there after 0 s"):
-        start_distributed(f"127.0.0.1:{port}", 2, 1)
-    assert not started
-
-
-def test_a_port_in_use(started, monkeypatch, port_in_use):
-    """JAX's own service crashes there."""
-    with pytest.raises(ValueError, match=f"port {port_in_use} of this host.*another"):
-        start_distributed(f"127.0.0.1:{port_in_use}", 2, 0)
-    step = dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="2", SLURM_PROCID="0")
-    for name, value in (step | dict(JAX_COORDINATOR_PORT=str(port_in_use))).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="set JAX_COORDINATOR_PORT"):
-        start_distributed()
-    assert not started
-
-
-@pytest.mark.parametrize("port", ["", "any", "0", "70000"])
-def test_no_port_for_jax(started, monkeypatch, port):
-    step = dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="2", SLURM_PROCID="0")
-    for name, value in (step | dict(JAX_COORDINATOR_PORT=port)).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"JAX_COORDINATOR_PORT is '{port}', not a"):
-        start_distributed()
-    assert not started
-
-
-def test_the_port_that_jax_takes_under_slurm_is_in_use(started, monkeypatch):
-    """As by another step of the same job: the port follows from the job's number."""
-    first = 2**16 - 2**12
-    with socket.socket() as server:
-        for port in range(first, 2**16):
-            try:
-                server.bind(("127.0.0.1", port))
-                break
-            except OSError:
-                continue
-        server.listen()
-        step = dict(STEP_NODELIST="n0", NTASKS="2", PROCID="0", LOCALID="0")
-        for name, value in (step | dict(JOB_ID=f"{2**20 + port - first}")).items():
-            monkeypatch.setenv(f"SLURM_{name}", value)
-        with pytest.raises(ValueError, match=f"port {port} of this host"):
-            start_distributed()
-    start_distributed()  # free again
-    assert len(started) == 1
-    jax_takes = importlib.import_module("jax._src.clusters").SlurmCluster
-    assert jax_takes.get_coordinator_address(1, None) == f"n0:{port}"
-
-
-@pytest.mark.parametrize(
-    "env, message",
-    [
-        (
-            dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="8"),
-            "SLURM_PROCID is not set.*with srun.*--distributed.*unset SLURM_STEP_NODEL",
-        ),
-        (
-            dict(WORLD_SIZE="8", RANK="3", MASTER_ADDR="h", MASTER_PORT="1"),
-            r"\(WORLD_SIZE=8\) torchrun.*one of 8.*num-processes 8 --distributed."
-            "process-id 3.*unset WORLD_SIZE",
-        ),
-        (dict(PMI_SIZE="8", PMI_RANK="3"), "MPICH.*one of 8 .*unset PMI_SIZE"),
-    ],
-    ids=["no SLURM_PROCID", "torchrun", "MPICH"],
-)
-def test_a_launcher_that_says_too_little(started, monkeypatch, env, message):
-    """Else each would train alone, without a word."""
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message) as error:
-        start_distributed()
-    # The last remedy works.
-    monkeypatch.delenv(re.findall(r"unset (\w+)", str(error.value))[0])
-    start_distributed()
-    assert not started
-
-
-def test_what_jax_cannot_read_of_a_launcher_is_said_in_words(monkeypatch, no_launcher):
-    for name in ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"):
-        monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match="from Open MPI's .*--distributed.coordinator"):
-        start_distributed()

@@ -758,7 +758,8 @@ def test_one_process_that_stops_stops_the_others(
 LAUNCHED = """
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from ulysses_jax.mesh import make_mesh, start_distributed
+from ulysses_jax.distributed import start_distributed
+from ulysses_jax.mesh import make_mesh
 start_distributed()
 mesh = make_mesh(data=2, seq=2)
 print([[d.process_index for d in row] for row in mesh.devices.reshape(2, 2)])

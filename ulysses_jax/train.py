@@ -54,7 +54,7 @@ def main(
     import dataclasses
 
     from ulysses_jax.config_file import load_from_command_line
-    from ulysses_jax.mesh import start_distributed
+    from ulysses_jax.distributed import start_distributed
     from ulysses_jax.training import train
     from ulysses_jax.training.endings import ends_in_words, ends_with_the_others, stop
     from ulysses_jax.training.signals import Stopped

@@ -49,9 +49,9 @@ def check_processes(distributed: Distributed) -> None:
     if asked not in (None, here):
         raise ValueError(
             f"distributed.num_processes is {asked}, but JAX knows of {here}: before "
-            "JAX has devices call ulysses_jax.mesh.start_distributed, in each process, "
-            "or run python -m ulysses_jax.train; to train in this process alone, leave "
-            "the section distributed out"
+            "JAX has devices call ulysses_jax.distributed.start_distributed, in each "
+            "process, or run python -m ulysses_jax.train; to train in this process "
+            "alone, leave the section distributed out"
         )
 
 

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
+from ulysses_jax.costs.head_chunks import place_on
+from ulysses_jax.costs.targets import target_of
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
@@ -24,8 +26,6 @@ from ulysses_jax.mesh import (
     simulate_cpu_devices,
 )
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.plan.head_chunks import place_on
-from ulysses_jax.plan.targets import target_of
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
@@ -71,7 +71,7 @@ def train(
 
     It may be called in any thread, again and again, where JAX was used before and with
     any mesh set; but what can be said only before JAX has devices (the number of
-    simulated ones, `mesh.start_distributed`) cannot be said later.
+    simulated ones, `distributed.start_distributed`) cannot be said later.
 
     Args:
       config: of `config_file.load`, or made by hand: it need not be complete. Its
