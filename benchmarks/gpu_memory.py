@@ -18,10 +18,10 @@ from rich.progress import track
 from rich.table import Table
 
 from ulysses_jax.config_file import load
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan.picture import COLORS
 from ulysses_jax.plan.plan import Cluster, make_plan
 from ulysses_jax.plan.report import GIB, PARTS
-from ulysses_jax.plan.targets import TARGETS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama3_8b.yaml"
 TOKENS = 524_288

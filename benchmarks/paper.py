@@ -24,10 +24,10 @@ from rich.table import Table
 
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import load
+from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.costs.traffic import attention_bytes
 from ulysses_jax.plan.longest import longest
 from ulysses_jax.plan.plan import Cluster, make_plan, placed_on, with_tokens
-from ulysses_jax.plan.targets import TARGETS
-from ulysses_jax.plan.traffic import attention_bytes
 
 K = 1024
 GIB = 2**30

@@ -27,12 +27,12 @@ from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.mesh import simulate_cpu_devices
 from ulysses_jax.parallel.bytes import received_bytes, total_bytes
 from ulysses_jax.placement import place
-from ulysses_jax.plan.collectives import find_collectives
 from ulysses_jax.plan.compile import compile_on
-from ulysses_jax.plan.hlo import parse
 from ulysses_jax.strategies import STRATEGIES, Strategy
 
 DEVICES = (2, 4, 8)

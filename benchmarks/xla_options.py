@@ -19,9 +19,9 @@ from rich.progress import track
 from rich.table import Table
 
 from ulysses_jax.config_file import load
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan.compile import PlanError
 from ulysses_jax.plan.plan import Cluster, make_plan
-from ulysses_jax.plan.targets import TARGETS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama3_8b.yaml"
 ONE_SEQUENCE = ["--mesh.fsdp=1", "--training.batch-size=1"]

@@ -14,9 +14,9 @@ from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, Parts
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.parallel.zigzag import zigzag_order
-from ulysses_jax.plan.collectives import find_collectives
-from ulysses_jax.plan.hlo import parse
 from ulysses_jax.strategies import num_members
 
 B, T, H = 2, 32, 4

@@ -11,11 +11,11 @@ import yaml
 from jax.sharding import AxisType, PartitionSpec
 
 from ulysses_jax.config_file import load
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.plan import plan as plan_module
 from ulysses_jax.plan.compile import analyse, compile_on
-from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.plan.worker import plan_step
 from ulysses_jax.training import step as step_module
 from ulysses_jax.training.step import make_train_step

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ulysses_jax.config_file import load
+from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.plan import check as check_module
 from ulysses_jax.plan.__main__ import main
 from ulysses_jax.plan.check import check, documents
-from ulysses_jax.plan.pairs import Pairs
 
 
 def row(found, what):

@@ -8,12 +8,12 @@ import pytest
 from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.costs.traffic import attention_bytes, formula_bytes
 from ulysses_jax.mesh import AXES
 from ulysses_jax.plan import compare as compare_module
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.plan import Cluster
-from ulysses_jax.plan.targets import TARGETS
-from ulysses_jax.plan.traffic import attention_bytes, formula_bytes
 
 H100 = TARGETS["h100"]
 

@@ -12,9 +12,9 @@ import pytest
 from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.predict import predict
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan.compile import analyse, compile_step
-from ulysses_jax.plan.predict import predict
-from ulysses_jax.plan.targets import TARGETS
 
 pytestmark = pytest.mark.plan
 

@@ -12,15 +12,15 @@ from ulysses_jax import config as configs
 from ulysses_jax.attention.cudnn import cudnn_gradients
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.hlo import parse
+from ulysses_jax.costs.predict import step_flops
+from ulysses_jax.costs.targets import TARGETS, Target, parse_gpus
 from ulysses_jax.plan.compile import (
     PlanError,
     analyse,
     cluster_devices,
     compile_step,
 )
-from ulysses_jax.plan.hlo import parse
-from ulysses_jax.plan.predict import step_flops
-from ulysses_jax.plan.targets import TARGETS, Target, parse_gpus
 from ulysses_jax.plan.worker import plan_step
 
 pytestmark = pytest.mark.plan

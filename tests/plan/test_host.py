@@ -1,6 +1,6 @@
 """Moves between host and device memory, in a program written by hand."""
 
-from ulysses_jax.plan.hlo import parse
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.plan.host import host_moves
 
 # A layer of 16 float32 is fetched, multiplied, and written back, 3 times; before, 8

@@ -8,10 +8,10 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan import longest as longest_module
 from ulysses_jax.plan.longest import MAX_TOKENS, longest
 from ulysses_jax.plan.plan import Cluster
-from ulysses_jax.plan.targets import TARGETS
 
 H100 = TARGETS["h100"]
 LIMIT = H100.memory_bytes

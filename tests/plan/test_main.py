@@ -12,11 +12,11 @@ import pytest
 from matplotlib.image import imread
 
 from ulysses_jax.config_file import load, load_from_command_line
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.placement import place
 from ulysses_jax.plan.__main__ import PROGRAM, main, parse_bytes
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.plan import matching_mesh
-from ulysses_jax.plan.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 H100 = TARGETS["h100"]

@@ -4,8 +4,8 @@ import pytest
 from files import module_of
 from matplotlib.image import imread
 
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan.plan import Cluster
-from ulysses_jax.plan.targets import TARGETS
 
 CLUSTER = Cluster(TARGETS["a100-40"], 4, 8)
 

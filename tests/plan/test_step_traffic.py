@@ -8,10 +8,10 @@ from jax.sharding import AxisType
 from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.costs.traffic import attention_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan.compile import analyse, compile_on
-from ulysses_jax.plan.targets import TARGETS
-from ulysses_jax.plan.traffic import attention_bytes
 
 
 def tiny(*, accumulation_steps=1, memory=None, strategy="auto", model=None, **degrees):

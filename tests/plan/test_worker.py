@@ -7,9 +7,9 @@ import pytest
 
 from ulysses_jax import config as configs
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.plan import compile as plan_compile
 from ulysses_jax.plan.compile import PlanError
-from ulysses_jax.plan.targets import TARGETS
 from ulysses_jax.plan.worker import plan_step
 
 HEAD = "import sys, json; request = json.load(sys.stdin); "

@@ -24,12 +24,12 @@ from slow import slow_but_for
 from ulysses_jax import Transformer, make_mesh, ulysses_attention
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Memory, Mesh, Model, Run, Training
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.data.loader import batches
 from ulysses_jax.data.open import open_data
 from ulysses_jax.models import Layer
 from ulysses_jax.placement import place
-from ulysses_jax.plan.collectives import find_collectives
-from ulysses_jax.plan.hlo import parse
 from ulysses_jax.training import load_run, train
 from ulysses_jax.training.metrics import read_rows
 from ulysses_jax.training.model import prepared

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ulysses_jax.config_file import load_from_command_line
+from ulysses_jax.costs.targets import TARGETS, parse_gpus
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.longest import longest
@@ -28,7 +29,6 @@ from ulysses_jax.plan.report import (
     print_comparison,
     print_plan,
 )
-from ulysses_jax.plan.targets import TARGETS, parse_gpus
 
 PROGRAM = "python -m ulysses_jax.plan"
 

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.config import Config
+from ulysses_jax.costs.head_chunks import place_on
+from ulysses_jax.costs.predict import check_kinds, predict
+from ulysses_jax.costs.targets import TARGETS, target_of
 from ulysses_jax.mesh import allow_promotion, make_mesh, simulate_cpu_devices
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
-from ulysses_jax.plan.head_chunks import place_on
-from ulysses_jax.plan.predict import check_kinds, predict
-from ulysses_jax.plan.targets import TARGETS, target_of
 from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 

@@ -5,9 +5,9 @@ import math
 from typing import Any
 
 from ulysses_jax.config import Config
+from ulysses_jax.costs.reckoning import meshes
+from ulysses_jax.costs.traffic import attention_bytes
 from ulysses_jax.plan.plan import Cluster, degrees_on, make_plan, placed_on
-from ulysses_jax.plan.reckoning import meshes
-from ulysses_jax.plan.traffic import attention_bytes
 
 
 def compare(config: Config, cluster: Cluster) -> list[dict[str, Any]]:

@@ -16,21 +16,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax.config import Config
-from ulysses_jax.memory.offload import check_offload, memory_stats
-from ulysses_jax.mesh import Device, device_of, make_mesh, resolve_degrees
-from ulysses_jax.plan.collectives import (
+from ulysses_jax.costs.collectives import (
     find_collectives,
     moving_loops_of_unknown_trips,
 )
-from ulysses_jax.plan.head_chunks import place_on
-from ulysses_jax.plan.hlo import attention_flops, matmul_flops, parse
+from ulysses_jax.costs.flops import attention_flops, matmul_flops
+from ulysses_jax.costs.head_chunks import place_on
+from ulysses_jax.costs.hlo import parse
+from ulysses_jax.costs.kernels import attention_of_kinds
+from ulysses_jax.costs.pairs import pairs_of
+from ulysses_jax.costs.targets import Target
+from ulysses_jax.costs.traffic import traffic, unexpected
+from ulysses_jax.memory.offload import check_offload, memory_stats
+from ulysses_jax.mesh import Device, device_of, make_mesh, resolve_degrees
 from ulysses_jax.plan.host import host_moves
-from ulysses_jax.plan.kernels import attention_of_kinds
 from ulysses_jax.plan.memory import memory
 from ulysses_jax.plan.overlap import copies, overlap
-from ulysses_jax.plan.pairs import pairs_of
-from ulysses_jax.plan.targets import Target
-from ulysses_jax.plan.traffic import traffic, unexpected
 from ulysses_jax.training.state import (
     TrainState,
     abstract_gradients,

@@ -3,14 +3,13 @@
 from collections.abc import Collection
 from typing import Any
 
-from ulysses_jax.plan.hlo import (
+from ulysses_jax.costs.flops import attention_flops, matmul_flops
+from ulysses_jax.costs.hlo import (
     Array,
     Computation,
     Instruction,
     Module,
     arrays_of,
-    attention_flops,
-    matmul_flops,
     tuple_items,
 )
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from ulysses_jax.costs.collectives import Collective
+from ulysses_jax.costs.hlo import Module
+from ulysses_jax.costs.targets import Target
 from ulysses_jax.memory.offload import HOST
-from ulysses_jax.plan.collectives import Collective
-from ulysses_jax.plan.hlo import Module
-from ulysses_jax.plan.targets import Target
 from ulysses_jax.training.state import TrainState, shard_bytes
 
 MIB = 2**20

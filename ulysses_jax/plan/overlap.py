@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ulysses_jax.plan.collectives import Collective, phase_of
-from ulysses_jax.plan.hlo import (
+from ulysses_jax.costs.collectives import Collective, phase_of
+from ulysses_jax.costs.flops import attention_flops, matmul_flops
+from ulysses_jax.costs.hlo import (
     Computation,
     Instruction,
     Module,
-    attention_flops,
-    matmul_flops,
 )
 
 # They move no bytes, or only say which of several arrays is meant.

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulysses_jax.config import Config, Memory, in_pieces
+from ulysses_jax.costs.head_chunks import place_on
+from ulysses_jax.costs.predict import check_kinds, predict
+from ulysses_jax.costs.reckoning import reckon
+from ulysses_jax.costs.targets import Target
 from ulysses_jax.memory.auto import Fit, choose, rungs
 from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import mesh_degrees
-from ulysses_jax.plan.head_chunks import place_on
-from ulysses_jax.plan.predict import check_kinds, predict
-from ulysses_jax.plan.reckoning import reckon
-from ulysses_jax.plan.targets import Target
 from ulysses_jax.plan.worker import plan_step
 
 GIB = 2**30

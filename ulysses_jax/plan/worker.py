@@ -18,9 +18,9 @@ from typing import Any
 
 from ulysses_jax.config import Config
 from ulysses_jax.config_file import from_dict
+from ulysses_jax.costs.targets import Target
 from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.plan.compile import PlanError, analyse, compile_step, mesh_degrees
-from ulysses_jax.plan.targets import Target
 
 PACKAGE = Path(__file__).parents[1]
 WORKER = (sys.executable, "-m", "ulysses_jax.plan.worker")

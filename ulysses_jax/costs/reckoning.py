@@ -3,10 +3,10 @@
 from typing import Any
 
 from ulysses_jax.config import Config
-from ulysses_jax.plan.collectives import share_between_hosts
-from ulysses_jax.plan.predict import link_seconds
-from ulysses_jax.plan.targets import Target
-from ulysses_jax.plan.traffic import received_by
+from ulysses_jax.costs.collectives import share_between_hosts
+from ulysses_jax.costs.predict import link_seconds
+from ulysses_jax.costs.targets import Target
+from ulysses_jax.costs.traffic import received_by
 from ulysses_jax.strategies import Strategy
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ulysses_jax.plan.hlo import (
+from ulysses_jax.costs.hlo import (
     Array,
     Computation,
     Instruction,

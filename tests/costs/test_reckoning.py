@@ -6,9 +6,9 @@ import pytest
 
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Mesh, Model, Training
+from ulysses_jax.costs.reckoning import meshes, reckon
+from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.placement import place
-from ulysses_jax.plan.reckoning import meshes, reckon
-from ulysses_jax.plan.targets import TARGETS
 
 T, D, N, K, H = 65536, 4096, 32, 8, 128
 

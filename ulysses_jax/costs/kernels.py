@@ -9,8 +9,8 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_TOKENS
 from ulysses_jax.attention.select import choose
 from ulysses_jax.config import Config
+from ulysses_jax.costs.pairs import pairs_of
 from ulysses_jax.mesh import Device
-from ulysses_jax.plan.pairs import pairs_of
 from ulysses_jax.strategies import num_members
 
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 from ulysses_jax.config import Config, Model
+from ulysses_jax.costs.kernels import tile_products
+from ulysses_jax.costs.pairs import pairs_of
+from ulysses_jax.costs.targets import Target
+from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
 from ulysses_jax.parallel.exchange import head_layout
-from ulysses_jax.plan.kernels import tile_products
-from ulysses_jax.plan.pairs import pairs_of
-from ulysses_jax.plan.targets import Target
-from ulysses_jax.plan.traffic import feed_forward_is_tiled, num_passes
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
 # and layer: two norms and two residual sums touch D ten times; RoPE, casts and the

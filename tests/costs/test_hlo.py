@@ -5,18 +5,17 @@
 import numpy as np
 import pytest
 
-from ulysses_jax.plan.collectives import axes_of, find_collectives, replica_groups
-from ulysses_jax.plan.hlo import (
+from ulysses_jax.costs.collectives import axes_of, find_collectives, replica_groups
+from ulysses_jax.costs.flops import attention_flops, matmul_flops
+from ulysses_jax.costs.hlo import (
     Array,
     arrays_of,
-    attention_flops,
-    matmul_flops,
     parse,
     tuple_items,
 )
+from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.plan.memory import estimated_extras, large_buffers
 from ulysses_jax.plan.overlap import copies, is_attention_kernel, overlap
-from ulysses_jax.plan.pairs import Pairs
 
 DEGREES = dict(data=1, fsdp=2, ring=1, seq=4, tensor=1)
 

@@ -11,10 +11,10 @@ from ulysses_jax.attention.by_tiles import tiles_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
 from ulysses_jax.complete import complete
+from ulysses_jax.costs.kernels import attention_of_kinds, tile_products
+from ulysses_jax.costs.pairs import Pairs, pairs_of
 from ulysses_jax.mesh import Device
 from ulysses_jax.placement import place
-from ulysses_jax.plan.kernels import attention_of_kinds, tile_products
-from ulysses_jax.plan.pairs import Pairs, pairs_of
 
 
 def packed_rows(tokens, mean, rows=400):

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.costs.collectives import Collective
 from ulysses_jax.parallel.bytes import received_bytes
 from ulysses_jax.parallel.zigzag import seen_steps
-from ulysses_jax.plan.collectives import Collective
 from ulysses_jax.sharding import zero_axes
 from ulysses_jax.strategies import Strategy
 

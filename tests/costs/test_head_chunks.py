@@ -6,8 +6,8 @@ import pytest
 
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Memory, Mesh, Model, Training
-from ulysses_jax.plan.head_chunks import GROUP_SECONDS, LEAST_SAVING, place_on
-from ulysses_jax.plan.targets import TARGETS
+from ulysses_jax.costs.head_chunks import GROUP_SECONDS, LEAST_SAVING, place_on
+from ulysses_jax.costs.targets import TARGETS
 
 H100 = TARGETS["h100"]
 

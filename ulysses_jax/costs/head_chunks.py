@@ -4,14 +4,14 @@ import dataclasses
 import statistics
 
 from ulysses_jax.config import Config
+from ulysses_jax.costs.pairs import pairs_of
+from ulysses_jax.costs.predict import link_seconds, step_flops
+from ulysses_jax.costs.reckoning import share_outside
+from ulysses_jax.costs.targets import Target
+from ulysses_jax.costs.traffic import received_by
 from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.parallel.ulysses import head_chunk_counts
 from ulysses_jax.placement import place
-from ulysses_jax.plan.pairs import pairs_of
-from ulysses_jax.plan.predict import link_seconds, step_flops
-from ulysses_jax.plan.reckoning import share_outside
-from ulysses_jax.plan.targets import Target
-from ulysses_jax.plan.traffic import received_by
 
 MOST_CHUNKS = 8
 # A group's own four exchanges and dozen kernels; an estimate.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ulysses_jax.plan.targets import TARGETS, parse_gpus
+from ulysses_jax.costs.targets import TARGETS, parse_gpus
 
 
 def test_parse_gpus():
