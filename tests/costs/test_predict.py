@@ -8,10 +8,10 @@ import pytest
 from ulysses_jax import config as configs
 from ulysses_jax import placement
 from ulysses_jax.complete import complete
+from ulysses_jax.costs import predict as prediction
 from ulysses_jax.costs.kernels import tile_products
 from ulysses_jax.costs.predict import predict
 from ulysses_jax.costs.targets import TARGETS
-from ulysses_jax.plan import predict as prediction
 
 # A GPU of round figures: 1 TFLOP/s, 1 GB/s of HBM, 100 MB/s of NVLink, 10 of network.
 GPU = dataclasses.replace(
