@@ -7,15 +7,28 @@
 # make gpu-check  kernels true and fast on this machine's GPU? Uses $(PYTHON) as it is where
 #              its JAX sees a GPU, else .venv-plan; writes docs/measured.md and .json
 # make strategies  benchmarks/strategies.py, with ringattention in .venv-ringattention
-# PYTHON=python3.12 make test   uses another Python
+# PYTHON=python3.12 make test   uses another Python; where none is named, make plan takes
+#              python3, or where that is older a Python 3.12 or newer that it finds
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 INSTALLED := .venv/installed-for-python-$(VERSION)
 IN := .venv/bin/
 
-# The plan compiles for GPUs and so needs JAX's CUDA plugin: an environment of its own.
-PLAN_INSTALLED := .venv-plan/installed-for-python-$(VERSION)
+# The plan compiles for GPUs and so needs JAX's CUDA plugin: an environment of its own, on
+# Python 3.12 or newer where there is one, which has the newest JAX, and the kernel for
+# packed documents.
+ifeq ($(origin PYTHON),file)
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3.
+NEWER := $(PYTHON) $(foreach minor,12 13 14,python3.$(minor) $(wildcard $(PYENV)$(minor)))
+PLAN_PYTHON := $(shell for python in $(NEWER) $(PYTHON); do \
+	$$python -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null \
+	&& echo $$python && exit; done; echo $(PYTHON))
+else
+PLAN_PYTHON := $(PYTHON)
+endif
+PLAN_VERSION := $(shell $(PLAN_PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+PLAN_INSTALLED := .venv-plan/installed-for-python-$(PLAN_VERSION)
 ARGS ?= --config configs/llama3_8b.yaml --gpus h100:1x8
 # A peer that benchmarks/strategies.py times needs an older JAX.
 PEER_INSTALLED := .venv-ringattention/installed-for-python-$(VERSION)
@@ -41,6 +54,7 @@ check: $(INSTALLED)
 	$(IN)pyright
 
 plan: $(PLAN_INSTALLED)
+	@echo "== planning with Python $(PLAN_VERSION)"
 	@.venv-plan/bin/python -m ulysses_jax.plan $(ARGS)
 
 test-plan: $(PLAN_INSTALLED)
@@ -63,10 +77,10 @@ format: $(INSTALLED)
 
 # A change of Python, of the dependencies or of their pins makes an environment anew.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(call make_environment,.venv,.[dev],about a minute)
+	$(call make_environment,.venv,.[dev],about a minute,$(PYTHON))
 
 $(PLAN_INSTALLED): pyproject.toml constraints.txt
-	$(call make_environment,.venv-plan,.[dev$(comma)gpu],about two minutes and 4 GB)
+	$(call make_environment,.venv-plan,.[dev$(comma)gpu],about two minutes and 4 GB,$(PLAN_PYTHON))
 
 $(PEER_INSTALLED): benchmarks/ringattention.txt
 	@echo "== setting up .venv-ringattention with $$($(PYTHON) --version): a minute, once"
@@ -78,9 +92,9 @@ comma := ,
 # A line a package, for those who wait; errors and warnings as pip writes them. What is
 # imported is compiled then: pip would compile it all, which takes as long as the rest.
 define make_environment
-	@echo "== setting up $(1) with $$($(PYTHON) --version): $(3), once"
-	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: PYTHON=python3.12 make ...' if sys.version_info < (3, 11) else 0)"
-	@$(PYTHON) -m venv --clear $(1)
+	@echo "== setting up $(1) with $$($(4) --version): $(3), once"
+	@$(4) -c "import sys; sys.exit('Python 3.11 or newer is needed: PYTHON=python3.12 make ...' if sys.version_info < (3, 11) else 0)"
+	@$(4) -m venv --clear $(1)
 	@{ $(1)/bin/python -m pip install --no-compile --progress-bar off --disable-pip-version-check --constraint constraints.txt --editable '$(2)' \
 	    || touch $(1)/failed; } \
 	| while read -r word name rest; do case $$word-$$name in \
