@@ -66,20 +66,27 @@ def jit_train_step(
 
 
 # By default one collective is in flight at a time: a sum of gradients between hosts
-# holds up every exchange inside them.
-_IN_FLIGHT = "xla_gpu_experimental_parallel_collective_overlap_limit"
+# holds up every exchange inside them. And where a step takes more than four fifths of a
+# GPU's memory XLA hides no collective, and computes and exchanges again what it could
+# keep: 125 % of that is all of it.
+_OPTIONS = {
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    "xla_gpu_memory_limit_slop_factor": 125,
+}
 
 
 def xla_options(config: Config, platform: str) -> dict[str, int]:
     """The options of XLA that a run's step is compiled with; XLA_FLAGS win over them.
 
-    On GPUs two collectives may be in flight; not in chunks of the sequence, where that
-    hides no more and takes memory. `docs/gpu.md` has the figures.
+    On GPUs two collectives may be in flight, and all memory be taken; not in chunks of
+    the sequence, where that hides no more and takes memory. `docs/gpu.md` has the
+    figures.
     """
     is_gpu = platform in ("gpu", "cuda")
     if not is_gpu or config.memory.sequence_chunk_tokens:
         return {}
-    return {} if _IN_FLIGHT in os.environ.get("XLA_FLAGS", "") else {_IN_FLIGHT: 2}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in _OPTIONS.items() if name not in given}
 
 
 def make_train_step(
