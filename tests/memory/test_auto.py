@@ -61,7 +61,7 @@ def test_what_cannot_fit_is_not_compiled():
 
     _, trials = choose(config, fits, Fit(0, kept - 1, 0, kept))
     assert compiled == ["attention"]
-    assert [trial["is_compiled"] for trial in trials] == [False, True]
+    assert [trial["is_compiled"] for trial in trials] == [False, False, True]
 
 
 def test_nothing_fits():
@@ -89,7 +89,7 @@ def test_lengths_without_a_fair_chunk_have_no_chunks():
     memories = [memory for _, memory in rungs(config)]
     assert not any(memory.sequence_chunk_tokens for memory in memories)
     assert not any("keys" in memory.offload for memory in memories)
-    assert memories[4].remat == "full" and "inputs" in memories[4].offload
+    assert memories[5].remat == "full" and "inputs" in memories[4].offload
     assert len(set(memories)) == len(memories) == len(RUNGS) - 1
     config = make_config("llama", dict(seq=4), auto=True, tokens=4 * 3 * 8192)
     assert rungs(config)[-1][1].sequence_chunk_tokens == 12288
@@ -103,7 +103,7 @@ def test_other_options_are_replaced():
 
 def test_groups_of_heads_stay_where_they_hide_something():
     found = [memory for _, memory in rungs(config_of(head_chunks=2))]
-    assert [each.head_chunks for each in found] == [1] + [2] * (len(found) - 1)
+    assert [each.head_chunks for each in found] == [1, 1] + [2] * (len(found) - 2)
 
 
 def test_what_is_not_cut_up_has_no_chunks():

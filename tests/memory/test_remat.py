@@ -12,17 +12,26 @@ from memory_cases import (
 )
 from slow import slow_but_for
 
+from ulysses_jax.costs.flops import matmul_flops
+from ulysses_jax.costs.hlo import parse
+
 OPTIONS = [
     dict(remat="full"),
     dict(remat="attention"),
     dict(remat="attention", mlp_tile_tokens=9),
+    dict(remat="products"),
 ]
 
 
 @pytest.mark.parametrize(
     "family, options",
     slow_but_for(
-        [("llama", OPTIONS[0]), ("gpt", OPTIONS[1]), ("llama", OPTIONS[2])],
+        [
+            ("llama", OPTIONS[0]),
+            ("gpt", OPTIONS[1]),
+            ("llama", OPTIONS[2]),
+            ("gpt", OPTIONS[3]),
+        ],
         FAMILIES,
         OPTIONS,
     ),
@@ -50,6 +59,7 @@ def programs():
         "none": dict(remat="none"),
         "full": dict(remat="full"),
         "attention": dict(remat="attention"),
+        "products": dict(remat="products"),
     }
     return {
         name: compiled(
@@ -73,11 +83,29 @@ def test_attention_runs_its_forward_once(programs):
     """Its forward is two loops in one another; only `full` has them twice."""
     assert num_loops(programs["full"]) == num_loops(programs["none"]) + 2
     assert num_loops(programs["attention"]) == num_loops(programs["none"])
+    assert num_loops(programs["products"]) == num_loops(programs["none"])
+
+
+def test_products_and_exchanges_run_once(programs):
+    def flops_and_exchanges(name):
+        module = parse(programs[name].text)
+        entry = module.computations[module.entry]
+        exchanges = sum(
+            module.runs[computation.name]
+            for computation, each in module.top_level()
+            if each.opcode == "all-to-all"
+        )
+        flops = sum(matmul_flops(module, entry, each) for each in entry.instructions)
+        return flops, exchanges
+
+    assert flops_and_exchanges("products") == flops_and_exchanges("none")
+    attention, none = (flops_and_exchanges(name) for name in ("attention", "none"))
+    assert all(more > less for more, less in zip(attention, none, strict=True))
 
 
 def test_what_each_keeps(programs):
     """Bytes of 8 layers on a device: attention's results."""
     temp = {name: program.stats["temp_size"] for name, program in programs.items()}
-    assert temp["full"] < temp["attention"] < temp["none"]
+    assert temp["full"] < temp["attention"] < temp["products"] < temp["none"]
     kept = 8 * 2 * 4096 * 2 * (4 * 4 + 4)  # out and logsumexp of 2 of 8 heads
     assert temp["attention"] - temp["full"] == pytest.approx(kept, rel=0.2)

@@ -235,11 +235,11 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
 
 
 def num_passes(config: Config) -> int:
-    """Passes over the layers: forward, backward, and recomputation if there is any.
+    """Passes over the layers: forward, backward, and that which recomputes products.
 
     A layer in pieces recomputes itself in any case.
     """
-    is_recomputed = config.memory.remat != "none"
+    is_recomputed = config.memory.recomputes_products
     return 2 + (is_recomputed or in_pieces(config.model, config.memory))
 
 

@@ -13,6 +13,7 @@ TILE_TOKENS, CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 8192, 16384, 1024
 # From the cheapest on: what each changes in the one before, and what that costs.
 RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("keep everything", {"remat": "none"}),
+    ("recompute norms and activations", {"remat": "products"}),
     ("recompute all but attention", {"remat": "attention"}),
     ("tile the feed-forward", {"mlp_tile_tokens": TILE_TOKENS}),
     (
@@ -120,8 +121,10 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
     for name, changes in RUNGS:
         memory = dataclasses.replace(memory, **changes)
         offload = tuple(word for word in memory.offload if word in may_wait)
-        # Without remat groups of heads hide nothing; the reference has no parts.
-        has_groups = memory.remat != "none" and config.model.attention != "reference"
+        # Else groups of heads hide nothing; the reference has no parts.
+        has_groups = (
+            memory.recomputes_products and config.model.attention != "reference"
+        )
         head_chunks = given.head_chunks if has_groups else 1
         rung = dataclasses.replace(memory, offload=offload, head_chunks=head_chunks)
         if memory.sequence_chunk_tokens:
@@ -166,7 +169,7 @@ def kept_bytes(config: Config) -> tuple[int, int]:
     heads = layer * model.num_heads * model.head_size // mesh.tensor
     attention = 0 if memory.remat == "full" else heads
     hidden = layer * model.feed_forward_width // mesh.tensor
-    hidden = hidden if memory.remat == "none" else 0
+    hidden = 0 if memory.recomputes_products else hidden
     kept = memory.kept_features(model.width) / model.width
     moved = round(inputs * (1 - kept)) * ("inputs" in memory.offload)
     moved_attention = attention * ("attention" in memory.offload)

@@ -19,6 +19,8 @@ from ulysses_jax.models.layer import Layer
 from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.weights.whole import Unbound, Values
 
+# As models and strategies name what products and exchanges give.
+PRODUCTS = ("attention_inputs", "attended", "residual_middle", "hidden_activations")
 LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
 
 
@@ -34,9 +36,10 @@ class Saving:
     memory: `remat` none keeps all that the backward pass reads. full keeps the input of
       every layer and computes the rest again, once. attention also keeps each
       attention's output and logsumexp: its kernel runs once, but its queries, keys and
-      values are projected and exchanged again. `offload` inputs, or attention, puts
-      these in the host's memory; parameters that lie there come to the device one layer
-      at a time, and their gradients go back.
+      values are projected and exchanged again. products keeps what products and
+      exchanges give, too, and computes norms and activations again. `offload` inputs,
+      or attention, puts these in the host's memory; parameters that lie there come to
+      the device one layer at a time, and their gradients go back.
     """
 
     memory: Memory
@@ -128,7 +131,9 @@ def _name_input(x: Array, memory: Memory) -> Array:
 
 
 def _policy(memory: Memory) -> Callable[..., Any]:
-    kept = ATTENTION if memory.remat == "attention" else ()
+    kept: tuple[str, ...] = () if memory.remat == "full" else ATTENTION
+    if memory.remat == "products":
+        kept += PRODUCTS
     offloaded = (LAYER_INPUT,) if "inputs" in memory.offload else ()
     if "attention" in memory.offload:
         kept, offloaded = (), offloaded + kept

@@ -2,6 +2,7 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax import layout
@@ -41,7 +42,8 @@ class FeedForward(nnx.Module):
         check_input(self, x)
         inputs = (self.up,) if self.gate is None else (self.up, self.gate)
         equations = ("BTD,DF->BTF",) * len(inputs)
-        up, *gate = self.products.into(equations, x, tuple(w[...] for w in inputs))
+        hidden = self.products.into(equations, x, tuple(w[...] for w in inputs))
+        up, *gate = (checkpoint_name(each, "hidden_activations") for each in hidden)
         up = add_bias(up, self.up_bias)
         gate = add_bias(gate[0], self.gate_bias) if gate else None
         y = self.products.out_of("BTF,FD->BTD", activate(gate, up), self.down[...])

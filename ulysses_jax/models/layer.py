@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.complete import complete_model
@@ -41,7 +42,7 @@ class Layer(nnx.Module):
         normed = self.attention_norm(x)
         attended = call(self.attention, normed, positions, segment_ids, angles=angles)
         _check(f"the kind {self.kind!r}", attended, x)
-        return self.add_feed_forward(x + attended)
+        return self.add_feed_forward(checkpoint_name(x + attended, "residual_middle"))
 
     def add_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         y = call(self.feed_forward, self.feed_forward_norm(x))

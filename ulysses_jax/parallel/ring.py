@@ -91,8 +91,11 @@ def _attend(blocks: Blocks, stations, q, k, v, sinks, mask):
 
 def _forward(blocks: Blocks, stations, q, k, v, sinks, mask):
     kv = jnp.stack((k, v))  # which hop as one
+    q, kv = (checkpoint_name(x, "attention_inputs") for x in (q, kv))
     # Each hop stands before the attention that it runs under.
     first = _hop(blocks, kv, stations[0].came) if stations else None
+    if first is not None:
+        first = checkpoint_name(first, "attention_inputs")
     so_far = blocks.own(q, kv, mask)
 
     def one_step(carry, at):
