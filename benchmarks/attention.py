@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/attention.py [--json FILE] [--quick]
 
-Forward and backward of `blockwise_attention` on one CPU device, two heads of 16,
-float32, 1K to 64K tokens. Each row's seconds are the median of three calls after one
-that compiles; temp_bytes are XLA's, of the same program. A dense row at the greatest
-length takes minutes.
+Forward and backward of the blockwise kernel on one CPU device, two heads of 16,
+float32, causal, 1K to 64K tokens. The block-sparse layout shows a block of 128 queries
+its own and random earlier ones, an eighth of the pairs. Each row's seconds are the
+median of three calls after one that compiles; temp_bytes are XLA's, of the same
+program. A dense row at the greatest length takes minutes.
 """
 
 import argparse
@@ -18,16 +19,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import PARTS, attention_of
 
 NUM_HEADS, HEAD_SIZE = 2, 16
+BLOCK, DENSITY = 128, 1 / 8
 WINDOW = DOCUMENT = 1024
 TOKENS = [1024 * 2**n for n in range(7)]
+
+
+with_sinks = attention_of(PARTS["blockwise"])
 
 
 def packed(tokens: int) -> Mask:
@@ -35,10 +43,23 @@ def packed(tokens: int) -> Mask:
     return Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 
 
+def sparse(tokens: int) -> Mask:
+    num_blocks = tokens // BLOCK
+    seen, random = np.eye(num_blocks, dtype=bool), np.random.default_rng(0)
+    for row in range(num_blocks):
+        # Half of the pairs of its own block are there.
+        others = max(round((row + 0.5) * DENSITY - 0.5), 0)
+        seen[row, random.permutation(row)[:others]] = True
+    return Mask(causal=True, layout=BlockLayout(seen, block_tokens=BLOCK))
+
+
+SINKS = "sinks"
 MASKS: dict[str, Callable[[int], Mask]] = {
     "dense": lambda tokens: Mask(causal=True),
     f"window {WINDOW:,}": lambda tokens: Mask(causal=True, window=WINDOW),
     f"documents of {DOCUMENT:,}": packed,
+    f"block-sparse, {DENSITY:.1%}": sparse,
+    SINKS: lambda tokens: Mask(causal=True),
 }
 
 
@@ -49,10 +70,15 @@ def row(name: str, tokens: int, calls: int = 3) -> dict[str, Any]:
         jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)
     )
 
+    sinks = (jnp.ones(NUM_HEADS),) if name == SINKS else ()
+
     def both_ways(q, k, v, upstream, mask):
-        out, pullback = jax.vjp(
-            lambda q, k, v: blockwise_attention(q, k, v, mask=mask), q, k, v
-        )
+        def attend(q, k, v, *sinks):
+            if sinks:
+                return with_sinks(q, k, v, mask=mask, sinks=sinks[0])
+            return blockwise_attention(q, k, v, mask=mask)
+
+        out, pullback = jax.vjp(attend, q, k, v, *sinks)
         return out, pullback(upstream)
 
     arguments = q, k, v, upstream, MASKS[name](tokens)

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.attend import attend
+from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import Parts
 from ulysses_jax.ids import int32_ids
@@ -36,6 +37,7 @@ def ulysses_attention(
     window: int | None = None,
     segment_ids: PerToken | tuple[PerToken, Int[Array, "B S"]] | None = None,
     positions: PerToken | tuple[PerToken, Int[Array, "B S"]] | None = None,
+    layout: BlockLayout | None = None,
     scale: float | Float[Array, ""] | None = None,
     head_chunks: int = 1,
     return_logsumexp: bool = False,
@@ -71,6 +73,11 @@ def ulysses_attention(
         of NumPy arrays the values are looked at.
       positions: integers, global, shaped likewise: what `causal` and `window` compare.
         None: 0, 1, 2, ...
+      layout: block-sparse attention: which blocks of keys each block of queries sees,
+        of what the other arguments show it; for all heads, or each head its own
+        (`ulysses_jax.attention.block_layout`: fixed, strided, longformer, bigbird, or
+        any array). Blocks count tokens in the sequence's order. Known before anything
+        is compiled; only its blocks are computed.
       scale: of the logits; None: H**-0.5. A number is part of the program; a scalar
         array may be traced or learned, and is multiplied into q, in float32.
       head_chunks: exchange and attend the local heads in this many groups, one group's
@@ -122,6 +129,7 @@ def ulysses_attention(
         kv_segment_ids=kv_segments,
         q_positions=q_positions,
         kv_positions=kv_positions,
+        layout=layout,
     )
     if isinstance(head_chunks, bool) or not isinstance(head_chunks, Integral):
         raise ValueError(f"head_chunks is a number of groups, not {head_chunks!r}")

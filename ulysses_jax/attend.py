@@ -11,7 +11,7 @@ from jax.errors import JAXTypeError
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.mask import Mask, Places
 from ulysses_jax.attention.parts import PARTS, Parts, attention_of
 from ulysses_jax.attention.select import (
     attention_parts,
@@ -96,6 +96,9 @@ def attend(
         scale = 1.0
     members = num_members(strategy, ring, seq)
     options: dict = dict(mesh=mesh, mask=mask, scale=scale, sinks=sinks)
+    if mask.layout is not None:
+        mask.layout.check(q.shape[2], q.shape[1], k.shape[1])
+        options["by_head"] = mask.layout.num_heads > 1
     if return_logsumexp:
         if strategy in ("all_gather", "megatron"):
             raise ValueError(
@@ -147,6 +150,8 @@ def attend(
                 window=mask.window,
                 zigzag=zigzag,
             )
+    if mask.layout is not None:
+        mask = _with_places(mask, q, k, members, zigzag)
     options["mask"] = mask = _with_positions(mask, q, k, members if zigzag else 1)
     if isinstance(attention, str):
         # It is called on a member's tokens, in zigzag order on half-blocks too.
@@ -225,10 +230,38 @@ def _told(called: str, attention: Callable) -> Callable:
     return call
 
 
+def _with_places(mask: Mask, q: Array, k: Array, members: int, zigzag: bool) -> Mask:
+    """With the order of the layout's blocks, of which each part must have whole ones.
+
+    Raises:
+      ValueError: they are cut.
+    """
+    assert mask.layout is not None
+    size, parts = mask.layout.block_tokens, members * (2 if zigzag else 1)
+    for what, x in (("query", q), ("key", k)):
+        tokens = x.shape[1] // parts
+        if x.shape[1] % parts == 0 and tokens % size:
+            fits = [n for n in range(size, 0, -1) if tokens % n == 0]
+            raise ValueError(
+                f"the layout's blocks of {size} tokens are cut: {x.shape[1]} {what} "
+                f"tokens over {members} members{' in zigzag order' * zigzag} are parts "
+                f"of {tokens}; use a layout of blocks of {fits[0]}, or ring=1"
+            )
+
+    def order(like: Array) -> Array:
+        first = jnp.arange(0, like.shape[1], size, dtype=jnp.int32)
+        index = zigzag_index(first, like.shape[1], members if zigzag else 1)
+        return jnp.broadcast_to(index // size, (len(like), len(first)))
+
+    places = Places(q_blocks=order(q), kv_blocks=order(k))
+    return dataclasses.replace(mask, places=places)
+
+
 def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:
     """With the tokens' order as positions where whole blocks do not decide a pair."""
     by_blocks = not mask.causal or q.shape[1] == k.shape[1]
-    if mask.q_positions is not None or (mask.window is None and by_blocks):
+    by_blocks &= mask.window is None and mask.layout is None
+    if mask.q_positions is not None or by_blocks:
         return mask
 
     def order(like: Array) -> Array:

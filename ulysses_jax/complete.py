@@ -86,9 +86,7 @@ def complete_model(model: Model) -> Model:
         head_size=model.head_size or model.width // model.num_heads,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
         max_positions=model.max_positions if learned else None,
-        pattern=(("full",) if model.window is None else ("window",))
-        if model.pattern is None
-        else model.pattern,
+        pattern=_default_pattern(model) if model.pattern is None else model.pattern,
     )
     _check_pattern(model)
     assert model.num_kv_heads and model.head_size
@@ -126,6 +124,17 @@ def _short(value: Any) -> str:
     return f"the {module}{cls.__qualname__}{said}"
 
 
+def _default_pattern(model: Model) -> tuple[str, ...]:
+    if model.window is not None and model.sparse is not None:
+        raise ValueError(
+            "model.window and model.sparse are of layers of kind window and of kind "
+            "sparse: say in model.pattern which come when, or set one of them to null"
+        )
+    if model.sparse is not None:
+        return ("sparse",)
+    return ("full",) if model.window is None else ("window",)
+
+
 def _check_pattern(model: Model) -> None:
     """Which kinds there are is not known here: `models` has them, or a user."""
     pattern, layers = model.pattern, model.num_layers
@@ -153,6 +162,29 @@ def _check_pattern(model: Model) -> None:
             f"model.pattern {', '.join(pattern)} has none"
             + f" ({own} is no kind of this library's)" * bool(own)
             + ": put window into the pattern, or set model.window to null"
+        )
+    if "sparse" in pattern and model.sparse is None:
+        raise ValueError(
+            f"model.pattern {', '.join(pattern)} has layers of kind sparse, but "
+            "model.sparse does not say which blocks they see: set it, or use full in "
+            "place of sparse"
+        )
+    if "sparse" not in pattern and model.sparse is not None:
+        raise ValueError(
+            f"model.sparse {model.sparse} is of layers of kind sparse, but "
+            f"model.pattern {', '.join(pattern)} has none: put sparse into the "
+            "pattern, or set model.sparse to null"
+        )
+    turns, rest = divmod(model.sparse_local_blocks, model.sparse_global_blocks)
+    if model.sparse == "fixed" and (rest or not turns):
+        raise ValueError(
+            f"model.sparse_global_blocks {model.sparse_global_blocks} does not divide "
+            f"model.sparse_local_blocks {model.sparse_local_blocks}: use 1"
+        )
+    if model.sparse_by_head and model.sparse not in ("fixed", "bigbird"):
+        raise ValueError(
+            f"model.sparse_by_head is of fixed and bigbird, not of {model.sparse}: "
+            "leave it out"
         )
 
 
@@ -275,6 +307,12 @@ def _check_memory(memory: Memory, model: Model, training: Training) -> None:
             "memory.offload parameters fetches a layer's parameters once more for its "
             "backward pass, but memory.remat none keeps what the first fetch brought: "
             "use memory.remat full or attention, or do not offload parameters"
+        )
+    if memory.remat == "products" and memory.sequence_chunk_tokens is not None:
+        raise ValueError(
+            "memory.remat products keeps what a layer's products give, but layers in "
+            "chunks of memory.sequence_chunk_tokens compute them again: use "
+            "memory.remat attention, or no chunks"
         )
     if training.zero_stage < 3 and "parameters" in memory.offload:
         raise ValueError(

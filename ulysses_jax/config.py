@@ -45,10 +45,26 @@ class Model:
     tied_embeddings: bool = False
     pattern: tuple[str, ...] | None = None
     """Kinds of layers, which repeat along the depth; the last time may be cut short.
-    full: attends to all tokens before; window: to those in model.window. Default:
-    window where model.window is set, else full."""
+    full: attends to all tokens before; window: to those in model.window; sparse: to
+    blocks of them, by model.sparse. Default: window where model.window is set, sparse
+    where model.sparse is, else full."""
     window: int | None = None
     """Layers of kind window attend only to keys fewer than this many positions away."""
+    sparse: Literal["fixed", "strided", "longformer", "bigbird"] | None = None
+    """Which blocks of keys a block of queries sees in layers of kind sparse. fixed: its
+    own group of blocks, and the last blocks of each group before; strided: the last
+    blocks, and of those before every so many-th; longformer: the last blocks and the
+    first; bigbird: these and random ones."""
+    sparse_block_tokens: int = 128
+    """Tokens of a block."""
+    sparse_local_blocks: int = 4
+    """Blocks of a group, or the last ones that are seen, its own among them."""
+    sparse_global_blocks: int = 1
+    """The last of each group (fixed), or the first of all (longformer, bigbird)."""
+    sparse_random_blocks: int = 1
+    """Of bigbird."""
+    sparse_by_head: bool = False
+    """Each head sees others: of each group of fixed, or random ones of bigbird."""
     attention: Literal["auto", "cudnn", "mosaic", "blockwise", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
     sinks: bool = False
@@ -135,10 +151,11 @@ class Memory:
     auto: bool = False
     """The cheapest of the options below that fit, in place of what they say, but for
     loss_tile_tokens and head_chunks; as a whole section, `memory: auto`."""
-    remat: Literal["none", "full", "attention"] = "full"
-    """What the backward pass recomputes: nothing; each layer from its input; or all of
-    it but attention, whose output and logsumexp are kept (the memory of a second input,
-    and no second attention)."""
+    remat: Literal["none", "full", "attention", "products"] = "full"
+    """What the backward pass recomputes: nothing; each layer from its input; all of it
+    but attention, whose output and logsumexp are kept (the memory of a second input,
+    and no second attention); or all but attention and what matrix products and
+    exchanges give, which leaves norms and activations."""
     offload: tuple[
         Literal["inputs", "attention", "keys", "optimizer", "parameters"], ...
     ] = ()
@@ -161,6 +178,10 @@ class Memory:
     sequence_chunk_tokens: int | None = None
     """Tokens of a device that go through a layer at a time, attention and feed-forward:
     of all others there are only the layer's input, keys and values; default: all."""
+
+    @property
+    def recomputes_products(self) -> bool:
+        return self.remat in ("full", "attention")
 
     def kept_features(self, width: int) -> int:
         """Features of a layer's input that stay on the device while the rest moves."""
@@ -226,9 +247,9 @@ class Config:
 def in_pieces(model: Model, memory: Memory) -> bool:
     """Whether layers run as `memory.layer_in_pieces`, which recomputes in any case.
 
-    Groups of heads do under the strategy ulysses, where there is rematerialisation;
-    else the strategy itself has them.
+    Groups of heads do under the strategy ulysses, where products are recomputed; else
+    the strategy itself has them.
     """
-    groups = (memory.head_chunks or 1) > 1 and memory.remat != "none"
+    groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
     groups &= model.strategy in ("auto", "ulysses")
     return groups or memory.sequence_chunk_tokens is not None

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from ulysses_jax.api import PerToken, ulysses_attention
+from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.parts import Parts
 from ulysses_jax.parallel.ulysses import LocalAttention
 
@@ -20,6 +21,7 @@ def attention_fn(
     causal: bool = False,
     window: int | None = None,
     segment_ids: PerToken | None = None,
+    layout: BlockLayout | None = None,
     scale: float | None = None,
     head_chunks: int = 1,
 ) -> Callable[..., Any]:
@@ -89,6 +91,7 @@ def attention_fn(
             causal=causal or is_causal,
             window=window,
             segment_ids=segment_ids,
+            layout=layout,
             scale=scale,
             head_chunks=head_chunks,
         )

@@ -71,13 +71,40 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
         )
     memory = config.memory
     memory = dataclasses.replace(memory, head_chunks=memory.head_chunks or 1)
-    return dataclasses.replace(
+    placed = dataclasses.replace(
         config,
         model=_with_strategy(model, memory, degrees),
         memory=memory,
         mesh=Mesh(**degrees),
         training=dataclasses.replace(training, accumulation_steps=steps),
     )
+    if model.sparse is not None:
+        _check_sparse(placed)
+    return placed
+
+
+def _check_sparse(config: Config) -> None:
+    """Refuses blocks of a layout that are cut by parts of a sequence."""
+    model, mesh, chunk = config.model, config.mesh, config.memory.sequence_chunk_tokens
+    assert model.strategy != "auto"
+    members = num_members(model.strategy, mesh.ring, mesh.seq)
+    tokens, size = config.padded_tokens(), model.sparse_block_tokens
+    parts = members * 2 if model.zigzag else members
+    least = size * parts
+    if tokens % least:
+        raise ValueError(
+            f"model.sparse_block_tokens {size} does not divide the {tokens} tokens of "
+            f"a sequence{f' in {parts} parts' * (parts > 1)}: use a sequence of "
+            f"{math.ceil(tokens / least) * least} tokens, or blocks of "
+            f"{next(n for n in range(size, 0, -1) if tokens % (n * parts) == 0)}"
+        )
+    shards = mesh.ring * mesh.seq
+    if chunk and chunk < tokens // shards and chunk % size:
+        raise ValueError(
+            f"model.sparse_block_tokens {size} does not divide "
+            f"memory.sequence_chunk_tokens {chunk}: use blocks of "
+            f"{next(n for n in range(size, 0, -1) if chunk % n == 0)}, or no chunks"
+        )
 
 
 def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Model:

@@ -223,6 +223,34 @@ ENTRY %main (q: bf16[2,32,6,16], k: bf16[2,32,2,16], s: (s32[], f32[4,2,8,6,16])
         )
 
 
+def test_attention_flops_by_layout():
+    """Of tiles all pairs, as often as the loop over them runs."""
+    op_name = 'op_name="jit(step)/attention_by_layout/while/body'
+    mosaic = 'custom-call(%q, %k, %k), custom_call_target="mosaic_gpu_v2", metadata={'
+    text = f"""HloModule m
+%body (b: s32[]) -> s32[] {{
+  %q = bf16[8,128,6,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[8,128,2,16]{{3,2,1,0}} parameter(1)
+  %f = (bf16[8,128,6,16]{{3,2,1,0}}, f32[8,6,128]{{2,1,0}}) {mosaic}{op_name}/flash_attention_sm90"}}
+  %dq = bf16[8,128,6,16]{{3,2,1,0}} {mosaic}{op_name}/mpmd_map"}}
+  %dkv = (bf16[8,128,2,16]{{3,2,1,0}}, bf16[8,128,2,16]{{3,2,1,0}}) {mosaic}{op_name}/mpmd_map"}}
+  ROOT %b = s32[] constant(0)
+}}
+%cond (c: s32[]) -> pred[] {{
+  ROOT %p = pred[] constant(false)
+}}
+ENTRY %main (s: s32[]) -> f32[] {{
+  %s = s32[] parameter(0)
+  %w = s32[] while(%s), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"5"}}}}
+  ROOT %o = f32[] constant(0)
+}}
+"""
+    module = parse(text)
+    entry = module.computations["main"]
+    product = 2 * 8 * 128 * 128 * 6 * 16
+    assert attention_flops(module, entry, entry.by_name["w"]) == 5 * 9 * product
+
+
 def test_collectives(found):
     rows = [(c.kind, c.axes, c.count, c.sent_bytes, c.crosses_hosts) for c in found]
     exchange = 4 * 16 * 8 * 2 * 3 / 4

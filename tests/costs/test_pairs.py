@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax.attention.block_layout import fixed
 from ulysses_jax.attention.by_tiles import tiles_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
@@ -15,6 +16,19 @@ from ulysses_jax.costs.kernels import attention_of_kinds, tile_products
 from ulysses_jax.costs.pairs import Pairs, pairs_of
 from ulysses_jax.mesh import Device
 from ulysses_jax.placement import place
+
+
+def test_of_a_layout():
+    """Tiles before a query's own are whole; a document's share by how far they are."""
+    layout = fixed(8, block_tokens=4, local_blocks=2)
+    lower = np.tril(layout.blocks[0], -1).sum()
+    assert Pairs((layout,)).visible(32) == lower * 16 + 8 * 16 / 2
+    apart = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))[
+        np.tril(layout.blocks[0], -1)
+    ]
+    own = 8 * Pairs((None,), 20).visible(4)
+    far = 16 * np.exp(-4 * apart / 20).sum()
+    assert Pairs((layout,), 20).visible(32) == pytest.approx(own + far)
 
 
 def packed_rows(tokens, mean, rows=400):

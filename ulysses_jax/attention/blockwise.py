@@ -8,8 +8,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from ulysses_jax.attention.by_layout import gradients_by_layout, statistics_by_layout
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.tiling import HIDDEN, Tiles, Tiling, product, tiling_of
+
+# Of a layout's tiles: queries in a call.
+_TOKENS_AT_ONCE = 1024
 
 
 def blockwise_attention(
@@ -123,6 +127,12 @@ def _forward(tiling: Tiling, q, k, v, mask):
 
 
 def _statistics(tiling: Tiling, q, k, v, mask):
+    if mask.layout is not None:
+        forward = partial(_statistics, tiling.of(mask.layout.block_tokens))
+        out, logsumexp = statistics_by_layout(
+            forward, q, k, v, mask, tokens_at_once=_TOKENS_AT_ONCE
+        )
+        return out.astype(q.dtype), logsumexp
     tiles = Tiles(tiling, q, k, mask)
     queries, keys, values = tiles.split_q(q), tiles.split_kv(k), tiles.split_kv(v)
 
@@ -168,6 +178,26 @@ def _gradients(tiling: Tiling, residuals, upstream, dtypes):
     q, k, v, mask, out, logsumexp = residuals
     q_dtype, k_dtype, v_dtype = dtypes
     dout, dlogsumexp = upstream
+    if mask.layout is not None:
+        tiling = tiling.of(mask.layout.block_tokens)
+
+        def pull(q, k, v, out, dout, rows, mask):
+            logsumexp, dlogsumexp = rows
+            residuals = (q, k, v, mask, out, logsumexp)
+            return _gradients(tiling, residuals, (dout, dlogsumexp), (jnp.float32,) * 3)
+
+        dq, dk, dv = gradients_by_layout(
+            pull,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            (logsumexp, dlogsumexp),
+            mask,
+            tokens_at_once=_TOKENS_AT_ONCE,
+        )
+        return dq.astype(q_dtype), dk.astype(k_dtype), dv.astype(v_dtype)
     tiles = Tiles(tiling, q, k, mask)
     # The part of d(logits) that is the same for all keys of a query.
     shared = jnp.einsum("BTNH,BTNH->BNT", dout, out, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Gradients of attention tile by tile: a kernel is called on those that are not empty.
+"""Attention tile by tile: a kernel is called on the tiles that are not empty.
 
 A kernel that hides what a mask hides, but computes it, does the work of all pairs. Here
 it is called on tiles of some queries and some keys, several in a call, and only on
@@ -6,12 +6,12 @@ tiles in which a query sees a key.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from ulysses_jax.attention.ranges import KeyRanges
 
@@ -20,13 +20,75 @@ class TileList(NamedTuple):
     """The tiles that are not empty, those of one block of queries after another.
 
     Attributes:
-      q, kv: int32, the blocks of each tile; past `number` they mean nothing.
-      number: how many there are.
+      q, kv: int32, the blocks of each tile; past `number`, and where q is -1, they mean
+        nothing.
+      number: how many there are; an int where it is known.
     """
 
     q: Int[Array, "tiles"]
     kv: Int[Array, "tiles"]
-    number: Int[Array, ""]
+    number: Int[Array, ""] | int
+
+
+def over_tiles(
+    one_step: Callable[..., Any], start: Any, tiles: TileList, at_once: int
+) -> Any:
+    """`carry = one_step(carry, q, kv, is_tile)` over the tiles, `at_once` in a step.
+
+    Args:
+      one_step: q, kv and is_tile are `[at_once]`; where is_tile is False, which is so
+        at the end of the list, they are 0.
+    """
+
+    def step(number, carry):
+        at = number * at_once + jnp.arange(at_once)
+        is_tile = at < tiles.number
+        at = jnp.minimum(at, len(tiles.q) - 1)
+        is_tile &= tiles.q[at] >= 0
+        q, kv = (jnp.where(is_tile, x[at], 0) for x in (tiles.q, tiles.kv))
+        return one_step(carry, q, kv, is_tile)
+
+    return lax.fori_loop(0, -(-tiles.number // at_once), step, start)
+
+
+def rows_of(x: Shaped[Array, "blocks B ..."], blocks: Array) -> Shaped[Array, "r ..."]:
+    """Some blocks as rows of one call."""
+    x = x[blocks]
+    return x.reshape(-1, *x.shape[2:])
+
+
+def sum_gradients(
+    pull: Callable[..., tuple[Array, Array, Array]],
+    of_q: tuple[Shaped[Array, "q B block ..."], ...],
+    of_kv: tuple[Shaped[Array, "kv B block K H"], ...],
+    tiles: TileList,
+    at_once: int,
+) -> tuple[Array, Array, Array]:
+    """Float32 dq, dk, dv of all blocks, summed in an order that is always the same.
+
+    Args:
+      pull: `f(q, kv, is_tile, *rows_of_q, *rows_of_kv) -> (dq, dk, dv)` of some tiles;
+        what it gives where is_tile is False does not count.
+      of_q: the first is the queries.
+      of_kv: keys and values.
+    """
+
+    def some_tiles(carry, i, j, is_tile):
+        rows = *(rows_of(x, i) for x in of_q), *(rows_of(x, j) for x in of_kv)
+        parts = pull(i, j, is_tile, *rows)
+        sums = []
+        for total, part, at in zip(carry, parts, (i, j, j), strict=True):
+            part = part.astype(jnp.float32).reshape(at_once, *total.shape[1:])
+            hidden = ~is_tile.reshape(-1, *[1] * (part.ndim - 1))
+            part = jnp.where(hidden, 0, part)
+            # One after another: two tiles may share a block.
+            for tile in range(at_once):
+                total = total.at[at[tile]].add(part[tile])
+            sums.append(total)
+        return tuple(sums)
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (of_q[0], *of_kv))
+    return over_tiles(some_tiles, start, tiles, at_once)
 
 
 def tiles_of(ranges: KeyRanges, block_tokens: int, num_kv_blocks: int) -> TileList:
@@ -75,7 +137,7 @@ def gradients_by_tiles(
     Cost: `pull` computes `block_tokens`**2 pairs a tile, and `tiles_at_once` - 1 tiles
     at most beside those that are not empty.
     """
-    batch, num_q, num_kv = len(q), q.shape[1], k.shape[1]
+    num_q, num_kv = q.shape[1], k.shape[1]
     q_blocks = -(-num_q // block_tokens)
     kv_blocks = -(-num_kv // block_tokens)
 
@@ -99,45 +161,18 @@ def gradients_by_tiles(
         kv_blocks,
     )
 
-    def some_tiles(carry):
-        step, dq, dk, dv = carry
-        at = step * tiles_at_once + jnp.arange(tiles_at_once)
-        is_tile = at < tiles.number
-        at = jnp.minimum(at, tiles.q.size - 1)
-        i = jnp.where(is_tile, tiles.q[at], 0)
-        j = jnp.where(is_tile, tiles.kv[at], 0)
-
-        def rows(x, blocks):  # tiles are rows of one call
-            x = x[blocks]
-            return x.reshape(-1, *x.shape[2:])
-
-        queries, outs, douts, logsumexps = (rows(x, i) for x in of_q)
-        keys, values = (rows(x, j) for x in of_kv)
+    def pull_tiles(i, j, is_tile, *arrays):
         first = (j * block_tokens)[:, None, None]
         start, stop = (
             jnp.clip(x[i] - first, 0, block_tokens) * is_tile[:, None, None]
             for x in (starts, stops)
         )
         start, stop = (x.reshape(-1, block_tokens) for x in (start, stop))
-        parts = pull(queries, keys, values, outs, logsumexps, douts, start, stop)
-        dqs, dks, dvs = (
-            x.astype(jnp.float32).reshape(tiles_at_once, batch, *x.shape[1:])
-            for x in parts
-        )
-        # One after another: two tiles may share a block.
-        for tile in range(tiles_at_once):
-            dq = dq.at[i[tile]].add(dqs[tile])
-            dk = dk.at[j[tile]].add(dks[tile])
-            dv = dv.at[j[tile]].add(dvs[tile])
-        return step + 1, dq, dk, dv
+        queries, outs, douts, logsumexps, keys, values = arrays
+        return pull(queries, keys, values, outs, logsumexps, douts, start, stop)
 
-    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (of_q[0], *of_kv))
     with jax.named_scope("attention_by_tiles"):  # which a plan looks for
-        _, *sums = lax.while_loop(
-            lambda carry: carry[0] * tiles_at_once < tiles.number,
-            some_tiles,
-            (jnp.int32(0), *zeros),
-        )
+        sums = sum_gradients(pull_tiles, of_q, of_kv, tiles, tiles_at_once)
     dq, dk, dv = map(_joined, sums)
     return dq[:, :num_q], dk[:, :num_kv], dv[:, :num_kv]
 

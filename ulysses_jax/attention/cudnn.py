@@ -24,6 +24,8 @@ def cudnn_lacks(q: Array, k: Array, mask: Mask) -> str | None:
         return "documents in a row"
     if mask.q_positions is not None:
         return "positions"
+    if mask.layout is not None:
+        return "a layout of blocks"
     if mask.window is not None and not mask.causal:
         return "a window on both sides"
     if mask.window is not None and q.shape[1] > k.shape[1]:

@@ -1,14 +1,31 @@
 """A mask as data: causal, window, segments, positions; never a [T, S] array."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from ulysses_jax.attention.block_layout import BlockLayout
+
 _INT32 = jnp.iinfo(jnp.int32)
+
+
+class Places(NamedTuple):
+    """What of a layout is here, where that is a part; None: all, in order.
+
+    Attributes:
+      heads: int32 `[N]`, the layout's head of every query head.
+      q_blocks, kv_blocks: int32 `[B, T / block]`, `[B, S / block]`, the layout's block
+        of every block of tokens; alike in every row.
+    """
+
+    heads: Int[Array, "N"] | None = None
+    q_blocks: Int[Array, "B q"] | None = None
+    kv_blocks: Int[Array, "B kv"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +40,9 @@ class Mask:
         segment.
       q_positions, kv_positions: int32 `[B, T]`, `[B, S]`: what causal and window
         compare; None is 0, 1, 2, ... for both.
+      layout: which blocks of keys a block of queries sees, by the order of tokens;
+        kernels go by it (`attention.by_layout`), `visible` and `block_bounds` do not.
+      places: what of the layout is here.
 
     Raises:
       ValueError: a window below 1, above int32 or no integer, or only one array of a
@@ -35,6 +55,8 @@ class Mask:
     kv_segment_ids: Int[Array, "B S"] | None = None
     q_positions: Int[Array, "B T"] | None = None
     kv_positions: Int[Array, "B S"] | None = None
+    layout: BlockLayout | None = field(default=None, metadata=dict(static=True))
+    places: Places = Places()
 
     def __post_init__(self):
         if not isinstance(self.causal, bool | np.bool_):
@@ -53,11 +75,21 @@ class Mask:
             q, kv = getattr(self, f"q_{name}"), getattr(self, f"kv_{name}")
             if (q is None) != (kv is None):
                 raise ValueError(f"give both q_{name} and kv_{name}, or neither")
+        if not isinstance(self.layout, BlockLayout | None):
+            raise ValueError(
+                "layout is a ulysses_jax.attention.block_layout.BlockLayout, not "
+                f"{type(self.layout).__name__}"
+            )
 
     @property
     def is_by_index(self) -> bool:
-        """Whether indices alone decide: no segments, no positions of the caller's."""
-        return self.q_segment_ids is None and self.q_positions is None
+        """Whether indices alone decide: no segments, positions or layout."""
+        arrays = self.q_segment_ids, self.q_positions, self.layout
+        return all(each is None for each in arrays)
+
+    def of_heads(self, heads: Int[Array, "N"]) -> "Mask":
+        """The mask of some of the layout's heads."""
+        return replace(self, places=self.places._replace(heads=heads))
 
     def check(self, q: Array, k: Array) -> None:
         """Raises ValueError where an array is not `[B, T]` or `[B, S]` of q and k."""
@@ -69,6 +101,9 @@ class Mask:
                         f"{name}_{what} has shape {ids.shape}, but there are "
                         f"{like.shape[:2]} (batch, tokens)"
                     )
+        if self.layout is not None and self.places.q_blocks is None:
+            heads = q.shape[2] if self.places.heads is None else self.layout.num_heads
+            self.layout.check(heads, q.shape[1], k.shape[1])
 
     def visible(
         self, q_start: Array | int, num_q: int, kv_start: Array | int, num_kv: int
@@ -104,6 +139,8 @@ class Mask:
         def cut(ids, start, size):
             return None if ids is None else _cut(ids, start, size)
 
+        block = 1 if self.layout is None else self.layout.block_tokens
+        heads, q_blocks, kv_blocks = self.places
         return Mask(
             causal=causal,
             window=self.window,
@@ -111,6 +148,42 @@ class Mask:
             kv_segment_ids=cut(self.kv_segment_ids, kv_start, num_kv),
             q_positions=cut(self.q_positions, q_start, num_q),
             kv_positions=cut(self.kv_positions, kv_start, num_kv),
+            layout=self.layout,
+            places=Places(
+                heads,
+                cut(q_blocks, q_start // block, num_q // block),
+                cut(kv_blocks, kv_start // block, num_kv // block),
+            ),
+        )
+
+    def of_tiles(
+        self, q: Int[Array, "tiles"], kv: Int[Array, "tiles"], batch: int
+    ) -> "Mask":
+        """The mask of tiles of the layout, blocks (q, kv) of this: rows `tiles * B`."""
+        assert self.layout is not None
+        block = self.layout.block_tokens
+
+        def rows(x):
+            return jnp.broadcast_to(x, (len(q), batch, block)).reshape(-1, block)
+
+        def cut(ids, numbers):
+            if ids is None:
+                return None
+            return rows(jnp.moveaxis(ids.reshape(batch, -1, block), 1, 0)[numbers])
+
+        def positions(ids, places, numbers):
+            if ids is not None or not (self.causal or self.window):
+                return cut(ids, numbers)
+            place = numbers if places is None else places[0, numbers]
+            return rows((place * block)[:, None, None] + jnp.arange(block))
+
+        return Mask(
+            causal=self.causal,
+            window=self.window,
+            q_segment_ids=cut(self.q_segment_ids, q),
+            kv_segment_ids=cut(self.kv_segment_ids, kv),
+            q_positions=positions(self.q_positions, self.places.q_blocks, q),
+            kv_positions=positions(self.kv_positions, self.places.kv_blocks, kv),
         )
 
     def block_bounds(self, q_block: int, kv_block: int) -> "BlockBounds":

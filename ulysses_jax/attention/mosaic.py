@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from ulysses_jax.attention.by_layout import gradients_by_layout, statistics_by_layout
 from ulysses_jax.attention.by_tiles import gradients_by_tiles
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
@@ -17,17 +18,20 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # Tiles of the backward pass: small ones compute fewer hidden pairs, and together they
 # keep all cores of a GPU at work.
 BLOCK_TOKENS, TILES_AT_ONCE = 1024, 16
+BLOCK_STEP = 64  # of the blocks of a layout
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
-def mosaic_lacks(device: Device, q: Array) -> str | None:
-    """What there is no such kernel for, whatever the mask; None where there is one."""
+def mosaic_lacks(device: Device, q: Array, mask: Mask) -> str | None:
+    """What there is no such kernel for; None where there is one."""
     if not any(name in device.kind for name in HOPPER):
         return f"a GPU that is no Hopper ({device.kind})"
     if q.dtype not in DTYPES:
         return f"products in {q.dtype}"
     if q.shape[-1] > 256:
         return f"head size {q.shape[-1]}"
+    if mask.layout is not None and mask.layout.block_tokens % BLOCK_STEP:
+        return f"a layout's blocks of {mask.layout.block_tokens} tokens"
     return None
 
 
@@ -53,6 +57,15 @@ def mosaic_statistics(
       out in q's dtype; a query that sees no key gives 0 and `HIDDEN`. A row whose keys
       do not lie in order (`ranges.key_ranges`) gives NaN.
     """
+    if mask.layout is not None:
+        return statistics_by_layout(
+            lambda q, k, v, mask: mosaic_statistics(q, k, v, mask=mask, scale=scale),
+            q,
+            k,
+            v,
+            mask,
+            tokens_at_once=BLOCK_TOKENS * TILES_AT_ONCE,
+        )
     mask.check(q, k)
     ranges = key_ranges(mask, len(q), q.shape[1], k.shape[1])
     out, highest, total = jax.vmap(partial(_forward, scale=_scale(q, scale)))(
@@ -84,8 +97,27 @@ def mosaic_gradients(
 
     The kernel hides pairs, and computes what it hides: it is called on tiles.
     """
+    pull = jax.vmap(partial(_backward, scale=_scale(q, scale)))
+    if mask.layout is not None:
+
+        def pull_tile(q, k, v, out, dout, rows, mask):
+            ranges = key_ranges(mask, len(q), q.shape[1], k.shape[1])
+            (logsumexp,) = rows
+            return pull(q, k, v, out, logsumexp, dout, ranges.start, ranges.stop)
+
+        return gradients_by_layout(
+            pull_tile,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            (logsumexp,),
+            mask,
+            tokens_at_once=BLOCK_TOKENS * TILES_AT_ONCE,
+        )
     return gradients_by_tiles(
-        jax.vmap(partial(_backward, scale=_scale(q, scale))),
+        pull,
         q,
         k,
         v,

@@ -36,6 +36,14 @@ def reference_attention(
     q32 = q.astype(jnp.float32).reshape(grouped)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
     seen = mask.visible(0, num_q, 0, k.shape[1])[:, None, None]
+    if mask.layout is not None:
+        shown = jnp.asarray(mask.layout.visible())
+        if mask.layout.num_heads > 1:
+            if mask.places.heads is not None:
+                shown = shown[mask.places.heads]
+            seen = seen & shown.reshape(1, num_kv_heads, -1, *shown.shape[1:])
+        else:
+            seen = seen & shown
     if sinks is not None:
         column = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
         column = jnp.broadcast_to(column, (*logits.shape[:-1], 1))

@@ -63,7 +63,7 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
             "use attention auto (of the function: None), or blockwise"
         )
     if name == "mosaic":
-        lacks = mosaic_lacks(device, q)
+        lacks = mosaic_lacks(device, q, mask)
         if lacks:
             raise ValueError(
                 f"attention mosaic has no kernel for {lacks}: use attention auto (of "
@@ -78,7 +78,7 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
     cudnn = cudnn_lacks(q, k, mask)
     if cudnn is None:
         return Choice("cudnn")
-    mosaic = mosaic_lacks(device, q)
+    mosaic = mosaic_lacks(device, q, mask)
     if mosaic is not None:
         return Choice("blockwise", f"cuDNN has not {cudnn}, Mosaic not {mosaic}")
     if not is_installed():

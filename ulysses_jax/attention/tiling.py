@@ -19,6 +19,11 @@ class Tiling(NamedTuple):
     block_q: int
     block_kv: int
 
+    def of(self, tokens: int) -> "Tiling":
+        """For so many queries and keys."""
+        blocks = min(self.block_q, tokens), min(self.block_kv, tokens)
+        return Tiling(self.scale, *blocks)
+
 
 def tiling_of(
     q: Array, k: Array, scale: float | None, block_q: int, block_kv: int

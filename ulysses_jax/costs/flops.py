@@ -9,6 +9,7 @@ from ulysses_jax.costs.hlo import Computation, Instruction, Module, search, trip
 # How attention through Mosaic kernels is named: the loop over the backward pass's tiles
 # (`attention.by_tiles`), and tokamax's forward kernel.
 BY_TILES, FORWARD = "attention_by_tiles", "flash_attention"
+BY_LAYOUT = "attention_by_layout"  # the loop over a layout's tiles
 
 
 def matmul_flops(module: Module, computation: Computation, each: Instruction) -> int:
@@ -28,6 +29,13 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
     """FLOPs of an attention call: cuDNN's two products forward, five backward; of
     Mosaic's kernels by the pairs that the module's mask leaves."""
     target = each.custom_call_target
+    if "mosaic_gpu" in target and BY_LAYOUT in each.op_name:
+        # Tiles, a row each: two products forward, of two backward kernels dq three, dk
+        # and dv four.
+        q, k = (computation.by_name[name].arrays[0] for name in each.operands[:2])
+        batch, q_tokens, heads, size = q.dims
+        products = 2 if FORWARD in each.op_name else 2 + len(each.arrays)
+        return products * 2 * batch * q_tokens * k.dims[1] * heads * size
     if BY_TILES in each.op_name and each.opcode == "while":
         # Two kernels on tiles: seven products, of all pairs of a tile.
         blocks, batch, block, heads, size = _accumulator(each)

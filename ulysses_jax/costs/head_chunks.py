@@ -55,7 +55,7 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     if (
         model.strategy != "ulysses"
         or mesh.seq == 1
-        or memory.remat == "none"  # whose groups are all projected before the first
+        or not memory.recomputes_products  # all groups are projected before the first
         or model.attention == "reference"
     ):
         return 1
@@ -73,7 +73,7 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     layer = attention + flops["matmul"] / part / (peak * target.matmul_efficiency)
 
     span = config.padded_tokens()
-    pairs = [pairs_of(config, (each,)).visible(span) for each in model.windows()]
+    pairs = [pairs_of(config, (kind,)).visible(span) for kind in model.kinds()]
     spared = [attention * each / statistics.fmean(pairs) for each in pairs]
 
     def seconds(chunks: int) -> float:

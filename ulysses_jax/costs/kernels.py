@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ulysses_jax.attention.block_layout import layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_TOKENS
 from ulysses_jax.attention.select import choose
@@ -32,15 +33,14 @@ def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
     kinds = model.kinds()
     rows = []
     for kind in dict.fromkeys(kinds):
-        window = model.window if kind == "window" else None
-        choice = choose(model.attention, device, *_asked(config, window))
+        choice = choose(model.attention, device, *_asked(config, kind))
         rows.append(
             {
                 "kind": kind,
                 "layers": kinds.count(kind),
                 "kernel": choice.name,
                 "why": choice.why,
-                "pairs_fraction": pairs_of(config, (window,)).fraction(
+                "pairs_fraction": pairs_of(config, (kind,)).fraction(
                     config.padded_tokens()
                 ),
             }
@@ -55,17 +55,25 @@ def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:
     more = 0.0
     for row in kernels:
         if row["kernel"] == "mosaic":
-            window = config.model.window if row["kind"] == "window" else None
-            pairs = pairs_of(config, (window,))
-            tiles = pairs.tiles(-(-span // BLOCK_TOKENS), BLOCK_TOKENS)
-            beyond = 7 * tiles * BLOCK_TOKENS**2 - 5 * pairs.visible(span)
+            pairs = pairs_of(config, (row["kind"],))
+            if row["kind"] == "sparse":
+                layout = layout_of(config.model, span)
+                lists = layout.tiles(causal=True, window=None)
+                tiles = sum(map(len, lists)) / len(lists)
+                computed = tiles * layout.block_tokens**2
+            else:
+                tiles = pairs.tiles(-(-span // BLOCK_TOKENS), BLOCK_TOKENS)
+                computed = tiles * BLOCK_TOKENS**2
+            beyond = 7 * computed - 5 * pairs.visible(span)
             more += row["layers"] * beyond
     return more
 
 
-def _asked(config: Config, window: int | None) -> tuple[Any, Any, Mask]:
+def _asked(config: Config, kind: str) -> tuple[Any, Any, Mask]:
     """q, k and mask as a device attends: shapes alone."""
     model, mesh, tokens = config.model, config.mesh, config.padded_tokens()
+    window = model.window if kind == "window" else None
+    layout = layout_of(model, tokens) if kind == "sparse" else None
     assert model.num_kv_heads and model.head_size and model.strategy != "auto"
     members = num_members(model.strategy, mesh.ring, mesh.seq)
     chunk = config.memory.sequence_chunk_tokens
@@ -90,5 +98,6 @@ def _asked(config: Config, window: int | None) -> tuple[Any, Any, Mask]:
         kv_segment_ids=segments,
         q_positions=positions,
         kv_positions=positions,
+        layout=layout,
     )
     return q, k, mask

@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from ulysses_jax.attention.block_layout import BlockLayout, layout_of
 from ulysses_jax.config import Config
 
 
@@ -17,27 +20,31 @@ class Pairs:
     """A causal mask, on average.
 
     Attributes:
-      windows: of every layer, how many tokens it sees; None: all.
+      layers: of every layer, how many tokens it sees (None: all), or its layout.
       document_tokens: the mean length of a document; None: a row is one document.
     """
 
-    windows: tuple[int | None, ...]
+    layers: tuple[int | None | BlockLayout, ...]
     document_tokens: int | None = None
 
     def visible(self, span: int) -> float:
         """In a row of `span` tokens, summed over layers; a token's own is half a
         pair."""
-        return sum(self._visible(span, window) for window in self.windows)
+        return sum(self._visible(span, layer) for layer in self.layers)
 
     def fraction(self, span: int) -> float:
         """Of span x span, in the mean of the layers."""
-        return self.visible(span) / len(self.windows) / span**2
+        return self.visible(span) / len(self.layers) / span**2
 
     def tiles(self, num_blocks: int, block_tokens: int) -> float:
         """Tiles of a row that hold a visible pair, in the mean of the layers: of a
-        block of queries its own, and as many before as its first query reaches."""
+        block of queries its own, and as many before as its first query reaches.
+
+        Of layers without a layout.
+        """
         total = 0.0
-        for window in self.windows:
+        for window in self.layers:
+            assert not isinstance(window, BlockLayout)
             reach = num_blocks
             if window is not None:
                 reach = min(math.ceil((window - 1) / block_tokens), num_blocks)
@@ -46,9 +53,11 @@ class Pairs:
             for each in seen:
                 sums.append(sums[-1] + each)
             total += sum(1 + sums[min(i, reach)] for i in range(num_blocks))
-        return total / len(self.windows)
+        return total / len(self.layers)
 
-    def _visible(self, span: int, window: int | None) -> float:
+    def _visible(self, span: int, window: int | None | BlockLayout) -> float:
+        if isinstance(window, BlockLayout):
+            return self._visible_by_layout(window)
         seen = span if window is None else min(window, span)
         if self.document_tokens is None:
             return span * seen - seen**2 / 2
@@ -57,16 +66,27 @@ class Pairs:
         far = math.exp(-seen / mean)
         return mean * (span - (span - seen) * far) - mean**2 * (1 - far)
 
+    def _visible_by_layout(self, layout: BlockLayout) -> float:
+        """Of a head, in the mean. A tile is as far away as its first tokens are."""
+        size, lists = layout.block_tokens, layout.tiles(causal=True, window=None)
+        tiles = np.concatenate(lists)
+        counts = np.bincount(tiles[:, 0] - tiles[:, 1]) / len(lists)
+        away = [n * self._together(size * d) for d, n in enumerate(counts)][1:]
+        return counts[0] * self._visible(size, None) + sum(away) * size**2
+
     def _together(self, distance: int) -> float:
         if self.document_tokens is None:
             return 1.0
         return math.exp(-distance / self.document_tokens)
 
 
-def pairs_of(config: Config, windows: Sequence[int | None] | None = None) -> Pairs:
-    """Of a run's mask, in all of its layers, or in those that have these windows."""
-    packed = config.data.mask_documents
+def pairs_of(config: Config, kinds: Sequence[str] | None = None) -> Pairs:
+    """Of a run's mask, in all of its layers, or in one of each of these kinds."""
+    model, packed = config.model, config.data.mask_documents
+    sees: dict[str, int | None | BlockLayout] = {"window": model.window}
+    if model.sparse is not None:
+        sees["sparse"] = layout_of(model, config.padded_tokens())
     return Pairs(
-        tuple(config.model.windows() if windows is None else windows),
+        tuple(sees.get(kind) for kind in (model.kinds() if kinds is None else kinds)),
         config.data.document_tokens if packed else None,
     )

@@ -173,9 +173,10 @@ def check_kinds(model: Model) -> None:
     Raises:
       ValueError: names them.
     """
-    if others := sorted(set(model.kinds()) - {"full", "window"}):
+    if others := sorted(set(model.kinds()) - {"full", "window", "sparse"}):
         raise ValueError(
-            f"the plan knows layers of kind full and window, not {', '.join(others)}: "
+            "the plan knows layers of kind full, window and sparse, not "
+            f"{', '.join(others)}: "
             "plan the run with one of these in their place (--model.pattern)"
         )
 

@@ -24,10 +24,10 @@ class Pieces(NamedTuple):
     back: `f(outs) -> [B, t, N, H]`, linear; outs is a tuple, a group each.
     finish: `f(leaves, x, out [B, t, N, H]) -> [B, t, D]`, the layer's result; token by
       token.
-    statistics: `f(q, k, v, q_block, kv_block, is_own) -> (out, logsumexp)`, of a piece
-      of queries and a block of keys, float32, logsumexp `[2, B, n, t]`: two that add
-      up to it; is_own: the two are one block.
-    gradients: `f(q, k, v, out, logsumexp, dout, q_block, kv_block, is_own)
+    statistics: `f(q, k, v, g, q_block, kv_block, is_own) -> (out, logsumexp)`, of a
+      piece of queries and a block of keys, float32, logsumexp `[2, B, n, t]`: two that
+      add up to it; is_own: the two are one block.
+    gradients: `f(q, k, v, out, logsumexp, dout, g, q_block, kv_block, is_own)
       -> (dq, dk, dv)`, given out and logsumexp over all keys.
     join: two results of statistics into one.
     with_sinks: `f(statistics, sinks)`, of the result over all keys.
@@ -106,12 +106,12 @@ def attend_group(pieces, q, sinks, keys, i, g) -> tuple[Array, Array]:
         p, query = inputs
         own = p * number + i
         out, logsumexp = pieces.statistics(
-            query, *_block(pieces, keys, own, g), own, own, True
+            query, *_block(pieces, keys, own, g), g, own, own, True
         )
 
         def step(joined, k, v, block):
             return pieces.join(
-                joined, pieces.statistics(query, k, v, own, block, False)
+                joined, pieces.statistics(query, k, v, g, own, block, False)
             )
 
         if not _is_one_block(keys):
@@ -136,7 +136,7 @@ def pull_group(pieces, q, sinks, keys, out, logsumexp, dout, dkeys, i, g):
         def step(carry, k, v, block, is_own=False):
             dquery, dkeys = carry
             dq, dk, dv = pieces.gradients(
-                query, k, v, its_out, its_logsumexp, its_dout, own, block, is_own
+                query, k, v, its_out, its_logsumexp, its_dout, g, own, block, is_own
             )
 
             def add(whole, part):

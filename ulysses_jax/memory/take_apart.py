@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import get_abstract_mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from ulysses_jax import layout
-from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.mask import Mask, Places
 from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.attention.select import attention_parts
 from ulysses_jax.config import Memory
@@ -63,9 +64,9 @@ class _Heads:
         cells = spread.reshape(-1, *self.slots, w.shape[-1])[:, :, row, :, cell]
         return cells.reshape(*w.shape[:-2], -1, w.shape[-1])
 
-    def sinks_here(self, sinks: Float[Array, "N"], g: int) -> Float[Array, "n"]:
+    def here(self, x: Shaped[Array, "N"], g: int) -> Shaped[Array, "n"]:
         """Those of the query slots that this device has of group g."""
-        of_group = self.of_group(sinks[:, None], g)[:, 0]
+        of_group = self.of_group(x[:, None], g)[:, 0]
         return own_slots(of_group) if self.degree > 1 else of_group
 
     def there(self, x: Float[Array, "B t N H"]) -> Float[Array, "B T n H"]:
@@ -98,6 +99,7 @@ class _Chunks:
     size: int
     window: int | None
     is_whole: bool
+    layout: BlockLayout | None
 
     def split(self, x: Float[Array, "B T n H"]) -> Float[Array, "P B t n H"]:
         x = x.reshape(x.shape[0], self.number, -1, *x.shape[2:])
@@ -117,11 +119,16 @@ class _Chunks:
         self,
         rows: int,
         segment_ids: Int[Array, "B T"] | None,
+        heads: Int[Array, "n"] | None,
         q_block: Array,
         kv_block: Array,
         is_own: bool,
     ) -> Mask:
-        """Of a block of queries and one of keys, of `rows` of the batch."""
+        """Of a block of queries and one of keys, of `rows` of the batch.
+
+        Args:
+          heads: the query heads' numbers, where the layout differs by head.
+        """
 
         def ids(block):
             assert segment_ids is not None
@@ -132,6 +139,13 @@ class _Chunks:
             index = block * self.size + jnp.arange(self.size)
             return jnp.broadcast_to(index, (rows, self.size))
 
+        def places(block):
+            if self.layout is None or self.is_whole:
+                return None
+            size = self.layout.block_tokens
+            index = block * (self.size // size) + jnp.arange(self.size // size)
+            return jnp.broadcast_to(index, (rows, self.size // size))
+
         packed = segment_ids is not None
         narrow = self.window is not None and not self.is_whole  # else by index
         return Mask(
@@ -141,6 +155,8 @@ class _Chunks:
             kv_segment_ids=ids(kv_block) if packed else None,
             q_positions=positions(q_block) if narrow else None,
             kv_positions=positions(kv_block) if narrow else None,
+            layout=self.layout,
+            places=Places(heads, places(q_block), places(kv_block)),
         )
 
 
@@ -186,9 +202,15 @@ def take_apart(
     chunk_tokens = min(memory.sequence_chunk_tokens or tokens, tokens)
     is_whole = chunk_tokens == tokens
     number = 1 if is_whole else degree
+    layout_of_blocks = attention.layout(tokens * degree)
     blocks = _Chunks(
-        number, chunk_tokens * degree // number, attention.window, is_whole
+        number,
+        chunk_tokens * degree // number,
+        attention.window,
+        is_whole,
+        layout_of_blocks,
     )
+    by_head = layout_of_blocks is not None and layout_of_blocks.num_heads > 1
 
     def exchange(x: Float[Array, "B t N H"]) -> Float[Array, "P B t n H"]:
         return blocks.split(heads.there(x))
@@ -209,7 +231,7 @@ def take_apart(
                 setattr(attention, name, w.copy(of_group))
         sinks = attention.sinks
         if sinks is not None:
-            sinks = heads.sinks_here(sinks[...], g)
+            sinks = heads.here(sinks[...], g)
         return exchange(attention.queries(layer.attention_norm(x), angles)), sinks
 
     def back(outs):
@@ -219,18 +241,25 @@ def take_apart(
         layer = bound(leaves)
         return layer.add_feed_forward(x + layer.attention.project_out(out))
 
-    def parts(q, k, mask):
+    def parts(q, k, g, *where):
+        numbers = None
+        if by_head:
+            numbers = jnp.arange(head_slots.num_heads, dtype=jnp.int32)
+            if tensor > 1:  # tied to q, as `parallel.blocks.Blocks.member` is
+                index = lax.axis_index("tensor"), q[:1, :1]
+                numbers += lax.optimization_barrier(index)[0] * head_slots.num_heads
+            numbers = heads.here(numbers, g)
+        seen = blocks.mask(rows, segment_ids, numbers, *where)
         device = device_of(get_abstract_mesh())
-        return attention_parts(model.attention, device, q, k, mask)
+        return attention_parts(model.attention, device, q, k, seen), seen
 
     def statistics(q, k, v, *where):
-        seen = blocks.mask(rows, segment_ids, *where)
-        return parts(q, k, seen).statistics(q, k, v, mask=seen, scale=None)
+        attention, seen = parts(q, k, *where)
+        return attention.statistics(q, k, v, mask=seen, scale=None)
 
     def gradients(q, k, v, out, logsumexp, dout, *where):
-        seen = blocks.mask(rows, segment_ids, *where)
-        pull = parts(q, k, seen).gradients
-        return pull(q, k, v, out, logsumexp, dout, mask=seen)
+        attention, seen = parts(q, k, *where)
+        return attention.gradients(q, k, v, out, logsumexp, dout, mask=seen)
 
     alike = PARTS["blockwise"]  # in this, whichever attends to a block
     return Pieces(

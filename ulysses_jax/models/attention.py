@@ -4,12 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
 from ulysses_jax.attend import attend
+from ulysses_jax.attention.block_layout import BlockLayout, layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
@@ -55,27 +57,34 @@ class Attend:
 
 
 class Attention(nnx.Module):
-    """Causal; every query sees all tokens before it, or the last `window` of them."""
+    """Causal; every query sees all tokens before it, the last `window` of them, or
+    blocks of them by `model.sparse`."""
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs, kind: str | None = None):
-        """Args: kind: full or window; None: the first of the model's pattern.
+        """Args: kind: full, window or sparse; None: the first of the model's pattern.
 
         Raises:
-          ValueError: another kind; window where the model has none.
+          ValueError: another kind; window or sparse where the model has none.
         """
         model = complete_model(model)
         assert model.pattern
-        if kind not in (None, "full", "window"):
+        if kind not in (None, "full", "window", "sparse"):
             raise ValueError(
-                f"kind {kind!r} is none of Attention: use 'full' or 'window'"
+                f"kind {kind!r} is none of Attention: use 'full', 'window' or 'sparse'"
             )
         if kind == "window" and model.window is None:
             raise ValueError(
                 "kind 'window' sees the last model.window tokens, and model.window "
                 "does not say how many: set it, Model(window=...), or use kind 'full'"
             )
-        narrow = (kind or model.pattern[0]) == "window"
-        self.model, self.window = model, model.window if narrow else None
+        if kind == "sparse" and model.sparse is None:
+            raise ValueError(
+                "kind 'sparse' sees blocks by model.sparse, which is not set: set it, "
+                "Model(sparse=...), or use kind 'full'"
+            )
+        kind = kind or model.pattern[0]
+        self.model, self.is_sparse = model, kind == "sparse"
+        self.window = model.window if kind == "window" else None
         self.products = products_of(model.strategy)
         self.attend = Attend(
             strategy=None if model.strategy == "auto" else model.strategy,
@@ -133,11 +142,16 @@ class Attention(nnx.Module):
             window=self.window,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
+            layout=self.layout(x.shape[1]),
         )
         q = _turn(add_bias(q, self.q_bias), angles)
         sinks = None if self.sinks is None else self.sinks[...]
-        out = self.attend(q, k, v, mask, sinks)
+        out = checkpoint_name(self.attend(q, k, v, mask, sinks), "attended")
         return layout.lay_like(self.project_out(out), x)
+
+    def layout(self, num_tokens: int) -> BlockLayout | None:
+        """Which blocks are seen of a sequence of `num_tokens`; None: all."""
+        return layout_of(self.model, num_tokens) if self.is_sparse else None
 
     def angles(self, positions: Int[Array, "B T"]) -> Angles:
         """Of RoPE, lying as the tokens of queries and keys do; empty without RoPE."""

@@ -19,7 +19,16 @@ def window(model: Model, *, rngs: nnx.Rngs) -> Attention:
     return Attention(model, rngs=rngs, kind="window")
 
 
-KINDS: dict[str, Callable[..., Any]] = {"full": full, "window": window}
+def sparse(model: Model, *, rngs: nnx.Rngs) -> Attention:
+    """A query sees blocks of the tokens before it, by `model.sparse`."""
+    return Attention(model, rngs=rngs, kind="sparse")
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "full": full,
+    "window": window,
+    "sparse": sparse,
+}
 """What makes the part of a layer that reaches other tokens: `f(model, rngs=...)`, a
 module that is called as `Attention` is. `docs/architecture.md` says how to add one."""
 

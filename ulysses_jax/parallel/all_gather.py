@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.parallel.blocks import Blocks, KeysAndValues
-from ulysses_jax.parallel.spread import check_arrays, spread
+from ulysses_jax.parallel.spread import check_arrays, own_heads, spread
 
 
 def all_gather(
@@ -25,25 +25,26 @@ def all_gather(
     parts: Any,
     zigzag: bool = False,
     sinks: Float[Array, "N"] | None = None,
+    by_head: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention over a sequence that is sharded over `seq`, whose keys are gathered.
 
-    Args: global arrays; as `parallel.ring.ring_attention`'s otherwise.
+    Args: global arrays; as `parallel.ring.ring_attention`'s otherwise; by_head as
+      `parallel.ulysses.ulysses`'s.
 
     Raises:
       ValueError: shapes that do not fit each other or the mesh.
     """
     check_arrays(q, k, v, mesh)
-    local = partial(all_gather_attention, scale=scale, parts=parts, zigzag=zigzag)
-    return spread(
-        lambda q, k, v, sinks, mask: local(q, k, v, sinks=sinks, mask=mask),
-        q,
-        k,
-        v,
-        mask,
-        mesh,
-        sinks=sinks,
-    )
+
+    def local(q, k, v, sinks, mask):
+        if by_head:
+            mask = mask.of_heads(own_heads(q, mesh))
+        return all_gather_attention(
+            q, k, v, mask=mask, scale=scale, parts=parts, zigzag=zigzag, sinks=sinks
+        )
+
+    return spread(local, q, k, v, mask, mesh, sinks=sinks)
 
 
 def all_gather_attention(
@@ -81,6 +82,7 @@ def _attend(blocks: Blocks, q, k, v, sinks, mask):
 def _forward(blocks: Blocks, q, k, v, sinks, mask):
     kv = jnp.stack((k, v))  # one gather of both: [member, 2, B, s, K, H]
     gathered = lax.all_gather(kv, blocks.axis_name)
+    q, gathered = (checkpoint_name(x, "attention_inputs") for x in (q, gathered))
 
     def one_block(so_far, step):
         kv = _block(blocks, q, gathered, step)

@@ -24,6 +24,7 @@ def hybrid(
     head_chunks: int = 1,
     with_logsumexp: bool = False,
     sinks: Float[Array, "N"] | None = None,
+    by_head: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Ulysses over `seq` inside a member of the ring, ring attention over `ring`.
 
@@ -50,4 +51,5 @@ def hybrid(
         head_chunks=head_chunks,
         with_logsumexp=with_logsumexp,
         sinks=sinks,
+        by_head=by_head,
     )

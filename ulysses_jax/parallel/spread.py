@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ulysses_jax.mesh import AXES
 from ulysses_jax.sharding import ACTIVATION, Table, activation
@@ -135,6 +135,20 @@ def _inside(
 
     call.defvjp(forward, backward)
     return call(*typed(args))
+
+
+def own_heads(
+    q: Float[Array, "B t N H"], mesh: Mesh | AbstractMesh, table: Table = ACTIVATION
+) -> Int[Array, "N"]:
+    """The numbers of a device's query heads before any exchange, inside `spread`."""
+    numbers = jnp.arange(q.shape[2], dtype=jnp.int32)
+    axes = {} if mesh.empty else _free_axes(mesh)
+    (over,) = activation("N", axes, table) or (None,)
+    if over is None:
+        return numbers
+    # Tied to q, as `parallel.blocks.Blocks.member` is.
+    index, _ = jax.lax.optimization_barrier((jax.lax.axis_index(over), q[:1, :1]))
+    return index * q.shape[2] + numbers
 
 
 def _axes_of(spec: P | None) -> set[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
@@ -15,7 +16,7 @@ from ulysses_jax.parallel.exchange import (
     own_slots,
     seq_to_heads,
 )
-from ulysses_jax.parallel.spread import check_arrays, spread
+from ulysses_jax.parallel.spread import check_arrays, own_heads, spread
 from ulysses_jax.strategies import shared_out
 
 LocalAttention = Callable[..., Any]
@@ -33,6 +34,7 @@ def ulysses(
     head_chunks: int = 1,
     with_logsumexp: bool = False,
     sinks: Float[Array, "N"] | None = None,
+    by_head: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention over a sequence that is sharded over the mesh axis `seq`.
 
@@ -53,6 +55,8 @@ def ulysses(
       with_logsumexp: `attention` returns a pair, whose second is `[B, N/P, T]`.
       sinks: global float32; handed to `attention`, as sinks, where there are any:
         those of its heads.
+      by_head: the mask differs by head: `attention` gets `mask.of_heads(numbers)`, of
+        its query heads.
 
     Returns:
       The attended values, global, sharded as q should be; on a mesh with Explicit axes
@@ -75,9 +79,12 @@ def ulysses(
     if degree == 1:  # the mesh may have no such axis
         there = back = own = lambda x: x
 
-    def results_of(q, k, v, sinks, mask):
+    def results_of(q, k, v, sinks, heads, mask):
         """Of the local attention, all as `[B, T, n, ...]`."""
+        q, k, v = (checkpoint_name(x, "attention_inputs") for x in (q, k, v))
         options = {} if sinks is None else {"sinks": sinks.reshape(-1)}
+        if heads is not None:
+            mask = mask.of_heads(heads.reshape(-1))
         out = attention(q, k, v, mask=mask, scale=scale, **options)
         more = ()
         if with_logsumexp:
@@ -91,11 +98,16 @@ def ulysses(
             )
         return out, *more
 
+    def own_of(x):
+        """Of a number a query head: [KV slot of this device, query of the slot]."""
+        if x is None:
+            return None
+        slots = layout.spread_q(x[None, None, :, None])
+        return own(slots.reshape(-1)).reshape(-1, layout.group)
+
     def local(q, k, v, sinks, mask):
-        if sinks is not None:
-            # [KV slot of this device, query of the slot]
-            slots = layout.spread_q(sinks[None, None, :, None])
-            sinks = own(slots.reshape(-1)).reshape(-1, layout.group)
+        heads = own_of(own_heads(q, mesh) if by_head else None)
+        sinks = own_of(sinks)
         q = layout.spread_q(q)
         k, v = layout.spread_kv(k), layout.spread_kv(v)
         # Slots as [device, KV slot of the device, query of the slot].
@@ -103,24 +115,26 @@ def ulysses(
         k = k.reshape(*k.shape[:2], degree, -1, k.shape[-1])
         v = v.reshape(*v.shape[:2], degree, -1, v.shape[-1])
         rows = []
-        for q_row, k_row, v_row, sinks_row in zip(
+        for q_row, k_row, v_row, sinks_row, heads_row in zip(
             jnp.split(q, kv_chunks, axis=3),
             jnp.split(k, kv_chunks, axis=3),
             jnp.split(v, kv_chunks, axis=3),
-            _split_sinks(sinks, kv_chunks, axis=0),
+            _split_slots(sinks, kv_chunks, axis=0),
+            _split_slots(heads, kv_chunks, axis=0),
             strict=True,
         ):
             # Each KV slot is exchanged once, however many chunks read it.
             k_all = there(_merge_heads(k_row))
             v_all = there(_merge_heads(v_row))
             cells = []
-            for q_cell, its_sinks in zip(
+            for q_cell, its_sinks, its_heads in zip(
                 jnp.split(q_row, group_chunks, axis=4),
-                _split_sinks(sinks_row, group_chunks, axis=1),
+                _split_slots(sinks_row, group_chunks, axis=1),
+                _split_slots(heads_row, group_chunks, axis=1),
                 strict=True,
             ):
                 q_all = there(_merge_heads(q_cell))
-                results = results_of(q_all, k_all, v_all, its_sinks, mask)
+                results = results_of(q_all, k_all, v_all, its_sinks, its_heads, mask)
                 cells.append([back(x).reshape(*q_cell.shape[:-1], -1) for x in results])
             rows.append(_joined(cells, axis=4))
         results = [layout.gather_q(_merge_heads(x)) for x in _joined(rows, axis=3)]
@@ -168,8 +182,8 @@ def _joined(results: list[list[Array]], axis: int) -> list[Array]:
     return [jnp.concatenate(each, axis=axis) for each in zip(*results, strict=True)]
 
 
-def _split_sinks(sinks: Array | None, number: int, axis: int) -> list[Any]:
-    return [None] * number if sinks is None else jnp.split(sinks, number, axis=axis)
+def _split_slots(x: Array | None, number: int, axis: int) -> list[Any]:
+    return [None] * number if x is None else jnp.split(x, number, axis=axis)
 
 
 def _merge_heads(x: Array) -> Array:

@@ -96,6 +96,8 @@ def _kinds(model: Model) -> str:
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(model.pattern)]
     names = [kind if n == 1 else f"{n} {kind}" for kind, n in runs]
     sees = f" (of {model.window:,} tokens)" if model.window is not None else ""
+    if model.sparse is not None:
+        sees += f" ({model.sparse}, blocks of {model.sparse_block_tokens} tokens)"
     return f", in layers {', '.join(names)}{sees}"
 
 

@@ -1,0 +1,145 @@
+"""Block-sparse attention: equal to the dense one where the layout shows, and no more
+work than its tiles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mosaic_stand_in
+import numpy as np
+import pytest
+from attention_cases import assert_close, both, out_and_gradients
+
+from ulysses_jax.attention import mosaic
+from ulysses_jax.attention.block_layout import BlockLayout, bigbird, fixed, strided
+from ulysses_jax.attention.blockwise import blockwise_attention
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.costs.flops import matmul_flops
+from ulysses_jax.costs.hlo import parse
+
+B, T, N, K, H, BLOCK = 2, 24, 4, 2, 8, 4
+BLOCKS = T // BLOCK
+
+PACKED = both("segment_ids", np.repeat([[1, 2, 3], [1, 1, 2]], (9, 11, 4), axis=1))
+SHUFFLED = both("positions", np.random.default_rng(0).permuted([range(T)] * B, axis=1))
+FIXED = fixed(BLOCKS, block_tokens=BLOCK, local_blocks=2)
+BY_HEAD = fixed(BLOCKS, block_tokens=BLOCK, local_blocks=2, num_heads=N)
+# Of each head another number of tiles.
+UNEVEN = bigbird(BLOCKS, block_tokens=BLOCK, local_blocks=2, num_heads=N).blocks.copy()
+UNEVEN[1] = np.tri(BLOCKS)
+UNEVEN[2] = np.eye(BLOCKS)
+UNEVEN = BlockLayout(UNEVEN, block_tokens=BLOCK)
+RANDOM = np.random.default_rng(1).random((BLOCKS, BLOCKS)) < 0.4
+FULL = BlockLayout(RANDOM | np.eye(BLOCKS, dtype=bool), block_tokens=BLOCK)
+CROSS = BlockLayout(np.tri(2, BLOCKS, 3), block_tokens=BLOCK)
+
+CASES = {
+    "fixed": dict(causal=True, layout=FIXED),
+    "strided": dict(
+        causal=True, layout=strided(BLOCKS, block_tokens=BLOCK, local_blocks=3)
+    ),
+    "by head": dict(causal=True, layout=BY_HEAD),
+    "by head, uneven": dict(causal=True, layout=UNEVEN),
+    "not causal": dict(layout=FULL),
+    "causal over what is not": dict(causal=True, layout=FULL),
+    "segments": dict(causal=True, layout=FIXED, **PACKED),
+    "by head, segments": dict(layout=BY_HEAD, **PACKED),
+    "window": dict(causal=True, window=6, layout=FIXED),
+    "window on both sides": dict(window=6, layout=FULL),
+    "positions": dict(causal=True, layout=FULL, **SHUFFLED),
+    "cross": dict(layout=CROSS),
+    "cross causal": dict(causal=True, layout=CROSS),
+}
+
+
+def kernel(name, monkeypatch):
+    if name == "mosaic":
+        mosaic_stand_in.use(monkeypatch)
+        monkeypatch.setattr(mosaic, "BLOCK_TOKENS", BLOCK)
+        monkeypatch.setattr(mosaic, "TILES_AT_ONCE", 3)
+    parts = attention_of(PARTS["blockwise" if name == "blockwise" else "mosaic"])
+    return blockwise_attention if name == "blockwise" else parts
+
+
+def problem(case, dtype=jnp.float32):
+    arrays = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in CASES[case].items()
+    }
+    mask = Mask(**arrays)
+    assert mask.layout
+    tokens, keys = mask.layout.num_tokens
+    rng = np.random.default_rng(3)
+    shapes = (B, tokens, N, H), (B, keys, K, H), (B, keys, K, H), (B, tokens, N, H)
+    q, k, v, weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return mask, (*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(weights))
+
+
+QUICK = {
+    "blockwise": ("fixed", "by head, uneven", "segments", "positions", "cross causal"),
+    "mosaic": ("by head, uneven", "segments"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, case",
+    [
+        pytest.param(name, case, marks=[] if case in QUICK[name] else pytest.mark.slow)
+        for name in QUICK
+        for case in CASES
+        if (name, case) != ("mosaic", "positions")  # it takes keys in order alone
+    ],
+)
+def test_equals_the_reference(monkeypatch, name, case):
+    mask, arrays = problem(case)
+    want = out_and_gradients(functools.partial(reference_attention, mask=mask), *arrays)
+    attend = functools.partial(kernel(name, monkeypatch), mask=mask)
+    assert_close(out_and_gradients(attend, *arrays), want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    mask, arrays = problem("by head", dtype)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    want = out_and_gradients(functools.partial(reference_attention, mask=mask), *exact)
+    attend = functools.partial(blockwise_attention, mask=mask)
+    got = out_and_gradients(attend, *arrays)
+    assert [x.dtype for x in got] == [dtype] * 4
+    assert_close(got, want, 0.03 if dtype == jnp.bfloat16 else 0.004)
+
+
+def program_of(layout, mask_options=None):
+    mask = Mask(causal=True, layout=layout, **(mask_options or {}))
+    tokens, _ = layout.num_tokens
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, H), jnp.float32) for n in (N, K))
+
+    def total(q, k, v):
+        return blockwise_attention(q, k, v, mask=mask).sum()
+
+    return jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k).compile()
+
+
+@pytest.mark.parametrize("num_heads", [1, N])
+def test_flops_are_those_of_the_tiles(num_heads):
+    """Of the compiled program: two products a tile forward, five backward."""
+    num_blocks, block = 64, 32
+    for local in (2, 8, 32):
+        layout = fixed(
+            num_blocks, block_tokens=block, local_blocks=local, num_heads=num_heads
+        )
+        module = parse(program_of(layout).as_text())
+        entry = module.computations[module.entry]
+        flops = sum(matmul_flops(module, entry, each) for each in entry.instructions)
+        tiles = layout.blocks.sum() * (N // num_heads)
+        wanted = 7 * 2 * tiles * block**2 * H
+        assert wanted <= flops <= 1.02 * wanted, flops / wanted
+
+
+def test_memory_is_of_the_tokens_and_the_tiles():
+    def temp_bytes(num_blocks):
+        layout = fixed(num_blocks, block_tokens=32, local_blocks=4)
+        return program_of(layout).memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes(256) < 4.2 * temp_bytes(64)
