@@ -26,6 +26,8 @@ from ulysses_jax.plan.report import GIB, PARTS
 CONFIG = Path(__file__).parents[1] / "configs" / "llama3_8b.yaml"
 TOKENS = 524_288
 NOT_TILED = f"--memory.loss-tile-tokens={TOKENS}"
+# One document a sequence, and no option but the rung's.
+PLAIN = ["--data.no-mask-documents", "--memory.no-auto"]
 RUNGS = {
     "remat full": [NOT_TILED],
     "+ loss tiles": [],
@@ -40,7 +42,8 @@ RUNGS = {
 
 def row(rung: str) -> dict[str, Any]:
     one = ["--training.batch-size=1", f"--training.sequence-tokens={TOKENS}"]
-    plan = make_plan(load(CONFIG, [*one, *RUNGS[rung]]), Cluster(TARGETS["h100"], 1, 8))
+    config = load(CONFIG, [*one, *PLAIN, *RUNGS[rung]])
+    plan = make_plan(config, Cluster(TARGETS["h100"], 1, 8))
     memory = plan["memory"]
     parts = {name: memory[key] for name, key in PARTS.items()}
     return {"rung": rung, "limit_bytes": memory["limit_bytes"], "parts_bytes": parts}
