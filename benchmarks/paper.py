@@ -1,6 +1,7 @@
 """The paper's own runs, planned: Ulysses beside Megatron, and Ulysses as GPUs grow.
 
     .venv-plan/bin/python benchmarks/paper.py [--json FILE] [--plot FILE.png] [--quick]
+    .venv-plan/bin/python benchmarks/paper.py --sparse [--json FILE] [--quick]
 
 DeepSpeed-Ulysses' runs (arXiv 2309.14509). Headline: 7B on 32 and 30B on 64 A100, from
 8K tokens to the longest that each strategy can train, on its fastest mesh that fits.
@@ -8,7 +9,8 @@ Ulysses has ZeRO-3 over all GPUs; Megatron-LM's sequence parallelism cuts parame
 over the GPUs of a sequence alone. Both recompute each layer from its input, tile the
 feed-forward and the loss, and offload nothing. Scaling: 1.2B, tokens growing with the
 GPUs. Fits, lengths and bytes are read off compiled programs, times are predicted,
-`theirs` is what the paper measured (TFLOP/s a GPU).
+`theirs` is what the paper measured (TFLOP/s a GPU). `--sparse`: Ulysses with
+block-sparse attention beside dense, 8K to 256K tokens.
 """
 
 import argparse
@@ -53,6 +55,12 @@ HEADLINE: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
 TOKENS_A_GPU = 32 * K  # a step; the paper does not state its batch
 # A learned table of a million positions would outgrow the model.
 OPTIONS = ("--model.positions=rope", "--memory.mlp-tile-tokens=8192")
+# Blocks of 128 tokens see their own group of 8, and the last block of each before.
+SPARSE = (
+    "--model.sparse=fixed",
+    "--model.sparse-block-tokens=128",
+    "--model.sparse-local-blocks=8",
+)
 # What the paper's runs had not, for both alike.
 OFFLOAD = ("--memory.offload", "inputs")
 
@@ -116,6 +124,7 @@ def row(name: str, config: Config, cluster: Cluster) -> dict[str, Any]:
             ),
             default=None,
         ),
+        "pairs_fraction": plan["attention"][0]["pairs_fraction"],
         "step_seconds": seconds,
         "exposed_fraction": predicted["exposed_communication_seconds"] / seconds,
         "mfu": predicted["mfu"],
@@ -125,7 +134,12 @@ def row(name: str, config: Config, cluster: Cluster) -> dict[str, Any]:
 
 
 def fastest(
-    name: str, strategy: str, cluster: Cluster, tokens: int, steps: dict[int, int]
+    name: str,
+    strategy: str,
+    cluster: Cluster,
+    tokens: int,
+    steps: dict[int, int],
+    more: tuple[str, ...] = (),
 ) -> dict[str, Any] | None:
     """The fastest row that fits, over the degrees of `seq`; None: none does.
 
@@ -140,7 +154,9 @@ def fastest(
         sequences = in_turn * cluster.num_devices // seq
         num_steps = min(steps.pop(seq), in_turn)
         while num_steps <= in_turn:
-            config = run(name, strategy, cluster, seq, tokens, sequences, num_steps)
+            config = run(
+                name, strategy, cluster, seq, tokens, sequences, num_steps, more
+            )
             if (candidate := row(name, config, cluster))["fits"]:
                 found.append(candidate)
                 steps[seq] = num_steps
@@ -150,7 +166,11 @@ def fastest(
 
 
 def ladder(
-    name: str, strategy: str, cluster: Cluster, most: int | None = None
+    name: str,
+    strategy: str,
+    cluster: Cluster,
+    most: int | None = None,
+    more: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """The fastest row of each length, doubling from 8K tokens while any fits."""
     heads = load(CONFIGS / f"{name}.yaml").model.num_heads
@@ -159,11 +179,35 @@ def ladder(
     measured = HEADLINE[name][1][strategy]
     rows = []
     for i in itertools.count() if most is None else range(most):
-        if not (found := fastest(name, strategy, cluster, 8 * K << i, steps)):
+        if not (found := fastest(name, strategy, cluster, 8 * K << i, steps, more)):
             break
         theirs = measured[i] if i < len(measured) else None
         rows.append(found | {"paper_tflops_per_gpu": theirs})
     return rows
+
+
+def sparse_table(name: str, cluster: Cluster, most: int) -> list[dict[str, Any]]:
+    """Rows of the lengths that the paper's sparse runs have, and of dense attention."""
+    dense = ladder(name, "ulysses", cluster, most)
+    sparse = ladder(name, "ulysses", cluster, most, SPARSE)
+    made = Table(title=f"{name}, block-sparse; times are predicted", box=None)
+    for header in "tokens seq pairs GiB step dense times TFLOP/s".split():
+        made.add_column(header, justify="right")
+    for each, beside in zip(sparse, dense, strict=True):
+        a_token = [x["step_seconds"] / x["batch_size"] for x in (each, beside)]
+        made.add_row(
+            f"{each['tokens'] // K:,}K",
+            str(each["seq"]),
+            f"{each['pairs_fraction']:.1%}",
+            f"{each['total_bytes'] / GIB:.1f}",
+            *(f"{seconds:.2f} s" for seconds in a_token),
+            f"{a_token[1] / a_token[0]:.2f}",
+            f"{each['tflops_per_gpu']:.0f}",
+        )
+    Console(width=150, highlight=False).print(made)
+    return [x | {"attention": "dense"} for x in dense] + [
+        x | {"attention": "block-sparse"} for x in sparse
+    ]
 
 
 def limit(
@@ -241,6 +285,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--quick", action="store_true", help="8K tokens, 7B; 1.2B on 8")
+    parser.add_argument("--sparse", action="store_true", help="block-sparse attention")
     parser.add_argument("--gpu", default="a100-40", choices=TARGETS)
     args = parser.parse_args()
     console = Console(width=150, highlight=False)
@@ -248,6 +293,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, (hosts, _) in list(HEADLINE.items())[: 1 if args.quick else None]:
         cluster = Cluster(target, hosts, 8)
+        if args.sparse:
+            rows += sparse_table(name, cluster, 1 if args.quick else 6)
+            continue
         found = []
         for strategy in STRATEGIES:
             found += ladder(name, strategy, cluster, 1 if args.quick else None)
@@ -261,11 +309,13 @@ def main() -> None:
             console.print(table(title, found))
             rows += [each | {"beside": "inputs offloaded"} for each in found]
     found = []
-    for hosts in (1,) if args.quick else (1, 2, 4, 8):
+    scaling = (1,) if args.quick else (1, 2, 4, 8)
+    for hosts in () if args.sparse else scaling:
         cluster = Cluster(target, hosts, 8)
         config = run("gpt_1b", "ulysses", cluster, 8 * hosts, 128 * K * hosts, 1)
         found.append(row("gpt_1b", config, cluster))
-    console.print(table("gpt_1b, 128K tokens for each 8 GPUs", found))
+    if found:
+        console.print(table("gpt_1b, 128K tokens for each 8 GPUs", found))
     rows += found
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
