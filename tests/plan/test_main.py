@@ -12,6 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from ulysses_jax.config_file import load, load_from_command_line
+from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.placement import place
 from ulysses_jax.plan.__main__ import PROGRAM, main, parse_bytes
@@ -74,9 +75,10 @@ def plan(config_file, capsys, *args):
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
         (
             "--gpus h100:1x8 --model.pattern full mine",
-            "plan knows layers of kind full and window, not mine: .*--model.pattern",
+            "layers of kind full, window and sparse, not mine: .*--model.pattern",
         ),
-        ("--check --model.pattern full mine", "full and window, not mine"),
+        ("--gpus h100:1x8 --documents-of-data", "data.mask_documents is false: leave"),
+        ("--check --model.pattern full mine", "window and sparse, not mine"),
         ("--gpus h100:1x8 --config nowhere.yaml", "--config stands twice"),
         ("--gpus h100:1x8 --plot nowhere/x.png", "nowhere/x.png: there is no folder"),
         ("--gpus h100:1x8 --json nowhere/x.json", "nowhere/x.json: there is no folder"),
@@ -231,6 +233,28 @@ def test_parse_bytes(text, num_bytes):
             parse_bytes(text)
     else:
         assert parse_bytes(text) == num_bytes
+
+
+def test_documents_of_the_data(planted, config_file, capsys, tmp_path):
+    """Files of 99, 299 and 2,599 bytes, each with its end, in rows of 1,024 tokens."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, size in (("a", 99), ("b", 299), ("c", 2599)):
+        (texts / name).write_text("x" * size)
+    flags = ("--gpus", "h100:1x8", "--data.mask-documents", "--data.document-tokens=7")
+    out = plan(
+        config_file,
+        capsys,
+        *flags,
+        "--data.files",
+        str(texts),
+        "--documents-of-data",
+    )
+    mean = int(re.findall(r": as if of ([\d,]+) tokens", out)[0].replace(",", ""))
+    rows = np.concatenate([[1] * 100, [2] * 300, [3] * 2600, [0] * 72]).reshape(3, -1)
+    seen = (rows[:, :, None] == rows[:, None]) & (rows > 0)[:, None]
+    pairs = np.tril(seen).sum() / 3000 * 1024  # of a row that is full
+    assert Pairs((None,), mean).visible(1024) == pytest.approx(pairs, rel=0.01)
 
 
 def test_what_it_prints(planted, analysis, config_file, capsys):

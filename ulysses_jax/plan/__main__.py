@@ -5,6 +5,7 @@ python -m ulysses_jax.plan --config configs/tiny.yaml --check
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -17,8 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ulysses_jax.config import Config
 from ulysses_jax.config_file import load_from_command_line
+from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.costs.targets import TARGETS, parse_gpus
+from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.longest import longest
@@ -59,6 +63,10 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
     # Written to a file or a pipe, tables keep their width.
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, width=width)
+    if own.documents_of_data:
+        config = _with_documents_of_data(config)
+        tokens = config.data.document_tokens
+        console.print(f"documents of {config.data.files}: as if of {tokens:,} tokens")
     if own.check:
         given = ("gpus", "longest", "compare", "plot", "host_memory")
         if extra := [name for name in given if getattr(own, name)]:
@@ -113,6 +121,33 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
     _write(own.json, plan)
 
 
+def _with_documents_of_data(config: Config) -> Config:
+    """With the mean length at which exponential lengths leave a row as many pairs as
+    the data's documents do, end to end and cut into rows."""
+    if not config.data.mask_documents:
+        raise ValueError(
+            "--documents-of-data counts what documents do not see of each other, but "
+            "data.mask_documents is false: leave one of them out"
+        )
+    span = config.training.sequence_tokens
+    found = find_documents(config.data.files, config.run.folder).documents
+    start = pairs = 0
+    for document in found:
+        stop = start + document.size + 1  # its end has a token, too
+        while start < stop:
+            part = min(stop, (start // span + 1) * span) - start
+            pairs += part**2 / 2
+            start += part
+    pairs *= span / start  # a row
+    low, high = 1, 2**31 - 1
+    while low < high:  # the least mean that leaves as many
+        mean = (low + high) // 2
+        enough = Pairs((None,), mean).visible(span) >= pairs
+        low, high = (low, mean) if enough else (mean + 1, high)
+    data = dataclasses.replace(config.data, document_tokens=low)
+    return dataclasses.replace(config, data=data)
+
+
 def parse_bytes(text: str) -> int:
     """Reads "1.9TB", "80GiB" or a plain number of bytes."""
     match = re.fullmatch(r"\s*([\d.]+)\s*(?:([KMGTP])(i?)B?|B)?\s*", text, re.I)
@@ -163,6 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--longest", action="store_true", help="find the longest sequence that fits")
     add("--compare", action="store_true", help="the strategies side by side")
     add("--check", action="store_true", help="planned beside measured, on devices here")
+    add(
+        "--documents-of-data",
+        action="store_true",
+        help="count documents as long as those of data.files",
+    )
     add("--json", metavar="FILE", type=Path, help="write the plan as JSON")
     add("--plot", metavar="FILE.png", type=Path, help="draw the plan")
     add("--host-memory", metavar="1.9TB", help="of a host; default: the GPU's usual")
