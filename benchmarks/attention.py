@@ -19,12 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.block_layout import random
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
@@ -44,13 +43,8 @@ def packed(tokens: int) -> Mask:
 
 
 def sparse(tokens: int) -> Mask:
-    num_blocks = tokens // BLOCK
-    seen, random = np.eye(num_blocks, dtype=bool), np.random.default_rng(0)
-    for row in range(num_blocks):
-        # Half of the pairs of its own block are there.
-        others = max(round((row + 0.5) * DENSITY - 0.5), 0)
-        seen[row, random.permutation(row)[:others]] = True
-    return Mask(causal=True, layout=BlockLayout(seen, block_tokens=BLOCK))
+    layout = random(tokens // BLOCK, block_tokens=BLOCK, density=DENSITY)
+    return Mask(causal=True, layout=layout)
 
 
 SINKS = "sinks"

@@ -18,7 +18,7 @@ FAULTY = """
 from functools import partial
 from ulysses_jax.check_gpu import errors, problems, timings, worker
 
-for name in set(problems.MASKS) - {"causal", "packed window", "sinks"}:
+for name in set(problems.MASKS) - {"causal", "packed window", "sinks", "block-sparse"}:
     del problems.MASKS[name]
 errors.SPOT_MASKS = timings.TIMED_MASKS = ("causal",)
 right = problems.ATTENTIONS["blockwise"]
@@ -58,12 +58,16 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
     assert sinks["status"] == "ok" and 0 < sinks["dsinks"] < 0.008
     (none,) = of(results, "errors", kernel="jax.nn xla", mask="sinks")
     assert none["status"] == "skipped" and none["why"] == "it has no sinks"
+    (sparse,) = of(results, "errors", kernel="blockwise", mask="block-sparse")
+    assert sparse["status"] == "FAIL" and sparse["tokens"] == 192
+    (none,) = of(results, "errors", kernel="jax.nn xla", mask="block-sparse")
+    assert none["status"] == "skipped" and "a layout of blocks" in none["why"]
     wrong = [
         row
         for row in of(results, "errors", kernel="blockwise")
         if row["mask"] != "sinks"  # which goes by another function
     ]
-    assert [row["status"] for row in wrong] == ["FAIL"] * 4
+    assert [row["status"] for row in wrong] == ["FAIL"] * 5
     for row in wrong:
         assert row["why"].startswith("out 0.0") and row["dq"] > 0.008
     right = of(results, "errors", kernel="jax.nn xla", mask="causal")
@@ -83,7 +87,7 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
         flops *= 2 if row["pass"] == "forward" else 7
         assert row["TFLOP/s"] * 1e12 * row["ms"] / 1e3 == pytest.approx(flops)
     out, err = capsys.readouterr()
-    assert "**5 rows FAIL.**" in out and "mosaic, 5 rows skipped: it needs" in out
+    assert "**6 rows FAIL.**" in out and "mosaic, 6 rows skipped: it needs" in out
     assert "FAIL errors blockwise causal" in err
 
 
@@ -113,9 +117,12 @@ def test_the_command_runs_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_pairs_are_those_that_a_mask_shows(mask):
-    for tokens, span in ((40, 12), (36, 12), (10, 12)):
+    cases = ((40, 12), (36, 12), (10, 12))
+    for tokens, span in ((128, 12), (320, 12)) if mask == "block-sparse" else cases:
         problem = MASKS[mask](2, tokens, span)
-        seen = np.asarray(problem.mask.visible(0, tokens, 0, tokens))
+        seen = np.asarray(problem.mask.without_layout().visible(0, tokens, 0, tokens))
+        if problem.mask.layout is not None:
+            seen = seen & problem.mask.layout.visible()
         assert problem.pairs == np.broadcast_to(seen, (2, tokens, tokens)).sum()
 
 

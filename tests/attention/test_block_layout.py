@@ -9,6 +9,7 @@ from ulysses_jax.attention.block_layout import (
     bigbird,
     fixed,
     longformer,
+    random,
     strided,
 )
 from ulysses_jax.attention.mask import Mask
@@ -87,11 +88,21 @@ def test_density_and_tiles():
         )
 
 
+def test_what_the_mask_alone_leaves_nothing_may_be_blind():
+    """16 queries on 8 keys: past the window of the last key none is seen."""
+    everything = BlockLayout(np.ones((4, 2)), block_tokens=4)
+    (tiles,) = everything.tiles(causal=True, window=2)
+    assert tiles.tolist() == [[0, 0], [1, 0], [1, 1], [2, 1]]
+    with pytest.raises(ValueError, match="block 0 of .* no block that the mask shows"):
+        BlockLayout(np.eye(4, k=1) + np.eye(4, k=-3), block_tokens=4).tiles(causal=True)
+
+
 @pytest.mark.parametrize(
     "blocks, block_tokens, message",
     [
         (np.ones(4), 8, r"not \(4,\)"),
         (np.ones((0, 4)), 8, r"not \(0, 4\)"),
+        ([[1], [1, 0]], 8, "an array of bools"),
         (np.ones((4, 4)) * 0.5, 8, "of bools, or 0 and 1, not float64"),
         (np.ones((4, 4)), 0, "block_tokens 0: use 1 or more"),
         (np.ones((4, 4)), True, "block_tokens is a number, not True"),
@@ -115,6 +126,8 @@ def test_an_array_that_is_not_known_yet():
         (fixed, dict(local_blocks=3, global_blocks=2)),
         (strided, dict(local_blocks=0)),
         (longformer, dict(local_blocks=0)),
+        (fixed, dict(num_heads=0)),
+        (bigbird, dict(num_heads=0)),
     ],
 )
 def test_numbers_that_cannot_be(make, options):
@@ -122,3 +135,11 @@ def test_numbers_that_cannot_be(make, options):
         make(4, block_tokens=1, **options)
     with pytest.raises(ValueError, match="num_blocks 0: use 1 or more"):
         make(0, block_tokens=1)
+
+
+def test_random_blocks_of_a_density():
+    layout = random(256, block_tokens=4, density=1 / 8)
+    assert layout.density(causal=True) == pytest.approx(1 / 8, rel=0.02)
+    assert layout.blocks[0].diagonal().all()
+    assert not np.triu(layout.blocks[0], 1).any()
+    assert random(4, block_tokens=4, density=1 / 8).density(causal=True) < 0.5

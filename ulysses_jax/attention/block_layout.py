@@ -3,10 +3,11 @@ sees."""
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from jax.errors import TracerArrayConversionError
 
 from ulysses_jax.config import Model
 
@@ -40,10 +41,12 @@ class BlockLayout:
             raise ValueError(f"block_tokens {block_tokens}: use 1 or more")
         try:
             given = np.asarray(blocks)
-        except Exception as error:  # a tracer: of JAX's own kinds
+        except TracerArrayConversionError as error:
             raise ValueError(
                 "a layout is known before the program is compiled: give a NumPy array"
             ) from error
+        except ValueError as error:  # rows of unequal lengths
+            raise ValueError(f"a layout is an array of bools: {error}") from None
         if given.ndim not in (2, 3) or 0 in given.shape:
             raise ValueError(
                 "a layout is [T / block_tokens, S / block_tokens], or with a row a "
@@ -58,7 +61,9 @@ class BlockLayout:
             repr((self.blocks.shape, self.block_tokens)).encode()
             + np.packbits(self.blocks).tobytes()
         ).digest()
-        self._refuse_blind(self.blocks, "sees no block of keys")
+        blind = np.argwhere(~self.blocks.any(axis=-1))
+        if blind.size:
+            raise ValueError(self._told(blind, "no block of keys"))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockLayout) and self._digest == other._digest
@@ -91,14 +96,16 @@ class BlockLayout:
         everything = np.broadcast_to(pairs, (queries, keys)).sum()
         return float((self.blocks * pairs).sum() / everything / self.num_heads)
 
-    def tiles(self, *, causal: bool, window: int | None) -> tuple[np.ndarray, ...]:
+    def tiles(
+        self, *, causal: bool = False, window: int | None = None
+    ) -> tuple[np.ndarray, ...]:
         """Of every head, int32 `[tiles, 2]`: the blocks (queries, keys) to compute.
 
         Args:
           causal, window: of a mask by index, which empties some of them.
 
         Raises:
-          ValueError: the mask leaves a block of queries nothing.
+          ValueError: a block of queries sees none of those that the mask shows it.
         """
         return _tiles(self, causal, window)
 
@@ -124,34 +131,37 @@ class BlockLayout:
                 "blocks, which are whole numbers where block_tokens divides both"
             )
 
-    def _refuse_blind(self, seen: np.ndarray, what: str) -> None:
-        blind = np.argwhere(~seen.any(axis=-1))
-        if blind.size:
-            head, row = blind[0]
-            of_head = f" of head {head}" if self.num_heads > 1 else ""
-            raise ValueError(
-                f"block {row} of the layout's queries{of_head} {what}: let each see "
-                f"at least one, such as its own ({len(blind)} see none)"
-            )
+    def _told(self, blind: np.ndarray, what: str) -> str:
+        """Args: blind: (head, block of queries) of each that sees nothing."""
+        head, row = blind[0]
+        of_head = f" of head {head}" if self.num_heads > 1 else ""
+        return (
+            f"block {row} of the layout's queries{of_head} sees {what}: let each see "
+            f"at least one ({len(blind)} see none)"
+        )
 
 
-@cache
+@lru_cache(maxsize=64)
 def _tiles(
     layout: BlockLayout, causal: bool, window: int | None
 ) -> tuple[np.ndarray, ...]:
     _, queries, keys = layout.blocks.shape
-    seen = layout.blocks
     after = np.arange(queries)[:, None] - np.arange(keys)  # in blocks
+    shown = np.ones((queries, keys), bool)
     if causal:
-        seen = seen & (after >= 0)
+        shown &= after >= 0
     if window is not None:
         between = (np.abs(after) - 1) * layout.block_tokens  # two blocks, or -1
-        seen = seen & (np.maximum(between, -1) + 1 < window)
-    layout._refuse_blind(seen, "sees only blocks that the mask hides")
+        shown &= np.maximum(between, -1) + 1 < window
+    seen = layout.blocks & shown
+    # What the mask alone leaves nothing may be blind.
+    blind = np.argwhere(~seen.any(axis=-1) & shown.any(axis=-1))
+    if blind.size:
+        raise ValueError(layout._told(blind, "no block that the mask shows it"))
     return tuple(np.argwhere(head).astype(np.int32) for head in seen)
 
 
-@cache
+@lru_cache(maxsize=64)
 def layout_of(model: Model, num_tokens: int) -> BlockLayout:
     """Of layers of kind sparse, on sequences of `num_tokens`.
 
@@ -195,7 +205,12 @@ def fixed(
 
     Source: "fixed" of Sparse Transformers, arXiv 1904.10509, section 4.2, in blocks.
     """
-    _check(num_blocks, local_blocks=local_blocks, global_blocks=global_blocks)
+    _check(
+        num_blocks,
+        local_blocks=local_blocks,
+        global_blocks=global_blocks,
+        num_heads=num_heads,
+    )
     if local_blocks % global_blocks:
         raise ValueError(
             f"global_blocks {global_blocks} does not divide local_blocks {local_blocks}"
@@ -264,17 +279,31 @@ def bigbird(
 
     Source: BigBird, arXiv 2007.14062, section 2 and appendix D.
     """
-    _check(num_blocks, local_blocks=local_blocks)
+    _check(num_blocks, local_blocks=local_blocks, num_heads=num_heads)
     base = _local_and_global(num_blocks, local_blocks, global_blocks)
     if causal:
         base = np.tril(base)
-    random = np.random.default_rng(seed)
+    numbers = np.random.default_rng(seed)
     heads = np.repeat(base[None], num_heads, axis=0)
     for head in heads:
         for row, seen in enumerate(head):
             others = np.flatnonzero(~seen[: row + 1 if causal else num_blocks])
-            seen[random.permutation(others)[:random_blocks]] = True
+            seen[numbers.permutation(others)[:random_blocks]] = True
     return _layout(heads, block_tokens, causal)
+
+
+def random(
+    num_blocks: int, *, block_tokens: int, density: float, seed: int = 0
+) -> BlockLayout:
+    """A block sees its own and random earlier ones: about `density` of the causal
+    pairs. To measure with."""
+    _check(num_blocks)
+    seen, numbers = np.eye(num_blocks, dtype=bool), np.random.default_rng(seed)
+    for row in range(num_blocks):
+        # Half of the pairs of its own block are there.
+        others = max(round((row + 0.5) * density - 0.5), 0)
+        seen[row, numbers.permutation(row)[:others]] = True
+    return _layout(seen, block_tokens, causal=True)
 
 
 _LAYOUTS: dict[str, Callable[..., BlockLayout]] = {

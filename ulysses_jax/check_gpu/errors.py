@@ -10,6 +10,7 @@ import numpy as np
 
 from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.check_gpu.problems import (
+    BLOCK_STEP,
     MASKS,
     Heads,
     Kernel,
@@ -45,11 +46,13 @@ Oracle = Callable[[], tuple[np.ndarray, ...]]
 
 def error_rows(device: Device, kernels: dict[str, Kernel], sizes: Sizes) -> list[Row]:
     """Every kernel under every mask at small shapes, heads in groups and not."""
-    batch, tokens, rows = 2, sizes.error_tokens, []
+    batch, rows = 2, []
     for heads in sizes.error_heads:
         alone = Heads(heads.K, heads.K, heads.H)
         for which in (heads, alone):
             for mask in MASKS if which is heads else ("causal", "packed window"):
+                step = BLOCK_STEP if mask == "block-sparse" else 1
+                tokens = sizes.error_tokens // step * step
                 problem = MASKS[mask](batch, tokens, sizes.error_span)
                 want = cache(partial(_exact, problem, batch, tokens, which))
                 for name, kernel in kernels.items():
@@ -126,7 +129,9 @@ def _exact(
         exact_attention, sinks=sinks(heads.N) if problem.has_sinks else None
     )
     if spots is None:
-        seen = np.asarray(mask.visible(0, tokens, 0, tokens))
+        seen = np.asarray(mask.without_layout().visible(0, tokens, 0, tokens))
+        if mask.layout is not None:
+            seen = seen & mask.layout.visible()
         return exact(q, k, v, upstream, seen)
     visible = jax.jit(lambda mask, at: mask.visible(at, 1, 0, tokens))
     seen = np.concatenate([visible(mask, at) for at in spots], axis=1)

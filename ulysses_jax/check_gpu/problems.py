@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ulysses_jax.attention.block_layout import random
 from ulysses_jax.attention.cudnn import cudnn_lacks, through_jax_nn
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
@@ -64,6 +65,19 @@ def _packed(batch: int, tokens: int, span: int, window: int | None = None) -> Pr
     return Problem(mask, pairs)
 
 
+# A block-sparse mask is for a multiple of so many tokens.
+BLOCK_STEP, DENSITY = 64, 1 / 8
+
+
+def _sparse(batch: int, tokens: int, span: int) -> Problem:
+    """An eighth of the pairs; blocks of 512 tokens, or where there are few of 64."""
+    size = 512 if tokens >= 8192 else BLOCK_STEP
+    layout = random(tokens // size, block_tokens=size, density=DENSITY)
+    tiles = int(layout.blocks.sum())
+    pairs = (tiles - tokens // size) * size**2 + tokens // size * _near(size)
+    return Problem(Mask(causal=True, layout=layout), batch * pairs)
+
+
 # A mask by its name: f(batch, tokens, span), where span is a document's tokens, or a
 # window's.
 MASKS: dict[str, Callable[[int, int, int], Problem]] = {
@@ -74,6 +88,7 @@ MASKS: dict[str, Callable[[int, int, int], Problem]] = {
     ),
     "packed window": lambda B, T, span: _packed(B, T, span, span // 2),
     "sinks": lambda B, T, span: Problem(Mask(causal=True), B * _near(T), True),
+    "block-sparse": _sparse,
     "full": lambda B, T, span: Problem(Mask(), B * T * T),
 }
 

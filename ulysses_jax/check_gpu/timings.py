@@ -23,7 +23,7 @@ from ulysses_jax.check_gpu.problems import (
 from ulysses_jax.check_gpu.rows import Row, Sizes, Skip
 from ulysses_jax.mesh import Device
 
-TIMED_MASKS = "causal", "packed", "window", "sinks"
+TIMED_MASKS = "causal", "packed", "window", "sinks", "block-sparse"
 ROUNDS = 5
 # A round is of several calls where one is short: starting it would count as much.
 ROUND_SECONDS = 0.02
