@@ -173,8 +173,9 @@ def test_each_stage_of_zero_sends_what_the_formulas_say(degrees, steps, changes,
         3: [("reduce-scatter", zero), ("all-gather", zero)],
     }[stage] + [("all-reduce", "data")] * (stage > 1 and has_data)
     for key in expected:
-        if key[0] == "all-reduce" and steps > 1 and stage > 1:
-            # XLA moves the sums of tables behind the accumulation.
+        if key[0] == "all-reduce" and (steps > 1 or changes) and stage > 1:
+            # XLA moves the sums of tables behind the accumulation, and with jax 0.12
+            # adds a tied table's two gradients before it sums them.
             assert 0.8 < rows[key]["ratio"] < 1.01
         else:
             assert rows[key]["ratio"] == pytest.approx(1, abs=0.01), key
