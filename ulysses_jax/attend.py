@@ -98,6 +98,8 @@ def attend(
     options: dict = dict(mesh=mesh, mask=mask, scale=scale, sinks=sinks)
     if mask.layout is not None:
         mask.layout.check(q.shape[2], q.shape[1], k.shape[1])
+        if mask.q_positions is None:  # else what the mask shows is not known
+            mask.layout.tiles(causal=mask.causal, window=mask.window)
         options["by_head"] = mask.layout.num_heads > 1
     if return_logsumexp:
         if strategy in ("all_gather", "megatron"):
@@ -224,7 +226,8 @@ def _told(called: str, attention: Callable) -> Callable:
                 f"the function given as attention raised {type(error).__name__}: "
                 f"{error}. It is called as {called}, with scale a number or None and "
                 "mask a ulysses_jax.attention.mask.Mask: data (mask.causal, "
-                "mask.window, ...), not an array. Wrap it in one that takes these"
+                "mask.window, mask.layout, ...), not an array. Wrap it in one that "
+                "takes these"
             ) from error
 
     return call
@@ -245,7 +248,8 @@ def _with_places(mask: Mask, q: Array, k: Array, members: int, zigzag: bool) -> 
             raise ValueError(
                 f"the layout's blocks of {size} tokens are cut: {x.shape[1]} {what} "
                 f"tokens over {members} members{' in zigzag order' * zigzag} are parts "
-                f"of {tokens}; use a layout of blocks of {fits[0]}, or ring=1"
+                f"of {tokens}; use a layout of blocks of {fits[0]}, or strategy "
+                "ulysses with ring=1"
             )
 
     def order(like: Array) -> Array:

@@ -300,13 +300,13 @@ def _check_memory(memory: Memory, model: Model, training: Training) -> None:
     if memory.remat == "none" and "inputs" in memory.offload:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
-            "everything: use memory.remat full or attention, or do not offload inputs"
+            "everything: use another memory.remat, or do not offload inputs"
         )
     if memory.remat == "none" and "parameters" in memory.offload:
         raise ValueError(
             "memory.offload parameters fetches a layer's parameters once more for its "
             "backward pass, but memory.remat none keeps what the first fetch brought: "
-            "use memory.remat full or attention, or do not offload parameters"
+            "use another memory.remat, or do not offload parameters"
         )
     if memory.remat == "products" and memory.sequence_chunk_tokens is not None:
         raise ValueError(

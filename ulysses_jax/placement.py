@@ -116,12 +116,13 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
     if strategy == "auto":
         strategy = strategy_of(ring, seq)
         # What all_gather lacks: groups of heads, layers in pieces, parts of the
-        # reference, windows where an attention knows no positions.
+        # reference, windows and layouts where an attention knows no positions.
         can_gather = (
             memory.head_chunks == 1
             and not (memory.sequence_chunk_tokens or memory.auto)
             and model.attention != "reference"
             and not any(model.windows())
+            and model.sparse is None
         )
         if strategy == "ulysses" and seq > 1 and can_gather:
             sizes: dict[str, Any] = dict(

@@ -13,6 +13,7 @@ from attention_cases import assert_close, both, out_and_gradients
 from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.block_layout import BlockLayout, bigbird, fixed, strided
 from ulysses_jax.attention.blockwise import blockwise_attention
+from ulysses_jax.attention.by_layout import _Blocks
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
 from ulysses_jax.attention.reference import reference_attention
@@ -97,6 +98,37 @@ def test_equals_the_reference(monkeypatch, name, case):
     want = out_and_gradients(functools.partial(reference_attention, mask=mask), *arrays)
     attend = functools.partial(kernel(name, monkeypatch), mask=mask)
     assert_close(out_and_gradients(attend, *arrays), want)
+
+
+@pytest.mark.parametrize("which", ["alike", "by head"])
+def test_several_tiles_at_once(which):
+    """Which may be of one block of queries, and whose last step is not full; by head,
+    those of a device that has two of the layout's four heads, and not the first."""
+    num_blocks, block = 5, 48
+    heads = np.random.default_rng(5).random((N, num_blocks, num_blocks)) < 0.5
+    heads |= np.eye(num_blocks, dtype=bool)
+    if which == "alike":
+        mask = Mask(causal=True, layout=BlockLayout(heads[1], block_tokens=block))
+        here = mask
+    else:
+        layout = BlockLayout(heads, block_tokens=block)
+        mask = Mask(causal=True, layout=layout)
+        here = mask.of_heads(jnp.asarray([3, 0]))
+    num_heads = N if which == "alike" else 2
+    rng = np.random.default_rng(4)
+    shape = 1, num_blocks * block
+    q, k, v, weights = (
+        jnp.asarray(rng.standard_normal((*shape, n, H), np.float32))
+        for n in (num_heads, 1, 1, num_heads)
+    )
+    blocks = _Blocks(q, k, here)
+    tiles = blocks.tiles()
+    at_once = blocks.at_once(tiles, 1024)
+    assert at_once == 3 and len(tiles.q) % at_once
+    attend = functools.partial(blockwise_attention, mask=here)
+    want = functools.partial(reference_attention, mask=here)
+    arrays = q, k, v, weights
+    assert_close(out_and_gradients(attend, *arrays), out_and_gradients(want, *arrays))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

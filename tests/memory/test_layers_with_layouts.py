@@ -75,6 +75,14 @@ def test_blocks_that_are_cut_are_refused(degrees, message):
     make_config("llama", degrees, model=SPARSE | dict(sparse_block_tokens=blocks))
 
 
+def test_keys_are_not_gathered_where_parts_would_cut_blocks():
+    """As they would be, in zigzag order, of one key head."""
+    model = dict(num_kv_heads=1, zigzag=None)
+    assert make_config("llama", dict(seq=2), model=model).model.strategy == "all_gather"
+    sparse = make_config("llama", dict(seq=2), model=SPARSE | model)
+    assert sparse.model.strategy == "ulysses"
+
+
 def test_a_chunk_that_cuts_blocks_is_refused():
     model = SPARSE | dict(sparse_block_tokens=4)
     with pytest.raises(ValueError, match="4 does not divide .*chunk_tokens 7.*of 1,"):

@@ -20,6 +20,7 @@ OPTIONS = [
     dict(remat="attention"),
     dict(remat="attention", mlp_tile_tokens=9),
     dict(remat="products"),
+    dict(remat="products", offload=("inputs", "parameters")),
 ]
 
 

@@ -167,7 +167,7 @@ def test_the_public_function_and_what_it_refuses():
         "layout is a ulysses_jax.attention.block_layout.BlockLayout, not ndarray": (
             layout.blocks
         ),
-        "block 0 of the layout's queries sees only blocks that the mask hides": (
+        "block 0 of the layout's queries sees no block that the mask shows it": (
             BlockLayout(
                 ~np.tri(16, dtype=bool) | np.eye(16, k=-1, dtype=bool), block_tokens=2
             )

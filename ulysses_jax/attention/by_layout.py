@@ -18,6 +18,9 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.tiling import HIDDEN
 
 SCOPE = "attention_by_layout"  # which a plan looks for
+# A step has at most a tile for so many tokens of a block: to add tiles up costs as
+# their number squared, and little beside them.
+TOKENS_A_TILE = 16
 
 
 def statistics_by_layout(
@@ -64,10 +67,9 @@ def statistics_by_layout(
         total = total * shrink + _sum_alike(alike, weight)
         weight, shrink = (jnp.swapaxes(x, 2, 3)[..., None] for x in (weight, shrink))
         out = out * shrink + _sum_alike(alike, weight * part)
-        at = jnp.where(is_tile, i, len(of_q))
+        # Where there is no tile, block 0 gets what it has.
         return tuple(
-            x.at[at].set(rows, mode="drop")
-            for x, rows in zip(carry, (new, total, out), strict=True)
+            x.at[i].set(rows) for x, rows in zip(carry, (new, total, out), strict=True)
         )
 
     with jax.named_scope(SCOPE):
@@ -162,8 +164,9 @@ class _Blocks:
         return self.mask.of_tiles(i % self.num_q, j % self.num_kv, self.batch)
 
     def at_once(self, tiles: TileList, tokens: int) -> int:
-        """How many tiles; few enough that adding them up costs little beside them."""
-        return max(1, min(tokens // self.size, self.size // 16, len(tiles.q)))
+        """How many tiles in a step."""
+        most = min(tokens // self.size, self.size // TOKENS_A_TILE, len(tiles.q))
+        return max(1, most)
 
     def tiles(self) -> TileList:
         """Those that are here, as numbers of blocks.

@@ -159,9 +159,9 @@ def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:
     """
     if not mask.is_by_index:
         raise ValueError(
-            "cuDNN through jax.nn has neither segment ids nor positions: use "
-            "blockwise_attention, or one document a sequence (data.mask_documents "
-            "false)"
+            "cuDNN through jax.nn has no segment ids, no positions and no layout of "
+            "blocks: use blockwise_attention, or one document a sequence "
+            "(data.mask_documents false)"
         )
     if mask.window is not None and q.shape[1] > k.shape[1]:
         # cuDNN has no such plan, and jax.nn averages all values for a query past the

@@ -41,7 +41,7 @@ class Mask:
       q_positions, kv_positions: int32 `[B, T]`, `[B, S]`: what causal and window
         compare; None is 0, 1, 2, ... for both.
       layout: which blocks of keys a block of queries sees, by the order of tokens;
-        kernels go by it (`attention.by_layout`), `visible` and `block_bounds` do not.
+        kernels go by it (`attention.by_layout`).
       places: what of the layout is here.
 
     Raises:
@@ -105,10 +105,22 @@ class Mask:
             heads = q.shape[2] if self.places.heads is None else self.layout.num_heads
             self.layout.check(heads, q.shape[1], k.shape[1])
 
+    def without_layout(self) -> "Mask":
+        return replace(self, layout=None, places=Places())
+
     def visible(
         self, q_start: Array | int, num_q: int, kv_start: Array | int, num_kv: int
     ) -> Bool[Array, "B q kv"]:
-        """The mask between two ranges of tokens; B is 1 if it is one for all rows."""
+        """The mask between two ranges of tokens; B is 1 if it is one for all rows.
+
+        Raises:
+          ValueError: it has a layout, which may differ by head.
+        """
+        if self.layout is not None:
+            raise ValueError(
+                "the mask has a layout of blocks, which may differ by head: take "
+                "mask.without_layout().visible(...) and mask.layout.visible()"
+            )
         q = self._positions("q", q_start, num_q)[:, :, None]
         kv = self._positions("kv", kv_start, num_kv)[:, None, :]
         seen = jnp.ones((1, num_q, num_kv), bool)

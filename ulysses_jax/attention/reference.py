@@ -35,7 +35,7 @@ def reference_attention(
     grouped = (batch, num_q, num_kv_heads, num_heads // num_kv_heads, size)
     q32 = q.astype(jnp.float32).reshape(grouped)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
-    seen = mask.visible(0, num_q, 0, k.shape[1])[:, None, None]
+    seen = mask.without_layout().visible(0, num_q, 0, k.shape[1])[:, None, None]
     if mask.layout is not None:
         shown = jnp.asarray(mask.layout.visible())
         if mask.layout.num_heads > 1:

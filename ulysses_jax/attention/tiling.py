@@ -20,9 +20,14 @@ class Tiling(NamedTuple):
     block_kv: int
 
     def of(self, tokens: int) -> "Tiling":
-        """For so many queries and keys."""
-        blocks = min(self.block_q, tokens), min(self.block_kv, tokens)
-        return Tiling(self.scale, *blocks)
+        """For so many queries and keys, in equal parts where these are not small."""
+
+        def fair(most: int) -> int:
+            most = min(most, tokens)
+            found = next(n for n in range(most, 0, -1) if tokens % n == 0)
+            return found if 2 * found > most else most
+
+        return Tiling(self.scale, fair(self.block_q), fair(self.block_kv))
 
 
 def tiling_of(

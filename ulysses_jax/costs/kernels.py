@@ -49,22 +49,22 @@ def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
 
 
 def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:
-    """Products of one pair each that Mosaic's backward passes compute beyond the five
-    of every visible pair: seven of all pairs of their tiles; a row, over layers."""
+    """Products of one pair each that Mosaic's passes compute beyond those of every
+    visible pair, two forward and five backward: seven backward, of all pairs of their
+    tiles, and by a layout two forward of these; a row, over layers."""
     span = config.padded_tokens()
     more = 0.0
     for row in kernels:
         if row["kernel"] == "mosaic":
             pairs = pairs_of(config, (row["kind"],))
-            if row["kind"] == "sparse":
+            visible = pairs.visible(span)
+            if row["kind"] == "sparse":  # forward too; all heads as the longest
                 layout = layout_of(config.model, span)
-                lists = layout.tiles(causal=True, window=None)
-                tiles = sum(map(len, lists)) / len(lists)
-                computed = tiles * layout.block_tokens**2
+                tiles = max(map(len, layout.tiles(causal=True)))
+                beyond = 9 * tiles * layout.block_tokens**2 - 7 * visible
             else:
                 tiles = pairs.tiles(-(-span // BLOCK_TOKENS), BLOCK_TOKENS)
-                computed = tiles * BLOCK_TOKENS**2
-            beyond = 7 * computed - 5 * pairs.visible(span)
+                beyond = 7 * tiles * BLOCK_TOKENS**2 - 5 * visible
             more += row["layers"] * beyond
     return more
 

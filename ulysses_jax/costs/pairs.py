@@ -68,7 +68,7 @@ class Pairs:
 
     def _visible_by_layout(self, layout: BlockLayout) -> float:
         """Of a head, in the mean. A tile is as far away as its first tokens are."""
-        size, lists = layout.block_tokens, layout.tiles(causal=True, window=None)
+        size, lists = layout.block_tokens, layout.tiles(causal=True)
         tiles = np.concatenate(lists)
         counts = np.bincount(tiles[:, 0] - tiles[:, 1]) / len(lists)
         away = [n * self._together(size * d) for d, n in enumerate(counts)][1:]

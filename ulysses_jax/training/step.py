@@ -66,9 +66,9 @@ def jit_train_step(
 
 
 # By default one collective is in flight at a time: a sum of gradients between hosts
-# holds up every exchange inside them. And where a step takes more than four fifths of a
-# GPU's memory XLA hides no collective, and computes and exchanges again what it could
-# keep: 125 % of that is all of it.
+# holds up every exchange inside them. And beyond four fifths of a GPU's memory XLA
+# hides no collective, and computes and exchanges again what it could keep: 125 % of
+# these, less a quarter of what the step's arguments take, is all.
 _OPTIONS = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
     "xla_gpu_memory_limit_slop_factor": 125,
