@@ -129,8 +129,13 @@ def test_refused_before_anything_is_compiled(monkeypatch, name, device, q, messa
     "dtype, keys, mask, message",
     [
         (jnp.float32, 13, Mask(causal=True), "not float32: cast q, k and v .*, or use"),
-        (BF16, 13, Mask(**PACKED), "neither segment ids nor positions: use blockwise"),
-        (BF16, 13, Mask(**SHUFFLED), "neither segment ids nor positions: use"),
+        (
+            BF16,
+            13,
+            Mask(**PACKED),
+            "no positions and no layout of blocks: use blockwise",
+        ),
+        (BF16, 13, Mask(**SHUFFLED), "no segment ids, no positions and no layout"),
         (BF16, 13, Mask(window=4), "a window only with causal=True: use blockwise"),
         (BF16, 5, Mask(causal=True, window=4), "13 queries and 5 keys: use blockwise"),
     ],

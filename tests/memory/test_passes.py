@@ -30,12 +30,12 @@ def join(q, k, v):
 def attention_alone(chunk_tokens):
     """x is q, k and v side by side, and what comes out has out in q's place."""
 
-    def attend(q, k, v, q_block, kv_block, is_own):
+    def attend(q, k, v, g, q_block, kv_block, is_own):
         mask = Mask(causal=is_own)
         return PARTS["blockwise"].statistics(q, k, v, mask=mask, scale=None)
 
     def gradients(*arrays_and_blocks):
-        *arrays, _, _, is_own = arrays_and_blocks
+        *arrays, _, _, _, is_own = arrays_and_blocks
         return PARTS["blockwise"].gradients(*arrays, mask=Mask(causal=is_own))
 
     def finish(leaves, x, out):
