@@ -59,7 +59,7 @@ plan: $(PLAN_INSTALLED)
 
 test-plan: $(PLAN_INSTALLED)
 	@echo "== tests that compile for GPUs that are not there"
-	.venv-plan/bin/python -m pytest -m plan
+	.venv-plan/bin/python -m pytest -n 2 -m plan
 
 # A machine with GPUs brings its own JAX, which knows its driver: that one is taken.
 SEES_GPU = $(PYTHON) -c "import jax; jax.devices('gpu')" 2>/dev/null

@@ -171,10 +171,11 @@ def ladder(
     cluster: Cluster,
     most: int | None = None,
     more: tuple[str, ...] = (),
+    degrees: tuple[int, ...] = (8, 16, 32, 64),
 ) -> list[dict[str, Any]]:
     """The fastest row of each length, doubling from 8K tokens while any fits."""
     heads = load(CONFIGS / f"{name}.yaml").model.num_heads
-    degrees = [n for n in (8, 16, 32, 64) if n <= min(heads, cluster.num_devices)]
+    degrees = tuple(n for n in degrees if n <= min(heads, cluster.num_devices))
     steps = dict.fromkeys(degrees, 1)
     measured = HEADLINE[name][1][strategy]
     rows = []
@@ -188,26 +189,28 @@ def ladder(
 
 def sparse_table(name: str, cluster: Cluster, most: int) -> list[dict[str, Any]]:
     """Rows of the lengths that the paper's sparse runs have, and of dense attention."""
-    dense = ladder(name, "ulysses", cluster, most)
-    sparse = ladder(name, "ulysses", cluster, most, SPARSE)
-    made = Table(title=f"{name}, block-sparse; times are predicted", box=None)
-    for header in "tokens seq pairs GiB step dense times TFLOP/s".split():
+    rows, made = [], Table(title=f"{name}; times are predicted", box=None)
+    for header in "attention tokens seq pairs GiB".split():
         made.add_column(header, justify="right")
-    for each, beside in zip(sparse, dense, strict=True):
-        a_token = [x["step_seconds"] / x["batch_size"] for x in (each, beside)]
-        made.add_row(
-            f"{each['tokens'] // K:,}K",
-            str(each["seq"]),
-            f"{each['pairs_fraction']:.1%}",
-            f"{each['total_bytes'] / GIB:.1f}",
-            *(f"{seconds:.2f} s" for seconds in a_token),
-            f"{a_token[1] / a_token[0]:.2f}",
-            f"{each['tflops_per_gpu']:.0f}",
-        )
+    for header in ("step of a sequence", "times", "TFLOP/s"):
+        made.add_column(header, justify="right")
+    sequences: dict[int, float] = {}  # seconds of dense attention's
+    for attention, more in (("dense", ()), ("block-sparse", SPARSE)):
+        for each in ladder(name, "ulysses", cluster, most, more, degrees=(8, 16)):
+            tokens, seconds = each["tokens"], each["step_seconds"] / each["batch_size"]
+            made.add_row(
+                attention,
+                f"{tokens // K:,}K",
+                str(each["seq"]),
+                f"{each['pairs_fraction']:.1%}",
+                f"{each['total_bytes'] / GIB:.1f}",
+                f"{seconds:.3f} s",
+                f"{sequences.setdefault(tokens, seconds) / seconds:.2f}",
+                f"{each['tflops_per_gpu']:.0f}",
+            )
+            rows.append(each | {"attention": attention})
     Console(width=150, highlight=False).print(made)
-    return [x | {"attention": "dense"} for x in dense] + [
-        x | {"attention": "block-sparse"} for x in sparse
-    ]
+    return rows
 
 
 def limit(
