@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ulysses_jax.attention.block_layout import random
 from ulysses_jax.attention.blockwise import blockwise_attention
+from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
 

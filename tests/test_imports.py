@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ulysses_jax"
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"strategies", "config", "complete", "mesh", "sharding"}
+BASE = {"strategies", "config", "complete", "fields", "mesh", "sharding"}
 ATTENTION = BASE | {"parallel", "attention"}
 ALLOWED = {
     "strategies": set(),
@@ -19,8 +19,9 @@ ALLOWED = {
     "launcher": set(),
     "run_folder": set(),
     "config": {"strategies"},
-    "complete": {"config"},
-    "config_file": {"config", "complete", "run_folder"},
+    "fields": set(),
+    "complete": {"config", "fields"},
+    "config_file": {"config", "complete", "fields", "run_folder"},
     "mesh": set(),
     "distributed": {"launcher"},
     "sharding": {"config", "mesh"},

@@ -75,9 +75,9 @@ def ulysses_attention(
         None: 0, 1, 2, ...
       layout: block-sparse attention: which blocks of keys each block of queries sees,
         of what the other arguments show it; for all heads, or each head its own
-        (`ulysses_jax.attention.block_layout`: fixed, strided, longformer, bigbird, or
-        any array). Blocks count tokens in the sequence's order. Known before anything
-        is compiled; only its blocks are computed.
+        (`ulysses_jax.attention.layouts`: fixed, strided, longformer, bigbird; or a
+        `block_layout.BlockLayout` of any array). Blocks count tokens in the sequence's
+        order. Known before anything is compiled; only its blocks are computed.
       scale: of the logits; None: H**-0.5. A number is part of the program; a scalar
         array may be traced or learned, and is multiplied into q, in float32.
       head_chunks: exchange and attend the local heads in this many groups, one group's

@@ -251,13 +251,8 @@ def _with_places(mask: Mask, q: Array, k: Array, members: int, zigzag: bool) -> 
                 f"of {tokens}; use a layout of blocks of {fits[0]}, or strategy "
                 "ulysses with ring=1"
             )
-
-    def order(like: Array) -> Array:
-        first = jnp.arange(0, like.shape[1], size, dtype=jnp.int32)
-        index = zigzag_index(first, like.shape[1], members if zigzag else 1)
-        return jnp.broadcast_to(index // size, (len(like), len(first)))
-
-    places = Places(q_blocks=order(q), kv_blocks=order(k))
+    q_blocks, kv_blocks = (_order(x, members if zigzag else 1, size) for x in (q, k))
+    places = Places(q_blocks=q_blocks, kv_blocks=kv_blocks)
     return dataclasses.replace(mask, places=places)
 
 
@@ -267,10 +262,13 @@ def _with_positions(mask: Mask, q: Array, k: Array, members: int) -> Mask:
     by_blocks &= mask.window is None and mask.layout is None
     if mask.q_positions is not None or by_blocks:
         return mask
+    return dataclasses.replace(
+        mask, q_positions=_order(q, members), kv_positions=_order(k, members)
+    )
 
-    def order(like: Array) -> Array:
-        places = jnp.arange(like.shape[1], dtype=jnp.int32)
-        index = zigzag_index(places, like.shape[1], members)
-        return jnp.broadcast_to(index, like.shape[:2])
 
-    return dataclasses.replace(mask, q_positions=order(q), kv_positions=order(k))
+def _order(like: Array, members: int, size: int = 1) -> Array:
+    """Int32 `[B, T / size]`, the sequence's number of every block of `size` tokens."""
+    first = jnp.arange(0, like.shape[1], size, dtype=jnp.int32)
+    number = zigzag_index(first, like.shape[1], members) // size
+    return jnp.broadcast_to(number, (len(like), len(first)))

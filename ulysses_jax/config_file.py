@@ -10,8 +10,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from ulysses_jax.complete import complete, typed
+from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Memory
+from ulysses_jax.fields import typed
 from ulysses_jax.run_folder import is_run_folder
 
 T = TypeVar("T")

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ulysses_jax.attention.block_layout import (
-    BlockLayout,
+from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.layouts import (
     bigbird,
     fixed,
     longformer,

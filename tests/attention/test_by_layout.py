@@ -11,9 +11,10 @@ import pytest
 from attention_cases import assert_close, both, out_and_gradients
 
 from ulysses_jax.attention import mosaic
-from ulysses_jax.attention.block_layout import BlockLayout, bigbird, fixed, strided
+from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.by_layout import _Blocks
+from ulysses_jax.attention.layouts import bigbird, fixed, strided
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
 from ulysses_jax.attention.reference import reference_attention

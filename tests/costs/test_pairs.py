@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ulysses_jax import config as configs
-from ulysses_jax.attention.block_layout import fixed
 from ulysses_jax.attention.by_tiles import tiles_of
+from ulysses_jax.attention.layouts import fixed
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
 from ulysses_jax.complete import complete

@@ -22,7 +22,8 @@ from strategy_cases import (
 from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention import mosaic
-from ulysses_jax.attention.block_layout import BlockLayout, fixed
+from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.layouts import fixed
 from ulysses_jax.attention.parts import PARTS, attention_of
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel.zigzag import zigzag_order

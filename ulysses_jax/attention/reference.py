@@ -3,9 +3,20 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ulysses_jax.attention.mask import Mask
+
+
+def dense_mask(mask: Mask, num_q: int, num_kv: int) -> Bool[Array, "B N T S"]:
+    """What every query sees, of a layout too; B and N are 1 where all see alike."""
+    seen = mask.without_layout().visible(0, num_q, 0, num_kv)[:, None]
+    if mask.layout is None:
+        return seen
+    shown = jnp.asarray(mask.layout.visible())
+    if len(shown) > 1 and mask.places.heads is not None:
+        shown = shown[mask.places.heads]
+    return seen & shown
 
 
 def reference_attention(
@@ -35,15 +46,10 @@ def reference_attention(
     grouped = (batch, num_q, num_kv_heads, num_heads // num_kv_heads, size)
     q32 = q.astype(jnp.float32).reshape(grouped)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q32, k.astype(jnp.float32)) * scale
-    seen = mask.without_layout().visible(0, num_q, 0, k.shape[1])[:, None, None]
-    if mask.layout is not None:
-        shown = jnp.asarray(mask.layout.visible())
-        if mask.layout.num_heads > 1:
-            if mask.places.heads is not None:
-                shown = shown[mask.places.heads]
-            seen = seen & shown.reshape(1, num_kv_heads, -1, *shown.shape[1:])
-        else:
-            seen = seen & shown
+    seen = dense_mask(mask, num_q, k.shape[1])
+    # By KV head, and query of it; one for all where all see alike.
+    each = num_kv_heads if seen.shape[1] > 1 else 1
+    seen = seen.reshape(len(seen), each, -1, *seen.shape[2:])
     if sinks is not None:
         column = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
         column = jnp.broadcast_to(column, (*logits.shape[:-1], 1))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulysses_jax.attention.exact import exact_attention
+from ulysses_jax.attention.reference import dense_mask
 from ulysses_jax.check_gpu.problems import (
     BLOCK_STEP,
     MASKS,
@@ -129,9 +130,7 @@ def _exact(
         exact_attention, sinks=sinks(heads.N) if problem.has_sinks else None
     )
     if spots is None:
-        seen = np.asarray(mask.without_layout().visible(0, tokens, 0, tokens))
-        if mask.layout is not None:
-            seen = seen & mask.layout.visible()
+        seen = np.asarray(dense_mask(mask, tokens, tokens)[:, 0])
         return exact(q, k, v, upstream, seen)
     visible = jax.jit(lambda mask, at: mask.visible(at, 1, 0, tokens))
     seen = np.concatenate([visible(mask, at) for at in spots], axis=1)

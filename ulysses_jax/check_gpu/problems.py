@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ulysses_jax.attention.block_layout import random
 from ulysses_jax.attention.cudnn import cudnn_lacks, through_jax_nn
+from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
 from ulysses_jax.attention.select import ATTENTIONS, choose

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ulysses_jax.attention.block_layout import layout_of
+from ulysses_jax.attention.layouts import layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_TOKENS
 from ulysses_jax.attention.select import choose

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ulysses_jax.attention.block_layout import BlockLayout, layout_of
+from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.layouts import layout_of
 from ulysses_jax.config import Config
 
 

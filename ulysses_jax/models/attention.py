@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
 from ulysses_jax.attend import attend
-from ulysses_jax.attention.block_layout import BlockLayout, layout_of
+from ulysses_jax.attention.block_layout import BlockLayout
+from ulysses_jax.attention.layouts import layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
