@@ -21,7 +21,7 @@ IN := .venv/bin/
 ifeq ($(origin PYTHON),file)
 PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3.
 NEWER := $(PYTHON) $(foreach minor,12 13 14,python3.$(minor) $(wildcard $(PYENV)$(minor)))
-PLAN_PYTHON := $(shell for python in $(NEWER) $(PYTHON); do \
+PLAN_PYTHON := $(shell for python in $(NEWER); do \
 	$$python -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null \
 	&& echo $$python && exit; done; echo $(PYTHON))
 else

@@ -101,6 +101,8 @@ def attend(
         if mask.q_positions is None:  # else what the mask shows is not known
             mask.layout.tiles(causal=mask.causal, window=mask.window)
         options["by_head"] = mask.layout.num_heads > 1
+        if isinstance(attention, Parts) and attention not in PARTS.values():
+            attention = attention.by_layout()
     if return_logsumexp:
         if strategy in ("all_gather", "megatron"):
             raise ValueError(

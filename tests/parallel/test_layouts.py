@@ -24,7 +24,7 @@ from ulysses_jax.attend import attend
 from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.layouts import fixed
-from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.parts import PARTS, Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.strategies import num_members
@@ -134,6 +134,34 @@ def test_on_hopper_gpus(monkeypatch, strategy, options):
         **options,
     )
     assert_close(got, oracle("segments", "by head", (4, 2)))
+
+
+@pytest.mark.parametrize("options", [dict(seq=2), dict(ring=2)], ids=str)
+def test_parts_of_ones_own_need_not_know_of_layouts(options):
+    def forward(q, k, v, *, mask, scale):
+        assert mask.layout is None
+        return PARTS["blockwise"].forward(q, k, v, mask=mask, scale=scale)
+
+    def gradients(*arrays, mask, scale):
+        assert mask.layout is None
+        return PARTS["blockwise"].gradients(*arrays, mask=mask, scale=scale)
+
+    own = Parts(forward, gradients)
+
+    def attention(q, k, v):
+        results = ulysses_attention(
+            q,
+            k,
+            v,
+            mesh=mesh_of(**options),
+            attention=own,
+            layout=layout_of("by head", 4),
+            return_logsumexp=True,
+        )
+        return results[0]
+
+    got = out_and_gradients(attention, *inputs(4, 2))
+    assert_close(got, oracle("causal", "by head", (4, 2)))
 
 
 @pytest.mark.parametrize("fault", ["heads of others", "order"])

@@ -13,6 +13,7 @@ from ulysses_jax.attention.blockwise import (
     blockwise_gradients,
     blockwise_statistics,
 )
+from ulysses_jax.attention.by_layout import gradients_by_layout, statistics_by_layout
 from ulysses_jax.attention.cudnn import (
     cudnn_attention_with_logsumexp,
     cudnn_gradients,
@@ -45,6 +46,29 @@ class Parts(NamedTuple):
         if logsumexp.ndim == 3:
             logsumexp = jnp.stack((logsumexp, jnp.zeros_like(logsumexp)))
         return out.astype(jnp.float32), logsumexp
+
+    def by_layout(self) -> "Parts":
+        """These, called on the tiles of a mask's layout, of which they need not know.
+
+        This library's own do so themselves.
+        """
+
+        def forward(q, k, v, *, mask: Mask, scale: float | None):
+            def of_tiles(q, k, v, mask):
+                return self.statistics(q, k, v, mask=mask, scale=scale)
+
+            return statistics_by_layout(of_tiles, q, k, v, mask, tokens_at_once=1024)
+
+        def gradients(q, k, v, out, logsumexp, dout, *, mask: Mask, scale=None):
+            def of_tiles(q, k, v, out, dout, rows, mask):
+                return self.gradients(q, k, v, out, *rows, dout, mask=mask, scale=scale)
+
+            rows = (logsumexp,)
+            return gradients_by_layout(
+                of_tiles, q, k, v, out, dout, rows, mask, tokens_at_once=1024
+            )
+
+        return self._replace(forward=forward, gradients=gradients)
 
     def gradients_of_both(
         self, q, k, v, out, logsumexp, dout, dlogsumexp, *, mask: Mask, scale

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulysses_jax.attention.exact import exact_attention
+from ulysses_jax.attention.mosaic import BLOCK_STEP
 from ulysses_jax.attention.reference import dense_mask
 from ulysses_jax.check_gpu.problems import (
-    BLOCK_STEP,
     MASKS,
     Heads,
     Kernel,

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from ulysses_jax.attention.cudnn import cudnn_lacks, through_jax_nn
 from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.mosaic import BLOCK_STEP
 from ulysses_jax.attention.parts import PARTS, attention_of
 from ulysses_jax.attention.select import ATTENTIONS, choose
 from ulysses_jax.mesh import Device
@@ -65,8 +66,7 @@ def _packed(batch: int, tokens: int, span: int, window: int | None = None) -> Pr
     return Problem(mask, pairs)
 
 
-# A block-sparse mask is for a multiple of so many tokens.
-BLOCK_STEP, DENSITY = 64, 1 / 8
+DENSITY = 1 / 8  # of a block-sparse mask, for a multiple of BLOCK_STEP tokens
 
 
 def _sparse(batch: int, tokens: int, span: int) -> Problem:
