@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/attention.py [--json FILE] [--quick]
 
 Forward and backward of the blockwise kernel on one CPU device, two heads of 16,
-float32, causal, 1K to 64K tokens. The block-sparse layout shows a block of 128 queries
-its own and random earlier ones, an eighth of the pairs. Each row's seconds are the
-median of three calls after one that compiles; temp_bytes are XLA's, of the same
-program. A dense row at the greatest length takes minutes.
+float32, causal, 1K to 64K tokens. The block-sparse layout shows a block of 256 queries
+its own and random earlier ones, an eighth of the pairs. The masks of a length take
+turns: `seconds` is the median of a mask's calls, and `times_dense` that of its ratios
+to the dense call of the same round, which a machine that slows down for a while leaves
+alike. temp_bytes are XLA's, of the same program.
 """
 
 import argparse
@@ -29,10 +30,9 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import PARTS, attention_of
 
 NUM_HEADS, HEAD_SIZE = 2, 16
-BLOCK, DENSITY = 128, 1 / 8
+BLOCK, DENSITY = 256, 1 / 8
 WINDOW = DOCUMENT = 1024
 TOKENS = [1024 * 2**n for n in range(7)]
-
 
 with_sinks = attention_of(PARTS["blockwise"])
 
@@ -47,9 +47,9 @@ def sparse(tokens: int) -> Mask:
     return Mask(causal=True, layout=layout)
 
 
-SINKS = "sinks"
+DENSE, SINKS = "dense", "sinks"
 MASKS: dict[str, Callable[[int], Mask]] = {
-    "dense": lambda tokens: Mask(causal=True),
+    DENSE: lambda tokens: Mask(causal=True),
     f"window {WINDOW:,}": lambda tokens: Mask(causal=True, window=WINDOW),
     f"documents of {DOCUMENT:,}": packed,
     f"block-sparse, {DENSITY:.1%}": sparse,
@@ -57,13 +57,38 @@ MASKS: dict[str, Callable[[int], Mask]] = {
 }
 
 
-def row(name: str, tokens: int, calls: int = 3) -> dict[str, Any]:
-    """One mask at one length."""
+def rows_of(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
+    """Every mask at one length."""
+    programs = {name: program(name, tokens) for name in MASKS}
+    seconds: dict[str, list[float]] = {name: [] for name in MASKS}
+    for _ in range(rounds):
+        for name, (run, arguments) in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, (run, _) in programs.items():
+        ratios = [x / d for x, d in zip(seconds[name], seconds[DENSE], strict=True)]
+        stats = run.memory_analysis()
+        assert stats is not None
+        rows.append(
+            {
+                "attention": name,
+                "tokens": tokens,
+                "seconds": statistics.median(seconds[name]),
+                "times_dense": statistics.median(ratios),
+                "temp_bytes": stats.temp_size_in_bytes,
+            }
+        )
+    return rows
+
+
+def program(name: str, tokens: int) -> tuple[Any, tuple[Any, ...]]:
+    """One mask's, compiled and run once, and its arguments."""
     shape = (1, tokens, NUM_HEADS, HEAD_SIZE)
     q, k, v, upstream = (
         jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)
     )
-
     sinks = (jnp.ones(NUM_HEADS),) if name == SINKS else ()
 
     def both_ways(q, k, v, upstream, mask):
@@ -78,19 +103,7 @@ def row(name: str, tokens: int, calls: int = 3) -> dict[str, Any]:
     arguments = q, k, v, upstream, MASKS[name](tokens)
     run = jax.jit(both_ways).lower(*arguments).compile()
     jax.block_until_ready(run(*arguments))
-    seconds = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        seconds.append(time.perf_counter() - started)
-    stats = run.memory_analysis()
-    assert stats is not None
-    return {
-        "attention": name,
-        "tokens": tokens,
-        "seconds": statistics.median(seconds),
-        "temp_bytes": stats.temp_size_in_bytes,
-    }
+    return run, arguments
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -106,9 +119,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cells = []
         for tokens in lengths:
             seconds = found[name, tokens]["seconds"]
-            ratio = found["dense", tokens]["seconds"] / seconds
-            faster = f" ({ratio:.1f}x)" * (name != "dense")
-            cells.append(f"{seconds * 1e3:,.1f}{faster}")
+            faster = f" ({1 / found[name, tokens]['times_dense']:.2f}x)"
+            cells.append(f"{seconds * 1e3:,.1f}{faster * (name != DENSE)}")
         most = max(found[name, tokens]["temp_bytes"] for tokens in lengths)
         table.add_row(name, *cells, f"{most / 2**20:.1f}")
     Console(width=160).print(table)
@@ -120,8 +132,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="to 8K tokens")
     options = parser.parse_args()
     lengths = TOKENS[:4] if options.quick else TOKENS
-    points = [(name, tokens) for tokens in lengths for name in MASKS]
-    rows = [row(*point) for point in track(points, console=Console(stderr=True))]
+    rows: list[dict[str, Any]] = []
+    for tokens in track(lengths, console=Console(stderr=True)):
+        rows += rows_of(tokens)
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -5,17 +5,16 @@ from files import module_of
 
 def test_rows(capsys):
     benchmark = module_of("benchmarks/attention.py")
-    rows = [
-        benchmark.row(name, tokens, calls=1)
-        for name in benchmark.MASKS
-        for tokens in (512, 1024)
-    ]
-    assert {(each["attention"], each["tokens"]) for each in rows} == {
-        (name, tokens) for name in benchmark.MASKS for tokens in (512, 1024)
-    }
-    for short, long in zip(rows[::2], rows[1::2], strict=True):
-        assert short["seconds"] > 0 and long["seconds"] > 0
-        assert short["temp_bytes"] < long["temp_bytes"] < 2 * short["temp_bytes"]
-    benchmark.print_table(rows)
+    short, long = (benchmark.rows_of(tokens, rounds=1) for tokens in (512, 1024))
+    for rows, tokens in ((short, 512), (long, 1024)):
+        assert {each["attention"] for each in rows} == set(benchmark.MASKS)
+        assert all(each["tokens"] == tokens and each["seconds"] > 0 for each in rows)
+        assert all(
+            (each["times_dense"] == 1) == (each["attention"] == benchmark.DENSE)
+            for each in rows
+        )
+    for one, other in zip(short, long, strict=True):
+        assert one["temp_bytes"] < other["temp_bytes"] < 2.1 * one["temp_bytes"]
+    benchmark.print_table(short + long)
     printed = capsys.readouterr().out
     assert all(name in printed for name in benchmark.MASKS)
