@@ -6,7 +6,7 @@ import pytest
 
 from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete, complete_model
-from ulysses_jax.config import Config, Memory, Model, Training
+from ulysses_jax.config import Config, Memory, Model, Rope, Training
 
 
 def small(**fields):
@@ -16,10 +16,11 @@ def small(**fields):
 def test_a_model_is_filled_in_without_a_run():
     model = complete_model(small())
     filled = dict(num_kv_heads=4, head_size=32, feed_forward_width=512)
-    filled |= dict(pattern=("full",))
+    filled |= dict(pattern=("full",), attention_biases="none")
     assert model == dataclasses.replace(small(), **filled)
     assert complete_model(model) == model
     given = dict(num_kv_heads=2, head_size=64, feed_forward_width=100)
+    given |= dict(attention_biases="inputs")
     given |= dict(pattern=("window", "mine"), window=7)
     assert complete_model(small(**given)) == small(**given)
 
@@ -44,11 +45,17 @@ def test_learned_positions_need_a_table_s_rows():
         (dict(width=-1), "model.width must be positive, not -1"),
         (dict(num_layers=0), "model.num_layers must be positive, not 0"),
         (dict(window=2**31), r"model.window must be below 2\^31"),
-        (dict(rope_base=float("nan")), "model.rope_base must be positive, not nan"),
+        (
+            dict(rope=Rope(base=float("nan"))),
+            "model.rope.base must be positive, not nan",
+        ),
         (dict(num_heads="4"), "model.num_heads must be int, not '4'"),
         (dict(num_layers=True), "model.num_layers must be int, not True"),
         (dict(num_kv_heads=1.0), "model.num_kv_heads must be int or null, not 1.0"),
-        (dict(norm="rmsnorm"), "model.norm must be 'rms' | 'layer', not 'rmsnorm'"),
+        (
+            dict(norm="rmsnorm"),
+            "model.norm must be 'rms' | .* | 'layer', not 'rmsnorm'",
+        ),
         (dict(compute_dtype="float16"), "'bfloat16' | 'float32', not 'float16'"),
         (dict(biases="no"), "model.biases must be bool, not 'no'"),
         (dict(pattern="window"), "model.pattern must be a list or null, not 'window'"),
@@ -74,6 +81,21 @@ def test_learned_positions_need_a_table_s_rows():
         (dict(strategy="ulises"), "'auto' or 'ulysses' | .*, not 'ulises'"),
         (dict(num_heads=3), "width 128 does not divide by model.num_heads 3"),
         (dict(num_kv_heads=3), r"3 does not divide .* 4: use one of \[1, 2, 4\]"),
+        (dict(rope=Rope(factor=2.0)), "factor 2.0 stretches nothing while .* is none"),
+        (dict(rope=Rope(scaling="linear", factor=0.5)), "would shrink a model"),
+        (dict(rope=Rope(scaling="yarn", factor=2.0)), "yarn needs .*original_tokens"),
+        (dict(rope=Rope(fraction=0.1)), "are 3 features, .* use 0.0625 for 2"),
+        (dict(rope=Rope(fraction=1.5)), "model.rope.fraction must be at most 1"),
+        (
+            dict(rope=Rope(scaling="longrope", original_tokens=9, long_factors=(1.0,))),
+            "short_factors are 0 numbers, .* give 16",
+        ),
+        (
+            dict(
+                rope=Rope(scaling="yarn", factor=2.0, original_tokens=9, beta_fast=1.0)
+            ),
+            "beta_slow 1.0 is not below model.rope.beta_fast 1.0",
+        ),
         (dict(head_size=31), "head_size 31 is odd: RoPE turns pairs; use 32"),
     ],
     ids=str,

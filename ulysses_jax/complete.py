@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from ulysses_jax.config import Config, Memory, Model, Training, in_pieces
 from ulysses_jax.fields import checked
+from ulysses_jax.rotary import check_rope
 
 
 def complete(config: Config, *, name: str) -> Config:
@@ -76,8 +77,10 @@ def complete_model(model: Model) -> Model:
             "model.max_positions to the longest sequence's tokens, or use "
             "model.positions rope"
         )
+    biases = "all" if model.biases else "none"
     model = dataclasses.replace(
         model,
+        attention_biases=model.attention_biases or biases,
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_size=model.head_size or model.width // model.num_heads,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
@@ -92,11 +95,8 @@ def complete_model(model: Model) -> Model:
             f"model.num_kv_heads {model.num_kv_heads} does not divide model.num_heads "
             f"{model.num_heads}: use one of {fits}"
         )
-    if not learned and model.head_size % 2:
-        raise ValueError(
-            f"model.head_size {model.head_size} is odd: RoPE turns pairs; use "
-            f"{model.head_size + 1}"
-        )
+    if not learned:
+        check_rope(model.rope, model.head_size)
     return model
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -21,6 +21,45 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions: how fast each pair of a head's features turns.
+
+    Pair i turns by `position * base**(-2 i / H)`, where scaling is none.
+    """
+
+    base: float = 500_000.0
+    window_base: float | None = None
+    """Of layers of kind window, which are not scaled then, as in Gemma 3; default: they
+    turn as the others."""
+    fraction: float = 1.0
+    """Of a head's features, the first ones, that are turned at all."""
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    """How a model is stretched to longer sequences than it was trained for
+    (`models.rope.frequencies` has the formulas)."""
+    factor: float = 1.0
+    """By which it is stretched."""
+    original_tokens: int | None = None
+    """Of a sequence, that it was trained for before; all but linear read it."""
+    low_frequency_factor: float = 1.0
+    """llama3: what turns fewer times in original_tokens is slowed by factor,"""
+    high_frequency_factor: float = 4.0
+    """and what turns more often is left."""
+    beta_fast: float = 32.0
+    """yarn: what turns more often in original_tokens is left,"""
+    beta_slow: float = 1.0
+    """and what turns fewer times is slowed by factor."""
+    truncate: bool = True
+    """yarn: these two bounds fall on whole pairs."""
+    attention_factor: float | None = None
+    """yarn and longrope: cosines and sines are multiplied by it; default: what their
+    papers say."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: by which each pair is slowed, up to original_tokens,"""
+    long_factors: tuple[float, ...] = ()
+    """and in longer sequences."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A decoder-only transformer; the defaults are Llama's choices."""
 
@@ -34,15 +73,28 @@ class Model:
     """Default: width / num_heads."""
     feed_forward_width: int | None = None
     """Default: 4 x width."""
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "zero_centered_rms", "layer"] = "rms"
+    """zero_centered_rms: RMSNorm whose scale is one and what is learned."""
     norm_epsilon: float = 1e-5
-    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    post_norms: bool = False
+    """What attention and feed-forward give is normed before it is added, too."""
+    query_key_norm: bool = False
+    """Queries and keys are normed over a head's features, before they are turned."""
+    feed_forward: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     positions: Literal["rope", "learned"] = "rope"
-    rope_base: float = 500_000.0
+    rope: Rope = field(default_factory=Rope)
     max_positions: int | None = None
     """Rows of a learned position table; default: training.sequence_tokens."""
     biases: bool = False
+    """Of attention's and the feed-forward's products."""
+    attention_biases: Literal["none", "inputs", "all"] | None = None
+    """Of attention's products; inputs: of queries, keys and values. Default: all where
+    there are biases, else none."""
+    attention_scale: float | None = None
+    """By which queries times keys are multiplied; default: 1 / sqrt(head_size)."""
     tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    """By which a token's embedding is multiplied, in the compute dtype."""
     pattern: tuple[str, ...] | None = None
     """Kinds of layers, which repeat along the depth; the last time may be cut short.
     full: attends to all tokens before; window: to those in model.window; sparse: to
@@ -79,6 +131,14 @@ class Model:
     """Tokens lie in zigzag order over the members that attend block by block, so that
     all work equally under a causal mask; default: where there are such members."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    from_: str | None = None
+    """`from` in a file and on the command line: a Hugging Face folder whose weights a
+    run starts from, and whose config.json says all fields above that are not given."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward multiplies two products."""
+        return self.feed_forward != "gelu"
 
     def kinds(self) -> tuple[str, ...]:
         """Of every layer of a completed model, from the first on."""
@@ -211,7 +271,8 @@ class Config:
     """Plain lines for a log instead of a live progress bar."""
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        values = dataclasses.asdict(self, dict_factory=_without_underscores)
+        return yaml.safe_dump(values, sort_keys=False)
 
     def padded_tokens(self) -> int:
         """The sequence length on the mesh: rounded up to a multiple of ring x seq, and
@@ -242,6 +303,11 @@ class Config:
         if strategy == "auto":
             return 1
         return num_members(strategy, mesh.ring, mesh.seq)
+
+
+def _without_underscores(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Names as a file has them: from_ is from."""
+    return {name.rstrip("_"): value for name, value in pairs}
 
 
 def in_pieces(model: Model, memory: Memory) -> bool:

@@ -19,6 +19,9 @@ def checked(section: T, name: str) -> T:
         field: typed(hint, getattr(section, field), f"{name}.{field}")
         for field, hint in get_type_hints(type(section)).items()
     }
+    for field, value in values.items():
+        if dataclasses.is_dataclass(value):  # a section of its own
+            values[field] = checked(value, f"{name}.{field}")
     if name != "mesh":  # whose degrees may be -1: `make_mesh` checks them
         _check_ranges(name, values)
     return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
@@ -92,7 +95,7 @@ def _check_ranges(section: str, values: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be below 2^32, not {value}")
         if field != "seed" and isinstance(value, int) and value >= 2**31:
             raise ValueError(f"{name} must be below 2^31, not {value}")
-        if field == "offload_fraction" and value > 1:
+        if field in ("offload_fraction", "fraction") and value > 1:
             raise ValueError(f"{name} must be at most 1, not {value}")
         if field in _BELOW_ONE and value >= 1:
             raise ValueError(f"{name} must be below 1, not {value}")

@@ -85,6 +85,28 @@ def test_more_devices_than_key_heads(degrees):
     assert_same(loss_and_gradients(config), want)
 
 
+def test_norms_everywhere_and_a_scale():
+    """As in Gemma 3: chunks, and groups of heads, of layers of two kinds."""
+    model = dict(
+        num_kv_heads=4,
+        norm="zero_centered_rms",
+        post_norms=True,
+        query_key_norm=True,
+        feed_forward="geglu",
+        attention_biases="inputs",
+        attention_scale=0.3,
+        embedding_scale=4.0,
+        pattern=["window", "full"],
+        window=8,
+        rope=dict(scaling="linear", factor=4.0, window_base=50.0, fraction=0.5),
+    )
+    degrees = MESHES["fsdp 2, seq 2, tensor 2"]
+    want = loss_and_gradients(make_config("llama", {}, model=model, remat="none"))
+    options = dict(sequence_chunk_tokens=7, head_chunks=2)
+    config = make_config("llama", degrees, model=model, **options)
+    assert_same(loss_and_gradients(config), want)
+
+
 @pytest.mark.slow
 def test_a_chunk_longer_than_a_device_has():
     config = make_config("llama", MESHES["seq 8"], sequence_chunk_tokens=1000)

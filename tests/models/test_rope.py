@@ -8,7 +8,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ulysses_jax import make_mesh
-from ulysses_jax.models.rope import apply_rope, rope_angles
+from ulysses_jax.config import Rope
+from ulysses_jax.models import rope
+from ulysses_jax.models.rope import apply_rope
 
 # Also the error of a float64 product of a position and a frequency, at 2^31.
 TOLERANCE = 1e-6
@@ -23,6 +25,11 @@ REGIONS = {
 
 def frequencies(head_size, base):
     return [base ** (-2 * i / head_size) for i in range(head_size // 2)]
+
+
+def rope_angles(positions, head_size, base):
+    turns = rope.frequencies(Rope(base=base), head_size, positions.shape[1])
+    return rope.rope_angles(positions, *turns)
 
 
 def exact(positions, head_size, base):

@@ -137,7 +137,7 @@ def dense(model, parameters, batch):
     def turn(x):
         half = model.head_size // 2
         angles = batch["positions"][:, :, None, None] * np.array(
-            [model.rope_base ** (-2 * i / model.head_size) for i in range(half)]
+            [model.rope.base ** (-2 * i / model.head_size) for i in range(half)]
         )
         a, b = x[..., :half], x[..., half:]
         c, s = jnp.cos(angles), jnp.sin(angles)

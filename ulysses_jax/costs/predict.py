@@ -140,7 +140,7 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
     tokens = training.batch_size * span
     query_width = model.num_heads * model.head_size
-    gated = 3 if model.feed_forward == "swiglu" else 2
+    gated = 3 if model.is_gated else 2
     down = model.width * model.feed_forward_width
     layer = (
         2 * model.width * (query_width + model.num_kv_heads * model.head_size)

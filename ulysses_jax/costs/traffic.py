@@ -197,7 +197,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         assert model.feed_forward_width
         unread = model.num_layers * model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
-            unread *= 3 if model.feed_forward == "swiglu" else 2
+            unread *= 3 if model.is_gated else 2
         unread *= passes - 2
         if in_pieces(config.model, config.memory):
             unread = layers  # the recomputation shares the backward pass's gathers
@@ -258,7 +258,7 @@ def _matrix_elements(config: Config) -> tuple[int, int]:
     model = config.model
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
-    gated = 3 if model.feed_forward == "swiglu" else 2
+    gated = 3 if model.is_gated else 2
     layer = model.width * (attention + gated * model.feed_forward_width)
     positions = (model.max_positions or 0) if model.positions == "learned" else 0
     # XLA gathers a tied table once, and adds its two gradients before it scatters them.

@@ -84,7 +84,7 @@ def _backward(layer, memory, residuals, dy):
     def local(x, values, angles, segment_ids, attended, dy):
         pieces, leaves = take_apart(layer, memory, x, values, value_specs, segment_ids)
         dx, sums = backward(pieces, leaves, x, angles, attended, dy)
-        return dx, scatter(sums, value_specs)
+        return dx, scatter(layer, sums, value_specs)
 
     dx, gradients = layout.over_devices(
         local,

@@ -239,7 +239,8 @@ def take_apart(
 
     def finish(leaves, x, out):
         layer = bound(leaves)
-        return layer.add_feed_forward(x + layer.attention.project_out(out))
+        attended = layer.attention.project_out(out)
+        return layer.add_feed_forward(layer.add_attention(x, attended))
 
     def parts(q, k, g, *where):
         numbers = None
@@ -255,11 +256,13 @@ def take_apart(
 
     def statistics(q, k, v, *where):
         attention, seen = parts(q, k, *where)
-        return attention.statistics(q, k, v, mask=seen, scale=None)
+        return attention.statistics(q, k, v, mask=seen, scale=model.attention_scale)
 
     def gradients(q, k, v, out, logsumexp, dout, *where):
         attention, seen = parts(q, k, *where)
-        return attention.gradients(q, k, v, out, logsumexp, dout, mask=seen)
+        return attention.gradients(
+            q, k, v, out, logsumexp, dout, mask=seen, scale=model.attention_scale
+        )
 
     alike = PARTS["blockwise"]  # in this, whichever attends to a block
     return Pieces(

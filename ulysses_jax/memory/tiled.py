@@ -98,7 +98,7 @@ def _backward(module, tile_tokens, residuals, dy):
             dy.reshape(rows.shape),
             tile_tokens=tile_tokens,
         )
-        return dx.reshape(x.shape), scatter(sums, specs)
+        return dx.reshape(x.shape), scatter(module, sums, specs)
 
     dx, gradients = layout.over_devices(
         local, (spec, spec, specs), (spec, gradient_specs(specs))

@@ -18,7 +18,8 @@ from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.models.bias import add_bias
 from ulysses_jax.models.inputs import check_input, positions_and_segments
-from ulysses_jax.models.rope import apply_rope, rope_angles
+from ulysses_jax.models.norm import norm_scale, rms_normed
+from ulysses_jax.models.rope import apply_rope, frequencies, rope_angles
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
 from ulysses_jax.sharding import activation
 from ulysses_jax.strategies import Strategy
@@ -41,6 +42,7 @@ class Attend:
     strategy: Strategy | None
     attention: str
     zigzag: bool
+    scale: float | None = None
     head_chunks: int = 1
 
     def __call__(
@@ -83,7 +85,7 @@ class Attention(nnx.Module):
                 "kind 'sparse' sees blocks by model.sparse, which is not set: set it, "
                 "Model(sparse=...), or use kind 'full'"
             )
-        kind = kind or model.pattern[0]
+        self.kind = kind = kind or model.pattern[0]
         self.model, self.is_sparse = model, kind == "sparse"
         self.window = model.window if kind == "window" else None
         self.products = products_of(model.strategy)
@@ -91,17 +93,22 @@ class Attention(nnx.Module):
             strategy=None if model.strategy == "auto" else model.strategy,
             attention=model.attention,
             zigzag=bool(model.zigzag),
+            scale=model.attention_scale,
         )
         sizes, table = letter_sizes(model), self.products.table
         self.q = matrix(rngs, "DNH", sizes, std=STD, table=table)
         self.k = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.v = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.out = matrix(rngs, "NHD", sizes, std=output_std(model), table=table)
-        biased = model.biases
+        biased = model.attention_biases != "none"
         self.q_bias = vector("NH", sizes, 0.0, table) if biased else None
         self.k_bias = vector("KH", sizes, 0.0, table) if biased else None
         self.v_bias = vector("KH", sizes, 0.0, table) if biased else None
-        self.out_bias = vector("D", sizes, 0.0) if biased else None
+        has_out = model.attention_biases == "all"
+        self.out_bias = vector("D", sizes, 0.0) if has_out else None
+        normed = model.query_key_norm
+        self.q_norm = norm_scale(model, "H") if normed else None
+        self.k_norm = norm_scale(model, "H") if normed else None
         self.sinks = vector("N", sizes, 0.0, table) if model.sinks else None
 
     def __call__(
@@ -145,7 +152,7 @@ class Attention(nnx.Module):
             kv_segment_ids=segment_ids,
             layout=self.layout(x.shape[1]),
         )
-        q = _turn(add_bias(q, self.q_bias), angles)
+        q = self._finish_queries(q, angles)
         sinks = None if self.sinks is None else self.sinks[...]
         out = checkpoint_name(self.attend(q, k, v, mask, sinks), "attended")
         return layout.lay_like(self.project_out(out), x)
@@ -162,13 +169,15 @@ class Attention(nnx.Module):
         axes = layout.axes()
         spec = P(*activation("BTNH", axes, self.products.table)[:2])
         positions = layout.lay(positions, spec)
-        return rope_angles(positions, self.model.head_size, self.model.rope_base)
+        rope, tokens = self.model.rope, positions.shape[1]
+        turns = frequencies(rope, self.model.head_size, tokens, kind=self.kind)
+        return rope_angles(positions, *turns)
 
     def queries(
         self, x: Float[Array, "B T D"], angles: Angles
     ) -> Float[Array, "B T N H"]:
         (q,) = self.products.into((_QUERY,), x, (self.q[...],))
-        return _turn(add_bias(q, self.q_bias), angles)
+        return self._finish_queries(q, angles)
 
     def keys_values(
         self, x: Float[Array, "B T D"], angles: Angles
@@ -180,11 +189,19 @@ class Attention(nnx.Module):
         y = self.products.out_of("BTNH,NHD->BTD", out, self.out[...])
         return add_bias(y, self.out_bias)
 
+    def _finish_queries(self, q: Array, angles: Angles) -> Array:
+        return self._turn(self._normed(add_bias(q, self.q_bias), self.q_norm), angles)
+
     def _finish_keys_values(
         self, k: Array, v: Array, angles: Angles
     ) -> tuple[Array, Array]:
-        return _turn(add_bias(k, self.k_bias), angles), add_bias(v, self.v_bias)
+        k = self._normed(add_bias(k, self.k_bias), self.k_norm)
+        return self._turn(k, angles), add_bias(v, self.v_bias)
 
+    def _normed(self, x: Array, scale: nnx.Param | None) -> Array:
+        if scale is None:
+            return x
+        return rms_normed(self.model, x, scale).astype(x.dtype)
 
-def _turn(x: Array, angles: Angles) -> Array:
-    return apply_rope(x, angles) if angles else x
+    def _turn(self, x: Array, angles: Angles) -> Array:
+        return apply_rope(x, angles) if angles else x

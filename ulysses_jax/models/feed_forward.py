@@ -15,10 +15,13 @@ from ulysses_jax.weights.by_strategy import products_of
 from ulysses_jax.weights.parameter import matrix, vector
 
 
-def activate(gate: Array | None, up: Array) -> Array:
-    """SwiGLU (arXiv 2002.05202), or GELU in the tanh form of GPT-2 without a gate."""
+def activate(kind: str, gate: Array | None, up: Array) -> Array:
+    """SwiGLU or GEGLU (arXiv 2002.05202), or GELU without a gate; GELU is in the tanh
+    form of GPT-2."""
     if gate is None:
         return jax.nn.gelu(up, approximate=True)
+    if kind == "geglu":
+        return jax.nn.gelu(gate, approximate=True) * up
     return jax.nn.silu(gate) * up
 
 
@@ -29,7 +32,8 @@ class FeedForward(nnx.Module):
         model = complete_model(model)
         self.products = products_of(model.strategy)
         sizes, table = letter_sizes(model), self.products.table
-        gated, biased = model.feed_forward == "swiglu", model.biases
+        self.kind = model.feed_forward
+        gated, biased = model.is_gated, model.biases
         self.gate = matrix(rngs, "DF", sizes, std=STD, table=table) if gated else None
         self.up = matrix(rngs, "DF", sizes, std=STD, table=table)
         self.down = matrix(rngs, "FD", sizes, std=output_std(model), table=table)
@@ -46,5 +50,6 @@ class FeedForward(nnx.Module):
         up, *gate = (checkpoint_name(each, "hidden_activations") for each in hidden)
         up = add_bias(up, self.up_bias)
         gate = add_bias(gate[0], self.gate_bias) if gate else None
-        y = self.products.out_of("BTF,FD->BTD", activate(gate, up), self.down[...])
+        hidden = activate(self.kind, gate, up)
+        y = self.products.out_of("BTF,FD->BTD", hidden, self.down[...])
         return layout.lay_like(add_bias(y, self.down_bias), x)

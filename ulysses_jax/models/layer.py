@@ -17,7 +17,8 @@ from ulysses_jax.models.norm import Norm
 
 
 class Layer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`; with post norms what
+    is added is normed too."""
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs, kind: str | None = None):
         """Of a kind in `models.kinds.KINDS`; None: the first of the model's pattern."""
@@ -28,6 +29,9 @@ class Layer(nnx.Module):
         self.attention: Any = make_kind(self.kind, model, rngs=rngs)
         self.feed_forward_norm = Norm(model)
         self.feed_forward: Any = FeedForward(model, rngs=rngs)
+        post = model.post_norms
+        self.attention_post_norm = Norm(model) if post else None
+        self.feed_forward_post_norm = Norm(model) if post else None
 
     def __call__(
         self,
@@ -42,12 +46,20 @@ class Layer(nnx.Module):
         normed = self.attention_norm(x)
         attended = call(self.attention, normed, positions, segment_ids, angles=angles)
         _check(f"the kind {self.kind!r}", attended, x)
-        return self.add_feed_forward(checkpoint_name(x + attended, "residual_middle"))
+        x = self.add_attention(x, attended)
+        return self.add_feed_forward(checkpoint_name(x, "residual_middle"))
+
+    def add_attention(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        norm = self.attention_post_norm
+        return x + (attended if norm is None else norm(attended))
 
     def add_feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         y = call(self.feed_forward, self.feed_forward_norm(x))
         _check("the feed-forward", y, x)
-        return x + y
+        norm = self.feed_forward_post_norm
+        return x + (y if norm is None else norm(y))
 
 
 def _check(what: str, got: Any, x: Array) -> None:

@@ -18,11 +18,10 @@ class Norm(nnx.Module):
     def __init__(self, model: Model, *, rngs: nnx.Rngs | None = None):
         del rngs  # it starts as one
         model = complete_model(model)
-        sizes = letter_sizes(model)
-        self.epsilon = model.norm_epsilon
+        self.model = model
         self.centred = model.norm == "layer"
-        self.scale = vector("D", sizes, 1.0)
-        self.bias = vector("D", sizes, 0.0) if self.centred else None
+        self.scale = norm_scale(model, "D")
+        self.bias = vector("D", letter_sizes(model), 0.0) if self.centred else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Global or local; returns x's dtype, lying as x."""
@@ -30,8 +29,23 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.centred:
             y = y - y.mean(axis=-1, keepdims=True)
-        variance = jnp.square(y).mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        y = rms_normed(self.model, y, self.scale)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
+
+
+def norm_scale(model: Model, letter: str) -> nnx.Param:
+    """What a norm over one dim learns; it starts as a scale of one."""
+    start = 0.0 if model.norm == "zero_centered_rms" else 1.0
+    return vector(letter, letter_sizes(model), start)
+
+
+def rms_normed(
+    model: Model, x: Float[Array, "... D"], scale: nnx.Param
+) -> Float[Array, "... D"]:
+    """RMSNorm over the last dim, in float32, and float32."""
+    y = x.astype(jnp.float32)
+    variance = jnp.square(y).mean(axis=-1, keepdims=True)
+    one = 1.0 if model.norm == "zero_centered_rms" else 0.0
+    return y * jax.lax.rsqrt(variance + model.norm_epsilon) * (one + scale[...])

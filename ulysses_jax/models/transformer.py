@@ -162,6 +162,8 @@ class Transformer(nnx.Module):
         ids = layout.lay(ids, activation("BT", axes))
         dtype = jnp.dtype(model.compute_dtype)
         x: Array = to_residual(embed(self.embedding[...], ids, dtype))
+        if model.embedding_scale != 1:
+            x = x * jnp.asarray(model.embedding_scale, dtype)
         if self.position_table is not None:
             where: Array = embed(self.position_table[...], positions, dtype)
             x = x + to_residual(where)

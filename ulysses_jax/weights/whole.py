@@ -129,12 +129,18 @@ def laid_as(values: Values, gradients: Values) -> Values:
     )
 
 
-def scatter(gradients: list[Array], specs: tuple[Any, ...]) -> tuple[Any, ...]:
+def scatter(
+    module: Unbound, gradients: list[Array], specs: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Inside shard_map: gradients summed over all tokens, as `gradient_specs` says."""
-    return tuple(
-        as_cotangent(spec, sum_gradient(gradient, _of_gradient(spec)))
-        for gradient, spec in zip(gradients, specs, strict=True)
-    )
+
+    def of(variable: Any, gradient: Array, spec: Any) -> Any:
+        if variable.get_metadata().get("letters") == "H":
+            # Of all heads, of which a device has some.
+            gradient = layout.psum(gradient, ("tensor",))
+        return as_cotangent(spec, sum_gradient(gradient, _of_gradient(spec)))
+
+    return tuple(map(of, module.variables, gradients, specs))
 
 
 def sum_gradient(gradient: Array, spec: P) -> Array:
