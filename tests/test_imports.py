@@ -11,7 +11,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ulysses_jax"
 
 # Each room, and all the rooms that it may import; a room may always import itself.
-BASE = {"strategies", "config", "complete", "fields", "mesh", "sharding"}
+BASE = {
+    "strategies",
+    "config",
+    "complete",
+    "fields",
+    "rotary",
+    "mesh",
+    "sharding",
+}
 ATTENTION = BASE | {"parallel", "attention"}
 ALLOWED = {
     "strategies": set(),
@@ -20,7 +28,8 @@ ALLOWED = {
     "run_folder": set(),
     "config": {"strategies"},
     "fields": set(),
-    "complete": {"config", "fields"},
+    "rotary": {"config"},
+    "complete": {"config", "fields", "rotary"},
     "config_file": {"config", "complete", "fields", "run_folder"},
     "mesh": set(),
     "distributed": {"launcher"},
@@ -35,16 +44,20 @@ ALLOWED = {
     "api": ATTENTION | {"attend", "ids"},
     "flax_attention": ATTENTION | {"api"},
 }
+ALLOWED["families"] = {"config", "complete"}
+ALLOWED["config_file"] |= {"families"}
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
 ALLOWED["costs"] = ATTENTION | {"placement"}
+ALLOWED["tensors"] = ALLOWED["models"] | {"models", "families"}
 ALLOWED["training"] = (
     ALLOWED["memory"]
     | ALLOWED["costs"]
-    | {"memory", "data", "costs", "config_file", "run_folder"}
+    | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
 )
-ALLOWED["interop"] = ALLOWED["models"] | {"models"}
+ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
+ALLOWED["export"] = {"interop", "config_file", "run_folder", "training"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import keyword
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -11,7 +12,8 @@ import tyro
 import yaml
 
 from ulysses_jax.complete import complete
-from ulysses_jax.config import Config, Memory
+from ulysses_jax.config import Config, Memory, Model
+from ulysses_jax.families.config_json import source_model
 from ulysses_jax.fields import typed
 from ulysses_jax.run_folder import is_run_folder
 
@@ -57,7 +59,11 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     # ValueError: of a number of thousands of digits, or of what follows !!int.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-    config = from_dict(Config, {} if values is None else values, where=f"{path}: ")
+    values = {} if values is None else values
+    base = Config()
+    if (folder := _source(values, argv)) is not None:
+        base = dataclasses.replace(base, model=source_model(folder))
+    config = _build(Config, values, f"{path}: ", (), base)
     if path.name == "config.yaml" and is_run_folder(path.parent):
         # It may have been copied or moved with its config.
         run = dataclasses.replace(config.run, folder=str(path.parent))
@@ -66,6 +72,18 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
         words = _as_tyro_writes(argv)
         config = tyro.cli(Config, default=config, args=words, prog=program or None)
     return complete(config, name=path.stem)
+
+
+def _source(values: Any, argv: Sequence[str]) -> str | None:
+    """The folder that says the model's other fields: `model.from`, of a file that does
+    not say all of them, as a run's own config.yaml does."""
+    section = values.get("model") if isinstance(values, dict) else None
+    given = section if isinstance(section, dict) else {}
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--model.from", dest="folder")
+    said = own.parse_known_args(argv)[0].folder or given.get("from")
+    says_all = {f.name.rstrip("_") for f in dataclasses.fields(Model)} <= set(given)
+    return None if says_all or not isinstance(said, str) else said
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,6 +123,8 @@ def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
     """YAML's null, true and false after an option, as tyro wants them said."""
     words: list[str] = []
     for word in argv:
+        if word.partition("=")[0] == "--model.from":  # a field may not be named so
+            word = word.replace("from", "from_", 1)
         option, _, value = word.rpartition("=")
         if not option and words and words[-1].startswith("--"):
             option, value = words[-1], word
@@ -135,10 +155,11 @@ def from_dict(cls: type[T], values: Any, *, where: str = "") -> T:
     Raises:
       ValueError: names the field, and for an unknown one the nearest valid name.
     """
-    return _build(cls, values, where, ())
+    return _build(cls, values, where, (), cls())
 
 
-def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
+def _build(cls: Any, values: Any, where: str, path: tuple[str, ...], base: Any) -> Any:
+    """Args: base: of this class; has the fields that values do not say."""
     if not isinstance(values, dict):
         name = ".".join(path) or "the config"
         if cls is Memory:
@@ -146,17 +167,20 @@ def _build(cls: Any, values: Any, where: str, path: tuple[str, ...]) -> Any:
         raise ValueError(f"{where}{name} is a section of fields, not {values!r}")
     hints = get_type_hints(cls)
     built = {}
-    for key, value in values.items():
-        name = ".".join((*path, str(key)))
-        if key not in hints:
-            raise ValueError(f"{where}unknown field {name!r}{_nearest(str(key), path)}")
+    for said, value in values.items():
+        name = ".".join((*path, str(said)))
+        key = f"{said}_" if keyword.iskeyword(str(said)) else said
+        if key not in hints or (said == key and str(said).endswith("_")):
+            near = _nearest(str(said), path)
+            raise ValueError(f"{where}unknown field {name!r}{near}")
         if hints[key] is Memory and value == "auto":
             built[key] = Memory(auto=True)
         elif dataclasses.is_dataclass(hints[key]):
-            built[key] = _build(hints[key], value, where, (*path, key))
+            of = getattr(base, key)
+            built[key] = _build(hints[key], value, where, (*path, key), of)
         else:
             built[key] = typed(hints[key], value, f"{where}{name}")
-    return cls(**built)
+    return dataclasses.replace(base, **built)
 
 
 def _nearest(key: str, path: tuple[str, ...]) -> str:

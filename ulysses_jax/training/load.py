@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
+from jax.sharding import get_abstract_mesh
 
 from ulysses_jax.config_file import load
 from ulysses_jax.models.transformer import Transformer
@@ -21,7 +21,7 @@ from ulysses_jax.training.model import (
     model_of,
 )
 from ulysses_jax.training.preflight import refuse_other_model
-from ulysses_jax.weights.parameter import stacked_spec_of
+from ulysses_jax.weights.parameter import sharding_of
 
 
 def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
@@ -51,11 +51,7 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     config = for_calls(load(folder / "config.yaml"))
 
     def described(variable: Any) -> jax.ShapeDtypeStruct:
-        if get_abstract_mesh().empty:
-            sharding = SingleDeviceSharding(jax.devices()[0])
-        else:
-            spec = stacked_spec_of(variable, variable)
-            sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+        sharding = sharding_of(variable)
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
     state = nnx.state(abstract_model(config, make_model))

@@ -127,6 +127,12 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
         nnx.eval_shape(lambda: check(made(config, make_model), config.model.vocab_size))
     if name is None:
         return config
+    if config.model.from_ is not None:
+        raise ValueError(
+            f"model.from {config.model.from_} has the weights of a "
+            f"ulysses_jax.Transformer, and {name} is none: leave it out, and let "
+            "make_model read its own"
+        )
     plain = vars(Memory()) | {"loss_tile_tokens": config.memory.loss_tile_tokens}
     for option, value in vars(config.memory).items():
         also = {"remat": "none", "head_chunks": 1}.get(option)

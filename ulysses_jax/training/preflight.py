@@ -109,6 +109,7 @@ def architecture(model: Model) -> dict[str, Any]:
         "strategy",
         "zigzag",
         "compute_dtype",
+        "from_",
     ):  # how it is computed
         del fields[name]
     return fields

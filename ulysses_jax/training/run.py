@@ -26,6 +26,7 @@ from ulysses_jax.mesh import (
     simulate_cpu_devices,
 )
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.tensors.parameters import open_source
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
@@ -133,6 +134,9 @@ def train(
             if saved is not None:
                 refuse_other_model(saved[1]["model"], meta["model"])
                 refuse_other_data(saved[1]["data"], meta["data"], config)
+            source = None
+            if saved is None and config.model.from_ is not None:
+                source = open_source(config.model)
             sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
             check_space(checkpointer.folder, sum(sizes), checkpointer.keep)
         with agreed():
@@ -149,7 +153,9 @@ def train(
         restored = checkpointer.restore(shapes, on_skipped=say)
         if restored is None:
             first_step, changes = 0, []
-            state = first_state(config, make_model)
+            state = first_state(config, make_model, source)
+            if source is not None:
+                say(f"parameters: of {config.model.from_}")
         else:
             first_step, state, then = restored
             say(f"resuming after step {first_step} of {training.num_steps}")

@@ -18,6 +18,9 @@ from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import HOST, to_host
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import at_stage
+from ulysses_jax.tensors.files import Tensors
+from ulysses_jax.tensors.parameters import Described, Expected, read_parameters
+from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.model import MakeModel, abstract_model, decayed, made
 from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
@@ -41,19 +44,48 @@ def init_state(config: Config, make_model: MakeModel = Transformer) -> TrainStat
     device as it is made.
     """
     drawn = nnx.to_pure_dict(nnx.state(made(config, make_model)))
-    moments_like = lay("moments", drawn, config, make_model)
+    return state_of(config, make_model, drawn)
+
+
+def state_of(
+    config: Config, make_model: MakeModel, parameters: dict[str, Any]
+) -> TrainState:
+    """The state before the first step; call it inside `jax.jit` or `eval_shape`."""
+    moments_like = lay("moments", parameters, config, make_model)
     optimizer = optimizer_of(config, make_model)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        parameters=lay("parameters", drawn, config, make_model),
+        parameters=lay("parameters", parameters, config, make_model),
         optimizer=optimizer.init(moments_like),
     )
     return _offloaded(config, state, to_host)
 
 
-def first_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
-    """`init_state` compiled and run, on the mesh that is set with `jax.set_mesh`."""
-    return jax.jit(partial(init_state, config, make_model))()
+def first_state(
+    config: Config,
+    make_model: MakeModel = Transformer,
+    source: tuple[Tensors, list[Expected]] | None = None,
+) -> TrainState:
+    """Drawn by `init_state`, or read, on the mesh that is set with `jax.set_mesh`.
+
+    Args:
+      source: of `open_source`, where the parameters are read.
+    """
+    if source is None:
+        return jax.jit(partial(init_state, config, make_model))()
+    shapes = abstract_state(config, make_model).parameters
+    letters = nnx.to_pure_dict(
+        nnx.state(abstract_model(config, make_model)),
+        extract_fn=lambda variable: variable.get_metadata()["letters"],
+    )
+
+    def described(x: Any, its_letters: str) -> Described:
+        return Described(x.shape, on_devices(x).sharding, its_letters)
+
+    abstract = jax.tree.map(described, shapes, letters)
+    parameters = read_parameters(*source, abstract)
+    begin = jax.jit(partial(state_of, config, make_model), donate_argnums=0)
+    return begin(parameters)
 
 
 def optimizer_of(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -101,6 +102,15 @@ def stacked_spec_of(variable: Any, array: Any) -> P:
     extra = array.ndim - len(letters)
     table = variable.get_metadata()["table"]
     return P(*(None,) * extra, *_spec(letters, array.shape[extra:], table))
+
+
+def sharding_of(variable: Any) -> Any:
+    """Where a parameter, or a stack of them, lies on the mesh that is set; on none, the
+    first device."""
+    if get_abstract_mesh().empty:
+        return SingleDeviceSharding(jax.devices()[0])
+    spec = stacked_spec_of(variable, variable)
+    return NamedSharding(jax.sharding.get_mesh(), spec)
 
 
 def said_spec(variable: Any) -> P:

@@ -1,0 +1,51 @@
+"""A run's model as a Hugging Face folder: `python -m ulysses_jax.export`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ulysses_jax.config_file import load
+from ulysses_jax.interop import from_pretrained, save_pretrained
+from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.training.endings import ends_in_words
+
+PROGRAM = "python -m ulysses_jax.export"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Raises SystemExit: with code 2 for an error in words."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Writes a run's newest model as a Hugging Face folder.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="runs/tiny")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: of the folder that the run started from, else float32",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="of a sequence; default: what the run trained on, or its folder says",
+    )
+    options = parser.parse_args(argv)
+    with ends_in_words(PROGRAM):
+        run = Path(options.run)
+        if not is_run_folder(run):
+            raise ValueError(f"--run {run} is no run's folder: give one like runs/tiny")
+        trained = load(run / "config.yaml").training.sequence_tokens
+        save_pretrained(
+            from_pretrained(run),
+            options.to,
+            dtype=options.dtype,
+            max_tokens=options.max_tokens or trained,
+        )
+    print(f"{options.to}: written")
+
+
+if __name__ == "__main__":
+    main()
