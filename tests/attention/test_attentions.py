@@ -28,17 +28,12 @@ ATTENTIONS = {
     "jax.nn": functools.partial(through_jax_nn, implementation="xla"),
 }
 WHICH = {
-    "blockwise": ["full", "causal window", "causal segments", "blind by position"],
+    "blockwise": ["causal segments"],
     "blockwise in tiles": list(CASES),
     "blockwise in uneven tiles": [
-        "window",
-        "causal segments",
         "all at once",
-        "multi-query",
         "cross causal, few queries",
-        "cross causal, few keys",
         "blind by window",
-        "blind by segment",
     ],
     "jax.nn": [
         name
@@ -88,28 +83,6 @@ def test_the_tolerance_catches_faults(attention):
         for i in range(4):
             with pytest.raises(AssertionError):
                 np.testing.assert_allclose(got[i], want[i], rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "attention, dtype",
-    [(name, jnp.bfloat16) for name in ATTENTIONS]
-    + [("blockwise in tiles", jnp.float16)],
-)
-@pytest.mark.parametrize("name", ["causal", "multi-query"])
-def test_half_precision(attention, name, dtype):
-    """Off by no more than five roundings, of 2**-8 or 2**-11, of the greatest
-    element."""
-    tolerance = 2.5 * float(jnp.finfo(dtype).eps)
-    case = CASES[name]
-    inputs = case.inputs(dtype)
-    attend = functools.partial(ATTENTIONS[attention], mask=case.mask, scale=None)
-    got = out_and_gradients(attend, *inputs)
-    assert [x.dtype for x in got] == [dtype] * 4
-    exact = [x.astype(jnp.float32) for x in inputs]
-    oracle = functools.partial(reference_attention, mask=case.mask)
-    for a, b in zip(got, out_and_gradients(oracle, *exact), strict=True):
-        error = np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()
-        assert error < tolerance * np.abs(b).max()
 
 
 def test_sums_over_many_tiles_are_float32():

@@ -45,9 +45,7 @@ def assert_close(got, want, tolerance=0.0015):
         assert error < tolerance * np.abs(b).max(), (name, error)
 
 
-@pytest.mark.parametrize(
-    "name", ["full", "causal window", "scale", "multi-query", "cross, few keys"]
-)
+@pytest.mark.parametrize("name", ["scale", "cross, few keys"])
 def test_the_whole(name):
     """Of `cudnn_attention`, whose pullback is taken apart and put together."""
     case = even(name)

@@ -1,9 +1,7 @@
 """Sinks, a learned logit a head, with every kernel: float64's output and gradients."""
 
-import dataclasses
 import functools
 
-import cudnn_stand_in
 import jax
 import jax.numpy as jnp
 import mosaic_stand_in
@@ -26,7 +24,6 @@ SINKS = jnp.array([-1.0, 2.0, 0.5, 3.0])
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    cudnn_stand_in.use(monkeypatch)
     mosaic_stand_in.use(monkeypatch)
     monkeypatch.setattr(mosaic, "BLOCK_TOKENS", 4)
     monkeypatch.setattr(mosaic, "TILES_AT_ONCE", 3)
@@ -63,23 +60,12 @@ def errors(got, want):
     "kernel, name",
     slow_but_for(
         [
-            ("blockwise", "causal segments"),
             ("blockwise", "cross causal, few keys"),
-            ("blockwise", "blind by segment"),
-            ("mosaic", "causal window"),
             ("mosaic", "blind by segment"),
             ("reference", "blind by segment"),
         ],
         ["blockwise", "mosaic", "reference"],
-        [
-            "full",
-            "causal window",
-            "causal segments",
-            "scale",
-            "multi-query",
-            "cross causal, few keys",
-            "blind by segment",
-        ],
+        ["scale", "multi-query", "cross causal, few keys", "blind by segment"],
     ),
 )
 def test_equals_float64(kernel, name):
@@ -94,29 +80,6 @@ def test_equals_float64(kernel, name):
         assert blind.any()
         for x in got[:2]:
             assert not np.asarray(x)[blind].any()
-
-
-@pytest.mark.parametrize(
-    "kernel, name, dtype",
-    slow_but_for(
-        [
-            ("blockwise", "causal", jnp.bfloat16),
-            ("mosaic", "causal", jnp.bfloat16),
-            ("cudnn", "causal window", jnp.bfloat16),
-            ("cudnn", "causal", jnp.float16),
-        ],
-        ["blockwise", "mosaic", "cudnn"],
-        ["causal", "causal window", "multi-query"],
-        [jnp.bfloat16, jnp.float16],
-    ),
-)
-def test_half_precision(kernel, name, dtype):
-    """Off by no more than five roundings, of the greatest element: as without sinks."""
-    case = dataclasses.replace(CASES[name], T=14, S=14)  # even, as cuDNN asks for
-    arrays = case.inputs(dtype)
-    got = out_and_gradients(attention(kernel, case), *arrays, SINKS)
-    assert [x.dtype for x in got] == [dtype] * 4 + [jnp.float32]
-    assert (errors(got, exact(case, *arrays)) < 2.5 * float(jnp.finfo(dtype).eps)).all()
 
 
 @pytest.mark.parametrize("kernel", ["blockwise", "mosaic"])

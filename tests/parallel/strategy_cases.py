@@ -44,12 +44,6 @@ MASKS = {
     "segments and window": Mask(causal=True, window=6, **SEGMENTS),
     "positions": Mask(causal=True, window=9, **POSITIONS),
 }
-# None of them is causal: they have no zigzag order.
-FULL_MASKS = {
-    "full": Mask(),
-    "full window": Mask(window=5),
-    "full segments": Mask(**SEGMENTS),
-}
 
 
 def mesh_of(axis_type=AxisType.Auto, **degrees):
@@ -95,7 +89,7 @@ def assert_close(got, want, tolerance=TOLERANCE):
 @functools.cache
 def oracle(mask_name, heads, kv_heads):
     """Of the dense reference, in the sequence's own order."""
-    mask = (MASKS | FULL_MASKS)[mask_name]
+    mask = MASKS[mask_name]
     attention = functools.partial(reference_attention, mask=mask)
     return out_and_gradients(attention, *inputs(heads, kv_heads))
 
@@ -104,7 +98,7 @@ def spread_results(
     strategy, mask_name, heads, kv_heads, *, zigzag=False, attention=None, **degrees
 ):
     """Of a strategy, in the sequence's own order; tokens go in as they must lie."""
-    mesh, mask = mesh_of(**degrees), (MASKS | FULL_MASKS)[mask_name]
+    mesh, mask = mesh_of(**degrees), MASKS[mask_name]
     ring, seq = (degrees.get(axis, 1) for axis in ("ring", "seq"))
     order = np.arange(T)
     if zigzag:

@@ -48,20 +48,6 @@ def test_equals_the_oracle(heads, degrees, zigzag):
     assert_close(got, oracle("causal", *heads))
 
 
-@pytest.mark.parametrize(
-    "mask, zigzag",
-    slow_but_for(
-        [("segments and window", True), ("positions", False)],
-        [name for name in MASKS if name != "causal"],
-        [True, False],
-    ),
-)
-def test_masks(mask, zigzag):
-    degrees = MESHES[0] if zigzag else MESHES[1]
-    got = spread_results("hybrid", mask, 4, 2, zigzag=zigzag, **degrees)
-    assert_close(got, oracle(mask, 4, 2))
-
-
 @pytest.mark.parametrize("mask", ["causal", "segments and window", "positions"])
 def test_the_public_function_takes_arrays_in_their_natural_order(mask):
     mesh, masked = mesh_of(ring=2, seq=2, tensor=2), MASKS[mask]

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mosaic_stand_in
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -21,7 +20,6 @@ from strategy_cases import (
 
 from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
-from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.layouts import fixed
 from ulysses_jax.attention.parts import PARTS, Parts, attention_of
@@ -59,7 +57,6 @@ def spread_results(
     zigzag=False,
     head_chunks=1,
     axis_type=AxisType.Auto,
-    attention=SMALL_TILES,
     **degrees,
 ):
     """In the sequence's own order; tokens go in as they must lie."""
@@ -74,19 +71,17 @@ def spread_results(
         strategy=strategy,
         zigzag=zigzag,
         head_chunks=head_chunks,
-        attention=attention if members > 1 else attention_of(attention),
+        attention=SMALL_TILES if members > 1 else attention_of(SMALL_TILES),
     )
     results = out_and_gradients(run, *(x[:, order] for x in inputs(*heads)))
     return tuple(x[:, np.argsort(order)] for x in results)
 
 
 EXPLICIT = dict(axis_type=AxisType.Explicit)
-ALL = dict(data=2, ring=2, seq=2)
 QUICK = [
     # Keys are repeated, and slots are padded.
     ("ulysses", (6, 3), "segments", "by head", dict(seq=4)),
     ("ulysses", (8, 4), "causal", "by head", dict(seq=2, tensor=2, head_chunks=2)),
-    ("hybrid", (4, 2), "causal", "by head", ALL | EXPLICIT | dict(zigzag=True)),
     ("all_gather", (4, 2), "window", "alike", dict(seq=4, tensor=2)),
     ("megatron", (8, 4), "causal", "by head", dict(seq=2, tensor=2)),
 ]
@@ -110,30 +105,6 @@ MORE = [
 def test_equals_the_oracle(strategy, heads, mask, layout, options):
     got = spread_results(strategy, heads, mask, layout, **options)
     assert_close(got, oracle(mask, layout, heads))
-
-
-@pytest.mark.parametrize(
-    "strategy, options",
-    [
-        pytest.param("ulysses", dict(seq=4), marks=pytest.mark.slow),
-        ("hybrid", dict(ring=2, seq=2, zigzag=True)),
-    ],
-    ids=str,
-)
-def test_on_hopper_gpus(monkeypatch, strategy, options):
-    """Mosaic's kernels, of which a plain function stands in."""
-    mosaic_stand_in.use(monkeypatch)
-    monkeypatch.setattr(mosaic, "BLOCK_TOKENS", 4)
-    monkeypatch.setattr(mosaic, "TILES_AT_ONCE", 2)
-    got = spread_results(
-        strategy,
-        (4, 2),
-        "segments",
-        "by head",
-        attention=PARTS["mosaic"],
-        **options,
-    )
-    assert_close(got, oracle("segments", "by head", (4, 2)))
 
 
 @pytest.mark.parametrize("options", [dict(seq=2), dict(ring=2)], ids=str)

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from mosaic_stand_in import H100
 from slow import slow_but_for
 from strategy_cases import (
-    FULL_MASKS,
     MASKS,
     POSITIONS,
     SMALL_TILES,
@@ -43,7 +42,6 @@ from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.parallel import ring as ring_module
 from ulysses_jax.parallel.bytes import received_bytes
 from ulysses_jax.parallel.hybrid import hybrid
-from ulysses_jax.parallel.zigzag import zigzag_order
 
 
 @pytest.mark.parametrize(
@@ -61,22 +59,13 @@ def test_equals_the_oracle(heads, ring, zigzag):
 
 
 @pytest.mark.parametrize(
-    "mask, zigzag, ring",
+    "mask, zigzag",
     slow_but_for(
-        [
-            ("window", True, 4),
-            ("window", False, 4),
-            ("segments", True, 2),
-            ("segments and window", False, 4),
-            ("positions", False, 4),
-        ],
-        [name for name in MASKS if name != "causal"],
-        [False, True],
-        [2, 4],
+        [("window", True)], [name for name in MASKS if name != "causal"], [False, True]
     ),
 )
-def test_masks(mask, zigzag, ring):
-    got = spread_results("ring", mask, 4, 2, zigzag=zigzag, ring=ring)
+def test_masks_over_several_hops(mask, zigzag):
+    got = spread_results("ring", mask, 4, 2, zigzag=zigzag, ring=4)
     assert_close(got, oracle(mask, 4, 2))
 
 
@@ -87,12 +76,6 @@ def test_a_window_over_more_members_than_it_reaches(zigzag):
     assert_close(got, oracle("window", 4, 2))
 
 
-@pytest.mark.parametrize("mask", FULL_MASKS)
-def test_masks_that_are_not_causal(mask):
-    got = spread_results("ring", mask, 4, 1, ring=4)
-    assert_close(got, oracle(mask, 4, 1))
-
-
 def test_a_ring_of_one_sends_nothing():
     mesh, mask = mesh_of(ring=1), MASKS["segments"]
     attention = functools.partial(hybrid, mesh=mesh, mask=mask, parts=SMALL_TILES)
@@ -100,40 +83,6 @@ def test_a_ring_of_one_sends_nothing():
     assert_close(got, oracle("segments", 4, 2))
     text = jax.jit(attention).lower(*inputs(4, 2)[:3]).compile().as_text()
     assert "collective-permute" not in text
-
-
-@pytest.mark.parametrize(
-    "keys, causal", slow_but_for([(16, True), (64, True)], [16, 64], [False, True])
-)
-def test_cross_attention(keys, causal):
-    """Both count from 0, however many tokens a device has of each."""
-    arrays = inputs(4, 2, keys=keys)
-    want = out_and_gradients(
-        functools.partial(reference_attention, mask=Mask(causal=causal)), *arrays
-    )
-    attention = functools.partial(
-        ulysses_attention, mesh=mesh_of(ring=4), causal=causal
-    )
-    assert_close(out_and_gradients(attention, *arrays), want)
-
-
-@pytest.mark.parametrize("zigzag", [False, True])
-def test_bfloat16(zigzag):
-    """Joined in float32: as near to the oracle as one attention in bfloat16."""
-    arrays = inputs(4, 2, dtype=jnp.bfloat16)
-    mask, mesh = Mask(causal=True), mesh_of(ring=4)
-    # A causal mask under zigzag: the order of the tokens is another problem's.
-    dense = functools.partial(reference_attention, mask=mask)
-    if zigzag:
-        where = jnp.broadcast_to(zigzag_order(T, 4), (B, T))
-        ordered = Mask(causal=True, q_positions=where, kv_positions=where)
-        dense = functools.partial(reference_attention, mask=ordered)
-    attention = functools.partial(attend, mesh=mesh, mask=mask, zigzag=zigzag)
-    got, want = (out_and_gradients(f, *arrays) for f in (attention, dense))
-    assert_close(got, want, tolerance=0.05)
-    wrong = functools.partial(attention, scale=1.1 * H**-0.5)
-    with pytest.raises(AssertionError):
-        assert_close(out_and_gradients(wrong, *arrays), want, tolerance=0.05)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -91,8 +91,6 @@ ONE = [
     ("ulysses", (8, 2), "causal", dict(data=2, seq=4)),  # keys are repeated
     ("ulysses", (6, 3), "segments", dict(seq=4, tensor=1)),  # slots are padded
     ("ulysses", (8, 4), "causal", dict(seq=2, tensor=2, head_chunks=2)),
-    ("ring", (4, 2), "window", dict(data=2, ring=4)),
-    ("hybrid", (4, 2), "causal", ALL | EXPLICIT | dict(zigzag=True)),
     ("all_gather", (4, 2), "causal", dict(seq=4, tensor=2, zigzag=True)),
     ("megatron", (8, 4), "segments", dict(data=2, seq=2, tensor=2)),
 ]
@@ -100,10 +98,8 @@ MORE = [
     ("ulysses", (12, 4), "causal", dict(seq=8)),
     ("ulysses", (8, 2), "causal", dict(seq=2, fsdp=2, head_chunks=4)),
     ("ring", (4, 2), "segments", dict(ring=2, tensor=2, zigzag=True)),
-    ("hybrid", (8, 2), "window", dict(ring=2, seq=4)),
     ("hybrid", (8, 8), "causal", dict(ring=2, seq=2, tensor=2, head_chunks=2)),
     ("ulysses", (4, 2), "causal", dict(fsdp=2, seq=4) | EXPLICIT),
-    ("all_gather", (4, 2), "segments", dict(data=2, seq=4) | EXPLICIT),
     ("megatron", (8, 4), "causal", dict(data=2, seq=2, tensor=2) | EXPLICIT),
 ]
 
