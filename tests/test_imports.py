@@ -57,7 +57,7 @@ ALLOWED["training"] = (
     | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
 )
 ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
-ALLOWED["export"] = {"interop", "config_file", "run_folder", "training"}
+ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}

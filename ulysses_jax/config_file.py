@@ -82,6 +82,7 @@ def _source(values: Any, argv: Sequence[str]) -> str | None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--model.from", dest="folder")
     said = own.parse_known_args(argv)[0].folder or given.get("from")
+    said = None if said in ("null", "None") else said
     says_all = {f.name.rstrip("_") for f in dataclasses.fields(Model)} <= set(given)
     return None if says_all or not isinstance(said, str) else said
 
@@ -202,5 +203,15 @@ def _all_fields() -> list[tuple[str | None, str]]:
     for section, hint in get_type_hints(Config).items():
         pairs.append((None, section))
         if dataclasses.is_dataclass(hint):
-            pairs += [(section, f.name) for f in dataclasses.fields(hint)]
+            pairs += _fields_of(section, hint)
+    return pairs
+
+
+def _fields_of(section: str, cls: Any) -> list[tuple[str | None, str]]:
+    """As a file has their names."""
+    pairs: list[tuple[str | None, str]] = []
+    for name, hint in get_type_hints(cls).items():
+        pairs.append((section, name.rstrip("_")))
+        if dataclasses.is_dataclass(hint):
+            pairs += _fields_of(f"{section}.{name}", hint)
     return pairs

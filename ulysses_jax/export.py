@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ulysses_jax.config_file import load
+from ulysses_jax.families.config_json import longest_of
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.run_folder import is_run_folder
 from ulysses_jax.training.endings import ends_in_words
@@ -30,19 +31,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-tokens",
         type=int,
         metavar="N",
-        help="of a sequence; default: what the run trained on, or its folder says",
+        help="of a sequence; default: what the run trained on, or its folder "
+        "says if that is longer",
     )
     options = parser.parse_args(argv)
     with ends_in_words(PROGRAM):
         run = Path(options.run)
         if not is_run_folder(run):
             raise ValueError(f"--run {run} is no run's folder: give one like runs/tiny")
-        trained = load(run / "config.yaml").training.sequence_tokens
+        config = load(run / "config.yaml")
+        longest = config.training.sequence_tokens
+        if config.model.from_ is not None and options.max_tokens is None:
+            longest = max(longest, longest_of(config.model.from_))
         save_pretrained(
             from_pretrained(run),
             options.to,
             dtype=options.dtype,
-            max_tokens=options.max_tokens or trained,
+            max_tokens=options.max_tokens or longest,
         )
     print(f"{options.to}: written")
 

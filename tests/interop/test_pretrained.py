@@ -312,6 +312,53 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     refused(folder, "not an object of fields")
 
 
+def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    model = from_pretrained(FIXTURES / "llama")
+
+    def full(*_, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ulysses_jax.interop.pretrained.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    for options, message in (
+        (dict(dtype="int8"), "dtype is float32, bfloat16, float16 or None"),
+        (dict(max_tokens=-5), "max_tokens -5 is no length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_pretrained(model, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="not a object"):
+        save_pretrained(object(), tmp_path / "out")
+
+
+def test_a_head_that_is_not_the_embedding(tmp_path):
+    """Of a config that ties them; the same head is passed over."""
+    folder = copied("gemma3", tmp_path)
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / "model.safetensors")
+    from_pretrained(folder)
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="is not the embedding, which config.json ties"
+    ):
+        from_pretrained(folder)
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    folder = copied_whole("llama", tmp_path)
+    first, second = sorted(folder.glob("*.safetensors"))
+    tensors = tensors_of(folder)
+    save_file(tensors, first)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, second)
+    with pytest.raises(
+        ValueError, match="model.norm.weight is in .*: a tensor is in one"
+    ):
+        from_pretrained(folder)
+
+
 def test_an_index_that_cannot_be_followed(tmp_path):
     folder = copied_whole("llama", tmp_path)
     path = folder / "model.safetensors.index.json"

@@ -113,7 +113,9 @@ def test_a_run_from_a_folder_to_a_folder(file, folder, tmp_path, capsys):
     shutil.copytree(folder, moved)
     config = load(file, ["--model.from", str(moved)])
     train(config)
-    assert f"parameters: of {moved}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"parameters: of {moved}" in said
+    assert "that folder has a tokenizer, and a run's tokens are bytes" in said
     export.main(["--run", f"{tmp_path}/run", "--to", f"{tmp_path}/out"])
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -128,10 +130,15 @@ def test_a_run_from_a_folder_to_a_folder(file, folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         export.main(["--run", f"{tmp_path}/run", "--to", f"{tmp_path}/gone"])
     assert ended.value.code == 2 and not (tmp_path / "gone").exists()
-    assert f"cannot read {moved}/config.json" in capsys.readouterr().err
+    assert f"came from {moved}, which is not there" in capsys.readouterr().err
 
 
 def test_what_a_run_cannot_start_from(file, folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="unknown field 'model.from_'; did you .*from'"
+    ):
+        file.with_name("b.yaml").write_text("model: {from_: x}")
+        load(file.with_name("b.yaml"))
     with pytest.raises(ValueError, match="missing is no model's folder"):
         load(file, ["--model.from", str(tmp_path / "missing")])
     with pytest.raises(ValueError, match="experts"):

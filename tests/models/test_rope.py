@@ -1,5 +1,7 @@
 """Rotary angles stay right at every position that an int32 holds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,25 @@ def check(angles_of, region, head_size, base):
 )
 def test_angles(region, head_size, base):
     check(rope_angles, region, head_size, base)
+
+
+def test_longrope_is_long_past_its_first_length():
+    """Not at it; its factor of cosines and sines is its paper's, or the one given."""
+    stretched = Rope(
+        base=100.0,
+        scaling="longrope",
+        factor=4.0,
+        original_tokens=16,
+        short_factors=(1.0, 2.0),
+        long_factors=(3.0, 5.0),
+    )
+    plain = np.array([1, 0.1])
+    for tokens, slower in ((16, (1, 2)), (17, (3, 5))):
+        turns, scale = rope.frequencies(stretched, 4, tokens)
+        np.testing.assert_allclose(turns, plain / slower)
+        np.testing.assert_allclose(scale, (1 + np.log(4) / np.log(16)) ** 0.5)
+    given = dataclasses.replace(stretched, attention_factor=1.5)
+    assert rope.frequencies(given, 4, 17)[1] == 1.5
 
 
 @pytest.mark.parametrize("region", ["2^24", "2^25", "end"])

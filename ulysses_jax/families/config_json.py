@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no model's folder: cannot read {path} ({error.strerror}); "
             "give a folder with a config.json and safetensors"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not an object of fields, but {values!r}")
@@ -66,7 +66,7 @@ def model_of(values: dict[str, Any], where: str = CONFIG) -> Model:
     fields.only("quantization_config", None, "weights in a number format of their own")
     try:
         return complete_model(family.model_of(fields))
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         if str(error).startswith(where):
             raise
         raise ValueError(f"{where}: {error}") from None
@@ -80,7 +80,9 @@ def source_model(folder: str | Path) -> Model:
     """
     values, where = read_config(folder), str(Path(folder) / CONFIG)
     refuse(values, where)
-    return dataclasses.replace(model_of(values, where), from_=str(folder))
+    return dataclasses.replace(
+        model_of(values, where), from_=str(Path(folder).absolute())
+    )
 
 
 def refuse(values: dict[str, Any], where: str = CONFIG) -> None:
@@ -118,9 +120,11 @@ def config_of(
                 "config.json says how long a sequence may be: give max_tokens, the "
                 "longest that the model was trained for"
             )
-        own = {name: None for name in source or {} if name in family.replaced}
-        values = {**(source or {}), **own, **family.config_of(model, longest)}
-        values = {name: value for name, value in values.items() if value is not None}
+        # Phi-3's padding would be 32000, which may be no row of the vocabulary.
+        kept = {"pad_token_id": None} if source is None else source
+        kept = {n: x for n, x in kept.items() if n not in family.replaced}
+        # A null stays: left out, a field would be what transformers takes without it.
+        values = {**kept, **family.config_of(model, longest)}
         values |= {
             "architectures": [family.architecture],
             "model_type": family.model_type,
@@ -139,6 +143,15 @@ def config_of(
 
 
 _LONGEST = dict.fromkeys(FAMILIES, "max_position_embeddings") | {"gpt2": "n_positions"}
+
+
+def longest_of(folder: str | Path) -> int:
+    """The tokens of a sequence that a folder's model is for; 0: it does not say, or is
+    not there."""
+    try:
+        return _longest(read_config(folder))
+    except ValueError:
+        return 0
 
 
 def _longest(source: dict[str, Any]) -> int:

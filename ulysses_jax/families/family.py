@@ -106,6 +106,8 @@ class Fields:
         value = self.get(name, None, kind)
         if value is None:
             raise ValueError(f"{self.where} has no {name}, which its model_type has")
+        if kind is int and value < 1:
+            raise ValueError(f"{self.where}: {name} is {value}, and must be positive")
         return value
 
     def one_of(self, name: str, choices: dict[str, T], default: str) -> T:

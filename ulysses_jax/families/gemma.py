@@ -26,7 +26,7 @@ def _model_of(fields: Fields) -> Model:
     fields.only("use_bidirectional_attention", False, "attention to later tokens")
     sizes = sizes_of(fields)
     sizes["head_size"] = fields.get("head_dim", 256)
-    every = fields.get("sliding_window_pattern", 6)
+    every = max(fields.get("sliding_window_pattern", 6), 1)
     kinds = [
         "full" if (i + 1) % every == 0 else "window" for i in range(sizes["num_layers"])
     ]
@@ -63,14 +63,9 @@ def _config_of(model: Model, max_tokens: int) -> dict[str, Any]:
         "layer_types": layer_types(model),
         "sliding_window": model.window,
         "attention_bias": model.attention_biases == "all",
-        "query_pre_attn_scalar": _whole(scale**-2),
+        # A whole number; of another one the model that is read again differs.
+        "query_pre_attn_scalar": max(round(scale**-2), 1),
     }
-
-
-def _whole(number: float) -> float | int:
-    """As a file has it: a whole number where it is one but for rounding."""
-    near = round(number)
-    return near if float(near) ** -0.5 == number**-0.5 else number
 
 
 def _tensors(model: Model) -> list[Stored]:

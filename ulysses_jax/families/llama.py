@@ -78,12 +78,18 @@ def _model_of(
     windows: str = "none",
     biases: str = "by attention_bias",
     query_key_norm: bool = False,
+    has_mlp_bias: bool = False,
+    window: int | None = None,
+    partial_rope: bool = False,
 ) -> Model:
-    """Args: windows: which layers have one: none, all, or by use_sliding_window and
-    max_window_layers. biases: of attention."""
+    """Args: windows: which layers have one: none, all, or by number: layer_types, or
+    use_sliding_window and max_window_layers. biases: of attention. window: of a file
+    that does not say."""
     fields.only("hidden_act", "silu", "an activation")
     layers = fields.need("num_hidden_layers")
     kinds = ["full"] * layers
+    said = {"sliding_window": window, **fields.values}
+    fields = Fields(said, fields.where)
     if windows == "all" and fields.get("sliding_window", None, int) is not None:
         kinds = ["window"] * layers
     if windows == "by number" and fields.get("use_sliding_window", False):
@@ -91,11 +97,19 @@ def _model_of(
         kinds = ["window" if i >= first else "full" for i in range(layers)]
     if biases == "by attention_bias":
         biases = "all" if fields.get("attention_bias", False) else "none"
+    found = kinds_of(fields, kinds)
+    if windows != "by number" and found["pattern"] != pattern_of(kinds):
+        raise ValueError(
+            f"{fields.where}: layer_types are not what layers of its model_type are, "
+            f"which has none: {', '.join(found['pattern'])}"
+        )
+    if not has_mlp_bias:
+        fields.only("mlp_bias", False, "biases of the feed-forward")
     return Model(
         **sizes_of(fields),
-        **kinds_of(fields, kinds),
-        rope=rope_of(fields, base=base),
-        biases=fields.get("mlp_bias", False),
+        **found,
+        rope=rope_of(fields, base=base, partial=partial_rope),
+        biases=has_mlp_bias and fields.get("mlp_bias", False),
         attention_biases=biases,  # pyright: ignore[reportArgumentType]
         query_key_norm=query_key_norm,
         tied_embeddings=fields.get("tie_word_embeddings", tied),
@@ -108,6 +122,8 @@ def _config_of(
     rope = model.rope
     if rope.scaling == "dynamic":
         max_tokens = rope.original_tokens or max_tokens  # which its base is for
+    if rope.scaling == "longrope" and rope.original_tokens:
+        max_tokens = round(rope.factor * rope.original_tokens)  # so is its factor
     values = sizes_json(model, max_tokens) | rope_json(rope) | {"hidden_act": "silu"}
     if has_biases:
         values["attention_bias"] = model.attention_biases == "all"
@@ -191,6 +207,27 @@ def _tensors(model: Model) -> list[Stored]:
     return [*outer_tensors(model), *NORMS, *attention, *feed_forward]
 
 
+def _phi3_model(fields: Fields) -> Model:
+    model = _model_of(fields, windows="all", biases="none", partial_rope=True)
+    if model.rope.scaling not in ("none", "longrope"):
+        raise ValueError(
+            f"{fields.where}: rope_type {model.rope.scaling} is none of phi3's, but "
+            "longrope is"
+        )
+    return model
+
+
+def _phi3_config(model: Model, max_tokens: int) -> dict[str, Any]:
+    """Its rope_scaling has three fields and no other, and of no factor: that is the
+    longest sequence over the one before."""
+    values = _config_of(model, max_tokens, windows="all")
+    rope = values.get("rope_scaling")
+    if model.rope.scaling == "longrope" and rope is not None:
+        names = ("short_factor", "long_factor")
+        values["rope_scaling"] = {"type": "longrope"} | {n: rope[n] for n in names}
+    return values
+
+
 def _phi3_tensors(model: Model) -> list[Stored]:
     """Queries, keys and values in one tensor; so gate and up."""
     inputs = tuple(
@@ -212,18 +249,18 @@ _WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_l
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
-    _model_of,
+    partial(_model_of, has_mlp_bias=True),
     _llama_config,
     _tensors,
-    REPLACED,
+    (*REPLACED, *_WINDOWS),
 )
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
-    partial(_model_of, windows="all", biases="none"),
+    partial(_model_of, windows="all", biases="none", window=4096),
     partial(_config_of, windows="all"),
     _tensors,
-    (*REPLACED, "sliding_window"),
+    (*REPLACED, "sliding_window", "layer_types", "mlp_bias"),
 )
 QWEN2 = Family(
     "qwen2",
@@ -244,8 +281,8 @@ QWEN3 = Family(
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
-    partial(_model_of, windows="all", biases="none"),
-    partial(_config_of, windows="all"),
+    _phi3_model,
+    _phi3_config,
     _phi3_tensors,
-    (*REPLACED, "sliding_window", "original_max_position_embeddings"),
+    (*REPLACED, *_WINDOWS, "original_max_position_embeddings"),
 )

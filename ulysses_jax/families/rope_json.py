@@ -27,13 +27,16 @@ _OLD_NAMES = {"su": "longrope"}
 REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
-def rope_of(fields: Fields, *, base: float, layers: str | None = None) -> Rope:
+def rope_of(
+    fields: Fields, *, base: float, layers: str | None = None, partial: bool = False
+) -> Rope:
     """The rope of a config.json, in the present form (`rope_parameters`) or the older
     one (`rope_theta` and `rope_scaling`).
 
     Args:
       base: of the family, where the file says none.
       layers: of files that have a rope a kind of layer, which one.
+      partial: of a family that may turn a part of a head.
 
     Raises:
       ValueError: an unknown type, or a number that the type does not read or lacks.
@@ -53,6 +56,11 @@ def rope_of(fields: Fields, *, base: float, layers: str | None = None) -> Rope:
     fraction = rope.get("partial_rotary_factor", 0.0) or fields.get(
         "partial_rotary_factor", 1.0
     )
+    if fraction != 1 and not partial:
+        raise ValueError(
+            f"{fields.where}: partial_rotary_factor is {fraction}, and layers of its "
+            "model_type turn whole heads"
+        )
     given = rope.get("rope_theta", 0.0) or fields.get("rope_theta", base)
     values: dict[str, Any] = {"base": given, "fraction": fraction}
     values["scaling"] = "none" if kind == "default" else kind
@@ -75,7 +83,7 @@ def rope_of(fields: Fields, *, base: float, layers: str | None = None) -> Rope:
         known |= {"short_factor", "long_factor"}
         for name in ("short", "long"):
             factors = rope.need(f"{name}_factor", list)
-            values[f"{name}_factors"] = tuple(map(float, factors))
+            values[f"{name}_factors"] = tuple(float(each) for each in factors)
         values["original_tokens"] = before or longest
         if "factor" not in values and before and longest:
             values["factor"] = longest / before
@@ -87,6 +95,8 @@ def rope_of(fields: Fields, *, base: float, layers: str | None = None) -> Rope:
             if "factor" not in values and before and longest:
                 values["factor"] = longest / before
             _take_mscale(rope, values)
+    if kind == "default":
+        known |= {"factor"}  # of nothing
     if kind not in ("default", "longrope") and "factor" not in values:
         raise ValueError(f"{fields.where}: rope_type {kind} has no factor")
     other = sorted(set(rope.values) - known)

@@ -22,7 +22,7 @@ from ulysses_jax.families.config_json import (
 )
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import is_run_folder
-from ulysses_jax.tensors.files import Shape, Tensors, write
+from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write
 from ulysses_jax.tensors.parameters import (
     described,
     expected,
@@ -125,15 +125,32 @@ def save_pretrained(
     process holds one parameter of all layers of a kind beside the model. On a pod every
     process calls it, and process 0 writes.
     """
-    folder, own = Path(folder), complete_model(model.model)
     if not isinstance(model, Transformer):
         raise ValueError(
             f"save_pretrained writes a ulysses_jax.Transformer, not a "
             f"{type(model).__name__}"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(
+            f"dtype is {', '.join(DTYPES.values())} or None, not {dtype!r}"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens {max_tokens} is no length: give 1 or more")
+    folder, own = Path(folder), complete_model(model.model)
+    if (
+        folder.is_symlink()
+        or folder.exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise ValueError(f"{folder} is there already: give one that does not exist")
     source = None if own.from_ is None else Path(own.from_)
+    if source is not None and not source.exists():
+        raise ValueError(
+            f"the model came from {source}, which is not there: the rest of its "
+            "config.json and its tokenizer would be lost. Put it back; or, to write "
+            "the model alone, model.model = replace(model.model, from_=None), of "
+            "dataclasses"
+        )
     values = None if source is None else read_config(source)
     stored = dtype or ("float32" if source is None else Tensors(source).dtype())
     made = config_of(own, values, max_tokens)

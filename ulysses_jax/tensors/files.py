@@ -32,8 +32,7 @@ class Tensors:
     def __init__(self, folder: str | Path):
         """Raises:
         ValueError: no safetensors are there; an index that names what is not there, or
-          a path; a broken header, or a file cut short; a tensor in a dtype that is not
-          of DTYPES.
+          a path; a broken header, or a file cut short.
         """
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
@@ -67,7 +66,14 @@ class Tensors:
             placed = json.loads(path.read_bytes())["weight_map"]
             if not placed or not all(isinstance(x, str) for x in placed.values()):
                 raise TypeError
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             raise ValueError(
                 f"{path} is no index: it must be JSON with a weight_map of tensors' "
                 "names and their files"
@@ -92,18 +98,16 @@ class Tensors:
                         f"{name} is in {self.entries[name].file.name} and in "
                         f"{path.name}: a tensor is in one file"
                     )
-                if dtype not in DTYPES:
-                    raise ValueError(
-                        f"{path}: {name} is stored as {dtype}, and read are "
-                        f"{', '.join(DTYPES)}: save the model in one of them"
-                    )
                 shape = tuple(piece.get_shape())
-                self.entries[name] = Entry(path, shape, DTYPES[dtype])
+                self.entries[name] = Entry(path, shape, DTYPES.get(dtype, dtype))
 
     def dtype(self) -> str:
-        """Of the most tensors."""
-        dtypes = [entry.dtype for entry in self.entries.values()]
-        return max(sorted(set(dtypes)), key=dtypes.count)
+        """Of the most elements."""
+        sizes = dict.fromkeys(DTYPES.values(), 0)
+        for entry in self.entries.values():
+            if entry.dtype in sizes:
+                sizes[entry.dtype] += math.prod(entry.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
         """A piece of a tensor, as it is stored.

@@ -15,7 +15,7 @@ from ulysses_jax.config import Model
 from ulysses_jax.families.config_json import family_of, read_config
 from ulysses_jax.families.family import Family, Part
 from ulysses_jax.models.sizes import letter_sizes
-from ulysses_jax.tensors.files import Tensors
+from ulysses_jax.tensors.files import DTYPES, Tensors
 from ulysses_jax.weights.parameter import sharding_of
 
 Path = tuple[Any, ...]
@@ -94,6 +94,7 @@ def open_source(model: Model) -> tuple[Tensors, list[Expected]]:
     name = family.names(tensors.entries)
     wanted = [each._replace(name=name(each.name)) for each in expected(family, model)]
     check_tensors(tensors, wanted)
+    _check_tied(tensors, wanted)
     return tensors, wanted
 
 
@@ -101,7 +102,8 @@ def check_tensors(tensors: Tensors, wanted: list[Expected]) -> None:
     """Refuses a folder whose tensors are not those of the model.
 
     Raises:
-      ValueError: what is missing, what is too many, or of another shape.
+      ValueError: what is missing, what is too many, of another shape, or in a dtype
+        that is not read.
     """
     shapes = {each.name: each.shape for each in wanted}
     there = {
@@ -118,6 +120,12 @@ def check_tensors(tensors: Tensors, wanted: list[Expected]) -> None:
             listed = ", ".join(names[:3]) + more
             raise ValueError(f"{tensors.folder} {what.format(listed)}")
     for name, shape in shapes.items():
+        entry = tensors.entries[name]
+        if entry.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{entry.file}: {name} is stored as {entry.dtype}, and read are "
+                f"{', '.join(DTYPES)}: save the model in one of them"
+            )
         if there[name] != shape:
             raise ValueError(
                 f"{tensors.entries[name].file}: {name} has shape "
@@ -125,11 +133,31 @@ def check_tensors(tensors: Tensors, wanted: list[Expected]) -> None:
             )
 
 
+def _check_tied(tensors: Tensors, wanted: list[Expected]) -> None:
+    """Refuses a head of its own in the file of a model whose head is the embedding."""
+    head = tensors.entries.get(_HEAD)
+    tables = [each.name for each in wanted if each.parts[0][1] == ("embedding",)]
+    if head is None or any(each.name == _HEAD for each in wanted):
+        return
+    step = max(2**24 // max(head.shape[-1], 1), 1)
+    for start in range(0, head.shape[0], step):
+        rows = (slice(start, min(start + step, head.shape[0])),)
+        one, other = (tensors.read(name, rows) for name in (_HEAD, *tables))
+        if not np.array_equal(one, other):
+            raise ValueError(
+                f"{head.file}: {_HEAD} is not the embedding, which config.json ties it "
+                "to: say tie_word_embeddings false there"
+            )
+
+
+_HEAD = "lm_head.weight"
+
+
 def _is_made(name: str, wanted: dict[str, Any]) -> bool:
     """What older files hold too, and is made of the config: masks, rope's frequencies,
     a head that is the embedding."""
     made = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-    return name.endswith(made) or (name == "lm_head.weight" and name not in wanted)
+    return name.endswith(made) or (name == _HEAD and name not in wanted)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,11 @@ def train(
             state = first_state(config, make_model, source)
             if source is not None:
                 say(f"parameters: of {config.model.from_}")
+                if any(Path(config.model.from_ or "").glob("tokenizer*")):
+                    say(
+                        "warning: that folder has a tokenizer, and a run's tokens are "
+                        "bytes: its weights read them as other tokens than they know"
+                    )
         else:
             first_step, state, then = restored
             say(f"resuming after step {first_step} of {training.num_steps}")
