@@ -270,9 +270,12 @@ class Config:
     quiet: bool = False
     """Plain lines for a log instead of a live progress bar."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Nested, as `config_file.from_dict` reads it."""
+        return dataclasses.asdict(self, dict_factory=_without_underscores)
+
     def to_yaml(self) -> str:
-        values = dataclasses.asdict(self, dict_factory=_without_underscores)
-        return yaml.safe_dump(values, sort_keys=False)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def padded_tokens(self) -> int:
         """The sequence length on the mesh: rounded up to a multiple of ring x seq, and

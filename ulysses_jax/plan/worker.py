@@ -54,7 +54,7 @@ def plan_step(
     """
     mesh_degrees(config, target, hosts, gpus_per_host)  # before a process is started
     request = {
-        "config": dataclasses.asdict(config),
+        "config": config.to_dict(),
         "target": dataclasses.asdict(target),
         "hosts": hosts,
         "gpus_per_host": gpus_per_host,
