@@ -1,0 +1,18 @@
+"""A run as frozen, validated dataclasses."""
+
+from ulysses_jax.config.memory import Memory, in_pieces
+from ulysses_jax.config.model import Model, Rope
+from ulysses_jax.config.run import Config, Data, Distributed, Mesh, Run, Training
+
+__all__ = [
+    "Config",
+    "Data",
+    "Distributed",
+    "Memory",
+    "Mesh",
+    "Model",
+    "Rope",
+    "Run",
+    "Training",
+    "in_pieces",
+]

@@ -1,0 +1,59 @@
+"""What a run does to need less memory."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ulysses_jax.config.model import Model
+
+
+@dataclass(frozen=True)
+class Memory:
+    auto: bool = False
+    """The cheapest of the options below that fit, in place of what they say, but for
+    loss_tile_tokens and head_chunks; as a whole section, `memory: auto`."""
+    remat: Literal["none", "full", "attention", "products"] = "full"
+    """What the backward pass recomputes: nothing; each layer from its input; all of it
+    but attention, whose output and logsumexp are kept (the memory of a second input,
+    and no second attention); or all but attention and what matrix products and
+    exchanges give, which leaves norms and activations."""
+    offload: tuple[
+        Literal["inputs", "attention", "keys", "optimizer", "parameters"], ...
+    ] = ()
+    """What waits in the host's memory until it is used: inputs, those that remat keeps;
+    attention, the outputs that remat attention keeps; keys, and values, of the layer
+    that is computed, where sequence_chunk_tokens cuts it; optimizer, its moments;
+    parameters, and their gradients."""
+    offload_fraction: float = 1.0
+    """Of each layer's input that offload inputs moves; the rest stays on the device,
+    where the host's memory is what runs out first."""
+    loss_tile_tokens: int = 1024
+    """Tokens of a device whose logits exist at once."""
+    mlp_tile_tokens: int | None = None
+    """Tokens of a device whose feed-forward activations exist at once; default: all.
+    Tiles of a few thousand lose no speed; a device with fewer tokens has no tiles."""
+    head_chunks: int | None = None
+    """Groups in which a device's heads are projected, exchanged and attended, one
+    group's exchange under another's attention; null: as many as save time, by a model
+    of the links that seq runs over (`plan.head_chunks`)."""
+    sequence_chunk_tokens: int | None = None
+    """Tokens of a device that go through a layer at a time, attention and feed-forward:
+    of all others there are only the layer's input, keys and values; default: all."""
+
+    @property
+    def recomputes_products(self) -> bool:
+        return self.remat in ("full", "attention")
+
+    def kept_features(self, width: int) -> int:
+        """Features of a layer's input that stay on the device while the rest moves."""
+        return round(width * (1 - self.offload_fraction)) * ("inputs" in self.offload)
+
+
+def in_pieces(model: Model, memory: Memory) -> bool:
+    """Whether layers run as `memory.layer_in_pieces`, which recomputes in any case.
+
+    Groups of heads do under the strategy ulysses, where products are recomputed; else
+    the strategy itself has them.
+    """
+    groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
+    groups &= model.strategy in ("auto", "ulysses")
+    return groups or memory.sequence_chunk_tokens is not None
