@@ -1,4 +1,11 @@
-"""Bytes are the tokens: ids 0 to 255, and one more that ends a document."""
+"""What text is as tokens: bytes, or what a folder's tokenizer.json says."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
 
 END_OF_DOCUMENT = 256
 NUM_IDS = 257
@@ -7,9 +14,98 @@ IGNORED = -1
 """The label of a token that has none."""
 
 
-def check_vocabulary(vocab_size: int) -> None:
-    """Raises ValueError where a model has fewer ids than the tokenizer makes."""
-    if vocab_size < NUM_IDS:
+class Bytes:
+    """Bytes of UTF-8 are the tokens: ids 0 to 255, and one more that ends a document.
+
+    Attributes:
+      num_ids: of all that it makes; a model has as many or more.
+      ends: ids that end a text, the first of them a document; none: nothing says which.
+    """
+
+    num_ids = NUM_IDS
+    ends = (END_OF_DOCUMENT,)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Of ids that are no byte, nothing; of a broken character, its sign."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class Folder:
+    """A folder's tokenizer.json; attributes as of `Bytes`.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / _FILE
+        try:
+            self._own = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is no tokenizer: {error}") from None
+        self._own.no_truncation()
+        self._own.no_padding()
+        self.num_ids = 1 + max(self._own.get_vocab(with_added_tokens=True).values())
+        self.ends = _ends(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """With what the tokenizer puts around a text, such as a token to begin with."""
+        return self._own.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._own.decode(list(ids), skip_special_tokens=True)
+
+
+Tokenizer = Bytes | Folder
+
+_FILE = "tokenizer.json"
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """A Hugging Face folder's own; bytes where it has none, as a run's.
+
+    Raises:
+      ValueError: it cannot be read, or is in a format that this does not read.
+    """
+    if (folder / _FILE).is_file():
+        return Folder(folder)
+    others = sorted(path.name for path in folder.glob("tokenizer*"))
+    if others:
+        raise ValueError(
+            f"{folder} has {', '.join(others)} and no {_FILE}: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), of "
+            "transformers, writes it"
+        )
+    return Bytes()
+
+
+def _ends(folder: Path) -> tuple[int, ...]:
+    """As generation_config.json says, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            said: Any = json.loads((folder / name).read_text()).get("eos_token_id")
+            if said is not None:
+                return tuple(said) if isinstance(said, list) else (said,)
+    return ()
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+    """Raises ValueError where a model has fewer ids than the tokenizer makes.
+
+    Args:
+      tokenizer: None: bytes, as of a run.
+    """
+    if isinstance(tokenizer, Folder):
+        if vocab_size < tokenizer.num_ids:
+            raise ValueError(
+                f"model.vocab_size {vocab_size} is less than the {tokenizer.num_ids} "
+                f"ids of the folder's {_FILE}: use the tokenizer that the model was "
+                "trained with"
+            )
+    elif vocab_size < NUM_IDS:
         raise ValueError(
             f"model.vocab_size {vocab_size} is less than the {NUM_IDS} ids of the byte "
             f"tokenizer (256 bytes and the end of a document): use {NUM_IDS} or more, "
