@@ -20,11 +20,14 @@ from ulysses_jax.run_folder import is_run_folder
 T = TypeVar("T")
 
 
-def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
+def load_from_command_line(argv: Sequence[str], *, program: str) -> tuple[Config, ...]:
     """Reads `--config FILE` and overrides of any field, such as `--mesh.seq 4`.
 
+    Returns:
+      The config of each stage of the file, as `load_stages`.
+
     Raises:
-      ValueError: as `load`.
+      ValueError: as `load_stages`.
       SystemExit: for the command line's own errors, and for --help.
     """
     parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
@@ -39,7 +42,7 @@ def load_from_command_line(argv: Sequence[str], *, program: str) -> Config:
     if len(own.config) > 1:
         raise ValueError(f"--config stands twice, {' and '.join(own.config)}: keep one")
     (path,) = own.config
-    return load(path, overrides, program=f"{program} --config {path}")
+    return load_stages(path, overrides, program=f"{program} --config {path}")
 
 
 def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Config:
@@ -48,10 +51,76 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     A run's own config.yaml means the run in whose folder it lies.
 
     Raises:
-      ValueError: an unknown key, a wrong type or an impossible value, by name.
+      ValueError: an unknown key, a wrong type or an impossible value, by name; a file
+        with stages.
       SystemExit: for the command line's own errors, and for --help.
     """
+    first, *others = load_stages(path, argv, program=program)
+    if others:
+        raise ValueError(
+            f"{path} has {1 + len(others)} stages, each a run: "
+            "ulysses_jax.config_file.load_stages reads all of them"
+        )
+    return first
+
+
+def load_stages(
+    path: str | Path, argv: Sequence[str] = (), *, program: str = ""
+) -> tuple[Config, ...]:
+    """Reads a YAML file as `load`; of one with `stages`, a config each.
+
+    A stage says which fields are others than the file's own; the command line wins in
+    all of them. Stage 2 of runs/x has its folder runs/x/stage_2, starts from the last
+    parameters of runs/x/stage_1, and reads the data in another order: its seed is one
+    more than that of stage 1.
+
+    Raises:
+      ValueError: as `load`, naming the stage.
+    """
     path = Path(path)
+    values = _read(path)
+    stages = values.pop("stages", None) if isinstance(values, dict) else None
+    if stages is None:
+        return (_load(path, values, argv, program),)
+    if not isinstance(stages, list) or not stages:
+        raise ValueError(
+            f"{path}: stages is a list of sections, one or more, such as "
+            "- training: {sequence_tokens: 65536}"
+        )
+    configs: list[Config] = []
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage, dict):
+            raise ValueError(
+                f"{path}: stage {number} is a section of sections, such as training: "
+                f"{{sequence_tokens: 65536}}, not {stage!r}"
+            )
+        try:
+            config = _load(path, _merged(values, stage), argv, program)
+        except ValueError as error:
+            raise ValueError(f"stage {number} of {len(stages)}: {error}") from None
+        run = dataclasses.replace(
+            config.run,
+            folder=f"{config.run.folder}/stage_{number}",
+            seed=config.run.seed + number - 1,
+            after=configs[-1].run.folder if configs else config.run.after,
+        )
+        configs.append(dataclasses.replace(config, run=run))
+    return tuple(configs)
+
+
+def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections field by field."""
+    merged = dict(values)
+    for name, value in over.items():
+        mine = merged.get(name)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            value = _merged(mine, value)
+        merged[name] = value
+    return merged
+
+
+def _read(path: Path) -> Any:
+    """What a YAML file holds."""
     try:
         values = yaml.load(path.read_bytes(), Loader=_Loader)
     except OSError as error:
@@ -59,7 +128,10 @@ def load(path: str | Path, argv: Sequence[str] = (), *, program: str = "") -> Co
     # ValueError: of a number of thousands of digits, or of what follows !!int.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-    values = {} if values is None else values
+    return {} if values is None else values
+
+
+def _load(path: Path, values: Any, argv: Sequence[str], program: str) -> Config:
     base = Config()
     if (folder := _source(values, argv)) is not None:
         base = dataclasses.replace(base, model=source_model(folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 from ulysses_jax.config_file import load
 from ulysses_jax.families.config_json import longest_of
 from ulysses_jax.interop import from_pretrained, save_pretrained
-from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.run_folder import check_run_folder
 from ulysses_jax.training.endings import ends_in_words
 
 PROGRAM = "python -m ulysses_jax.export"
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with ends_in_words(PROGRAM):
         run = Path(options.run)
-        if not is_run_folder(run):
-            raise ValueError(f"--run {run} is no run's folder: give one like runs/tiny")
+        check_run_folder(run)
         config = load(run / "config.yaml")
         longest = config.training.sequence_tokens
         if config.model.from_ is not None and options.max_tokens is None:

@@ -7,3 +7,17 @@ def is_run_folder(folder: Path) -> bool:
     """Whether a run wrote its config and something else into the folder."""
     wrote = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
     return wrote and (folder / "config.yaml").is_file()
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuses a folder that is no run's.
+
+    Raises:
+      ValueError: names the run's folder that it lies in, or those that lie in it.
+    """
+    if (folder / "config.yaml").is_file():
+        return
+    near = [each for each in folder.parents if is_run_folder(each)][:1]
+    near += sorted(each for each in folder.glob("stage_*") if is_run_folder(each))
+    remedy = f": give {', or '.join(map(str, near))}" if near else ""
+    raise ValueError(f"{folder} is no run's folder: it has no config.yaml{remedy}")

@@ -55,16 +55,16 @@ def main(
 
     from ulysses_jax.config_file import load_from_command_line
     from ulysses_jax.distributed import start_distributed
-    from ulysses_jax.training import train
+    from ulysses_jax.training import train_stages
     from ulysses_jax.training.endings import ends_in_words, ends_with_the_others, stop
     from ulysses_jax.training.signals import Stopped
 
     with ends_in_words(program):
-        config = load_from_command_line(argv, program=program)
-        start_distributed(**dataclasses.asdict(config.distributed))
+        stages = load_from_command_line(argv, program=program)
+        start_distributed(**dataclasses.asdict(stages[0].distributed))
         with ends_with_the_others():
             try:
-                train(config, interrupted=interrupted)
+                train_stages(stages, interrupted=interrupted)
             except Stopped:
                 stop(130, "it was told to stop")
 

@@ -187,10 +187,10 @@ def test_the_mesh_that_a_refusal_names_works(refused, planted, config_file):
 )
 def test_a_matching_mesh(config_file, overrides, num_devices, works):
     args = ["--config", str(config_file), *overrides.split()]
-    found = matching_mesh(load_from_command_line(args, program=""), num_devices)
+    found = matching_mesh(load_from_command_line(args, program="")[0], num_devices)
     if works is not None:
         assert found == works
-    config = load_from_command_line([*args, *found.split()], program="")
+    (config,) = load_from_command_line([*args, *found.split()], program="")
     degrees = mesh_degrees(config, H100, 1, num_devices)
     config = place(config, degrees)
     heads = config.model.num_heads / (degrees["tensor"] * degrees["seq"])

@@ -16,6 +16,8 @@ from ulysses_jax.strategies import num_members
 class Run:
     folder: str | None = None
     """Where the run's files go; default runs/<the config file's name>."""
+    after: str | None = None
+    """Another run's folder, whose last parameters this one starts from."""
     seed: int = 0
     """0 to 2^32 - 1."""
     simulated_cpu_devices: int | None = None

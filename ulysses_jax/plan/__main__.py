@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(own: argparse.Namespace, rest: list[str]) -> None:
-    config = load_from_command_line(rest, program=PROGRAM)
+    config = _stage(load_from_command_line(rest, program=PROGRAM), own.stage)
     for path in filter(None, (own.json, own.plot)):
         if not path.absolute().parent.is_dir():
             raise ValueError(
@@ -119,6 +119,20 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
     if own.plot:
         plot_plan(plan, own.plot)
     _write(own.json, plan)
+
+
+def _stage(configs: tuple[Config, ...], number: int | None) -> Config:
+    """Of a file with stages the one that was asked for."""
+    if number is None and len(configs) == 1:
+        return configs[0]
+    if number is None or not 1 <= number <= len(configs):
+        lengths = ", ".join(f"{each.training.sequence_tokens:,}" for each in configs)
+        given = "" if number is None else f"--stage {number}: "
+        raise ValueError(
+            f"{given}the config has {len(configs)} stages, of {lengths} tokens: plan "
+            f"one of them, --stage 1 to --stage {len(configs)}"
+        )
+    return configs[number - 1]
 
 
 def _with_documents_of_data(config: Config) -> Config:
@@ -195,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", metavar="GPU:HOSTSxGPUS", help=f"a cluster; {', '.join(TARGETS)}")
+    add("--stage", metavar="N", type=int, help="of a config with stages, the Nth")
     add("--longest", action="store_true", help="find the longest sequence that fits")
     add("--compare", action="store_true", help="the strategies side by side")
     add("--check", action="store_true", help="planned beside measured, on devices here")

@@ -1,4 +1,4 @@
-"""From a config to a trained model: `train`, `load_run`, and what they are made of."""
+"""From configs to trained models: `train`, `train_stages`, `load_run`, their parts."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ulysses_jax.training.load import load_run
     from ulysses_jax.training.run import train
+    from ulysses_jax.training.stages import train_stages
 else:
-    _HOMES = {"load_run": "load", "train": "run"}
+    _HOMES = {"load_run": "load", "train": "run", "train_stages": "stages"}
 
     def __getattr__(name: str) -> Any:
         """Imports the story when it is asked for: who needs a part takes the part."""
@@ -16,4 +17,4 @@ else:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-__all__ = ["load_run", "train"]
+__all__ = ["load_run", "train", "train_stages"]

@@ -1,5 +1,6 @@
 """What a run made, for Python: its model, from the folder that it left."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import get_abstract_mesh
 
 from ulysses_jax.config_file import load
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.run_folder import check_run_folder
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.model import (
     MakeModel,
@@ -20,8 +21,46 @@ from ulysses_jax.training.model import (
     identity,
     model_of,
 )
-from ulysses_jax.training.preflight import refuse_other_model
+from ulysses_jax.training.preflight import differences, refuse_other_model
 from ulysses_jax.weights.parameter import sharding_of
+
+
+@dataclass(frozen=True)
+class Before:
+    """A run that is there, whose parameters another one starts from."""
+
+    checkpoints: Path
+
+    def read(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Those of its newest whole checkpoint, where `abstract` says.
+
+        Raises:
+          ValueError: none is whole, or they are other arrays.
+        """
+        with Checkpointer(self.checkpoints, interval_steps=1) as checkpoints:
+            return checkpoints.restore_part("parameters", abstract)
+
+
+def open_run(folder: str, model: dict[str, Any]) -> tuple[Before, list[str]]:
+    """The run of `run.after`, and lines on what of the model is other than there.
+
+    Args:
+      model: `model.identity` of the run that starts.
+
+    Raises:
+      ValueError: no run is there, it has saved no step, or trained another class.
+    """
+    before = Before(Path(folder) / "checkpoints")
+    with Checkpointer(before.checkpoints, interval_steps=1) as checkpoints:
+        saved = checkpoints.latest_meta()
+    if saved is None:
+        raise ValueError(
+            f"run.after {folder} has no checkpoint to start from: train it first, or "
+            "give another run's folder"
+        )
+    step, meta = saved
+    changed = differences(meta["model"], model)
+    return before, [f"starting after step {step} of {folder}", *changed]
 
 
 def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
@@ -44,10 +83,7 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     its shards of the parameters.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        run = next(filter(is_run_folder, folder.parents), None)
-        remedy = f": give the run's folder, {str(run)!r}" if run else ""
-        raise ValueError(f"{folder} is no run's folder: it has no config.yaml{remedy}")
+    check_run_folder(folder)
     config = for_calls(load(folder / "config.yaml"))
 
     def described(variable: Any) -> jax.ShapeDtypeStruct:

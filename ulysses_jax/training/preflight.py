@@ -125,6 +125,21 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
     Raises:
       ValueError: names every field that differs, with both values.
     """
+    if differ := differences(meta_model, model):
+        raise ValueError(
+            f"the checkpoint is of another model ({'; '.join(differ)}): use another "
+            "run.folder (--run.folder), or the config it was made with"
+        )
+
+
+def differences(meta_model: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """What of a model is other than in a checkpoint, field by field, with both values.
+
+    Args: as `refuse_other_model`.
+
+    Raises:
+      ValueError: they are not of one class.
+    """
     was, now = (each.get("class", "Transformer") for each in (meta_model, model))
     if was != now:
         raise ValueError(
@@ -132,20 +147,24 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
             "make_model that the run was trained with (train.py makes a Transformer), "
             "or use another run.folder (--run.folder)"
         )
-    model = json.loads(json.dumps(model))  # tuples become lists, as they did in meta
-    differ = [
-        f"model.{name} was {meta_model.get(name, 'absent')}, is "
-        f"{model.get(name, 'absent')}"
-        for name in {**meta_model, **model}
-        if name not in model
-        or name not in meta_model
-        or meta_model[name] != model[name]
+    saved = _flat(meta_model)
+    here = _flat(json.loads(json.dumps(model)))  # tuples are lists, as in meta
+    return [
+        f"model.{name} was {saved.get(name, 'absent')}, is {here.get(name, 'absent')}"
+        for name in {**saved, **here}
+        if name not in here or name not in saved or saved[name] != here[name]
     ]
-    if differ:
-        raise ValueError(
-            f"the checkpoint is of another model ({'; '.join(differ)}): use another "
-            "run.folder (--run.folder), or the config it was made with"
-        )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of sections by their full names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": x for inner, x in _flat(value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def gb(num_bytes: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
@@ -30,6 +30,7 @@ from ulysses_jax.tensors.parameters import open_source
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+from ulysses_jax.training.load import open_run
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.model import (
@@ -93,16 +94,40 @@ def train(
       Stopped: a KeyboardInterrupt, after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 in the main
         thread, and the step that was under way. One process has saved it then.
     """
-    # ---- What to run, and on what. All that can be refused is refused here, before
-    # anything is compiled or written.
+    return run_once(config, make_model, interrupted, is_last=True)
+
+
+def on_mesh(config: Config, make_model: MakeModel) -> tuple[Config, Mesh]:
+    """The config, complete and placed, and the mesh of a run.
+
+    Raises:
+      ValueError: this model, mesh or config cannot be run here.
+    """
     config = prepared(complete(config, name="run"), make_model)
-    own = own_name(config, make_model)
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     check_processes(config.distributed)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     # Of the same device on every process: all must compile one program.
     target = target_of(mesh.devices.flat[0])
-    config = place_on(config, dict(mesh.shape), target, devices_per_host())
+    return place_on(config, dict(mesh.shape), target, devices_per_host()), mesh
+
+
+def run_once(
+    config: Config,
+    make_model: MakeModel,
+    interrupted: Callable[[], Any] | None,
+    *,
+    is_last: bool,
+) -> Any:
+    """`train`, where other runs may come after it.
+
+    Args:
+      is_last: none does: to be told to stop in the last step is then no end.
+    """
+    # ---- What to run, and on what. All that can be refused is refused here, before
+    # anything is compiled or written.
+    config, mesh = on_mesh(config, make_model)
+    own = own_name(config, make_model)
     training = config.training
     data = open_data(config)
     tried: list[str] = []
@@ -134,8 +159,10 @@ def train(
             if saved is not None:
                 refuse_other_model(saved[1]["model"], meta["model"])
                 refuse_other_data(saved[1]["data"], meta["data"], config)
-            source = None
-            if saved is None and config.model.from_ is not None:
+            source, changed = None, []
+            if saved is None and config.run.after is not None:
+                source, changed = open_run(config.run.after, meta["model"])
+            elif saved is None and config.model.from_ is not None:
                 source = open_source(config.model)
             sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
             check_space(checkpointer.folder, sum(sizes), checkpointer.keep)
@@ -146,7 +173,7 @@ def train(
             said = describe(config, shapes, attention)
         else:
             said = describe_own(config, shapes, own)
-        for line in (*said, *data.notes, *tried, *found):
+        for line in (*said, *data.notes, *tried, *found, *changed):
             say(line)
 
         # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
@@ -155,8 +182,10 @@ def train(
             first_step, changes = 0, []
             state = first_state(config, make_model, source)
             if source is not None:
-                say(f"parameters: of {config.model.from_}")
-                if any(Path(config.model.from_ or "").glob("tokenizer*")):
+                say(f"parameters: of {config.run.after or config.model.from_}")
+                if config.model.from_ is not None and any(
+                    Path(config.model.from_ or "").glob("tokenizer*")
+                ):
                     say(
                         "warning: that folder has a tokenizer, and a run's tokens are "
                         "bytes: its weights read them as other tokens than they know"
@@ -256,6 +285,6 @@ def train(
                     raise Stopped(what)
             checkpointer.wait()
             log.finish()
-            if stopping.is_set() and interrupted is None:
+            if stopping.is_set() and (interrupted is None or not is_last):
                 raise Stopped(f"{folder} is done, and its last step saved")
         return handed_over(config, state.parameters, make_model)

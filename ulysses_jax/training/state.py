@@ -21,6 +21,7 @@ from ulysses_jax.sharding import at_stage
 from ulysses_jax.tensors.files import Tensors
 from ulysses_jax.tensors.parameters import Described, Expected, read_parameters
 from ulysses_jax.training.arrays import on_devices
+from ulysses_jax.training.load import Before
 from ulysses_jax.training.model import MakeModel, abstract_model, decayed, made
 from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
@@ -64,16 +65,19 @@ def state_of(
 def first_state(
     config: Config,
     make_model: MakeModel = Transformer,
-    source: tuple[Tensors, list[Expected]] | None = None,
+    source: tuple[Tensors, list[Expected]] | Before | None = None,
 ) -> TrainState:
     """Drawn by `init_state`, or read, on the mesh that is set with `jax.set_mesh`.
 
     Args:
-      source: of `open_source`, where the parameters are read.
+      source: of `open_source` or `open_run`, where the parameters are read.
     """
     if source is None:
         return jax.jit(partial(init_state, config, make_model))()
     shapes = abstract_state(config, make_model).parameters
+    begin = jax.jit(partial(state_of, config, make_model), donate_argnums=0)
+    if isinstance(source, Before):
+        return begin(source.read(jax.tree.map(on_devices, shapes)))
     letters = nnx.to_pure_dict(
         nnx.state(abstract_model(config, make_model)),
         extract_fn=lambda variable: variable.get_metadata()["letters"],
@@ -83,9 +87,7 @@ def first_state(
         return Described(x.shape, on_devices(x).sharding, its_letters)
 
     abstract = jax.tree.map(described, shapes, letters)
-    parameters = read_parameters(*source, abstract)
-    begin = jax.jit(partial(state_of, config, make_model), donate_argnums=0)
-    return begin(parameters)
+    return begin(read_parameters(*source, abstract))
 
 
 def optimizer_of(

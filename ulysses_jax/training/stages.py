@@ -1,0 +1,63 @@
+"""A run in stages: one run after another, each from the last parameters of the one
+before."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ulysses_jax.config import Config
+from ulysses_jax.mesh import allow_promotion
+from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.model import MakeModel
+from ulysses_jax.training.output import print_every_name
+from ulysses_jax.training.run import on_mesh, run_once
+
+
+@allow_promotion()
+@print_every_name()
+def train_stages(
+    configs: Sequence[Config],
+    make_model: MakeModel = Transformer,
+    *,
+    interrupted: Callable[[], Any] | None = None,
+) -> Any:
+    """Trains the stages of `config_file.load_stages`; one config is `training.train`.
+
+    Called again it goes on where it stopped, in a stage or between two. Each stage has
+    its own folder, optimizer state and learning rate's schedule.
+
+    Returns:
+      The module that the last stage trained.
+
+    Raises:
+      ValueError: a stage that the mesh cannot hold, by its number, before the first
+        one starts; else as `training.train`.
+    """
+    many = len(configs) > 1
+    for number, config in enumerate(configs, 1):
+        try:
+            on_mesh(config, make_model)
+        except ValueError as error:
+            if not many:
+                raise
+            raise ValueError(f"stage {number} of {len(configs)}: {error}") from None
+    model = None
+    for number, config in enumerate(configs, 1):
+        is_last = number == len(configs)
+        if many and jax.process_index() == 0:
+            print(f"stage {number} of {len(configs)}: {config.run.folder}", flush=True)
+        if is_last or not _is_done(config):
+            model = None  # its memory is the next one's
+            model = run_once(config, make_model, interrupted, is_last=is_last)
+    return model
+
+
+def _is_done(config: Config) -> bool:
+    assert config.run.folder is not None
+    folder = Path(config.run.folder) / "checkpoints"
+    with Checkpointer(folder, interval_steps=1) as checkpoints:
+        saved = checkpoints.latest_meta()
+    return saved is not None and saved[0] >= config.training.num_steps
