@@ -40,11 +40,6 @@ from ulysses_jax.training.state import (
 )
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 
-# On 64 GPUs that are not there XLA of jax 0.12 aborts where it fuses the sum of a
-# scalar into a kernel of its own ("size mismatch when packing elements for LLVM
-# struct"); a call of NCCL takes its place.
-_ABSENT = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
-
 
 class PlanError(ValueError):
     """A plan that cannot be made; the message says why and what to do."""
@@ -96,7 +91,7 @@ def compile_step(
         axis_type=AxisType.Explicit,
     )
     with _no_persistent_cache():
-        return compile_on(config, mesh, started=started, compiler_options=_ABSENT)
+        return compile_on(config, mesh, started=started)
 
 
 def compile_on(

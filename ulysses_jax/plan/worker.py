@@ -24,6 +24,10 @@ from ulysses_jax.plan.compile import PlanError, analyse, compile_step, mesh_degr
 
 PACKAGE = Path(__file__).parents[1]
 WORKER = (sys.executable, "-m", "ulysses_jax.plan.worker")
+# For 64 GPUs that are not there XLA of jax 0.12 aborts where it fuses the sum of a
+# scalar into a kernel of its own ("size mismatch when packing elements for LLVM
+# struct"): a call of NCCL takes its place. As an option of one compile it does nothing.
+_FLAG = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=false"
 
 
 def plan_step(
@@ -83,6 +87,7 @@ def _run(
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",  # the plugin would look for a GPU
+        "XLA_FLAGS": f"{_FLAG} {os.environ.get('XLA_FLAGS', '')}",  # the last one wins
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     with tempfile.TemporaryDirectory() as folder:
