@@ -17,7 +17,7 @@ from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete
 from ulysses_jax.config_file import from_dict
 from ulysses_jax.models import Transformer
-from ulysses_jax.training.model import decayed
+from ulysses_jax.training.model import decayed, matrices
 from ulysses_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
@@ -53,7 +53,9 @@ def config_of(family):
 
 
 def optimizer_of(family):
-    return make_optimizer(TRAINING, decayed(config_of(family), Transformer))
+    config = config_of(family)
+    of_model = decayed(config, Transformer), matrices(config, Transformer)
+    return make_optimizer(TRAINING, *of_model)
 
 
 @functools.cache

@@ -45,6 +45,11 @@ class Training:
     sequence_tokens: int = 2048
     accumulation_steps: int | None = 1
     """Parts of a step; null: one sequence of each (data, fsdp) at a time."""
+    optimizer: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
+    """adamw, lion: read beta1 and beta2. muon: orthogonal steps of the matrices inside
+    layers, whose momentum is beta1, and AdamW's of all else, at one learning rate.
+    adafactor: factored second moments, no first; reads neither, and learning_rate is
+    relative to each parameter. sgd: momentum beta1."""
     learning_rate: float = 3e-4
     """The peak, reached after warmup_steps; then a cosine to final_learning_rate."""
     final_learning_rate: float = 3e-5

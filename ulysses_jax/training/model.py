@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +23,7 @@ from ulysses_jax.mesh import AXES, make_mesh
 from ulysses_jax.models.kinds import KINDS
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import ZERO, activation
+from ulysses_jax.training.matrix import matrix_of
 from ulysses_jax.training.preflight import architecture
 from ulysses_jax.training.update import LAYERS
 from ulysses_jax.weights.gathered import Weight
@@ -142,6 +144,12 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
                 f"ulysses_jax.Transformer, and {name} is none: leave it out, and use "
                 "nnx.remat or jax.checkpoint in its features"
             )
+    if config.training.optimizer == "muon":
+        raise ValueError(
+            "training.optimizer muon steps the matrices inside the layers of "
+            f"ulysses_jax.Transformer, and {name} is none: which of its parameters are "
+            "tables or heads is not known; use adamw, lion, adafactor or sgd"
+        )
     if config.training.zero_stage == 2:
         raise ValueError(
             "training.zero_stage 2 cuts the gradients of ulysses_jax.Transformer, and "
@@ -207,6 +215,25 @@ def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
     """A tree like the parameters: whether each is a matrix, and so decayed."""
     state = nnx.state(abstract_model(config, make_model))
     return nnx.to_pure_dict(state, extract_fn=is_matrix)
+
+
+def matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
+    """A tree like the parameters: the `Matrix` of each.
+
+    A user's own parameters, which have no letters, are one each, stacked or not.
+    """
+    model = abstract_model(config, make_model)
+    has_stacks = isinstance(model, Transformer)
+    return flax.traverse_util.unflatten_dict(
+        {
+            path: matrix_of(
+                variable.get_metadata().get("letters"),
+                variable.shape,
+                in_stack=has_stacks and path[0] == LAYERS,
+            )
+            for path, variable in nnx.to_flat_state(nnx.state(model))
+        }
+    )
 
 
 def model_of(

@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay, warmup and cosine, global-norm clipping."""
+"""The optimizer by its name: decoupled weight decay, warmup, cosine, clipping."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,13 @@ import optax
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Training
+from ulysses_jax.training.adafactor import scale_by_adafactor
+from ulysses_jax.training.matrix import like
+from ulysses_jax.training.muon import scale_by_muon
+from ulysses_jax.training.update import LAYERS
+
+REST = "rest"
+"""The parameters under this name are of layers that lie in no stack."""
 
 
 def learning_rate_schedule(training: Training) -> optax.Schedule:
@@ -54,29 +61,72 @@ def rate_change(before: dict[str, Any], training: Training, step: int) -> list[s
 
 
 def make_optimizer(
-    training: Training, decayed: dict[str, Any]
+    training: Training, decayed: dict[str, Any], matrices: dict[str, Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by the global norm, then AdamW; only matrices decay (arXiv 1711.05101).
+    """Clips by the global norm, then steps; only matrices decay (arXiv 1711.05101).
 
     Args:
       decayed: a tree like the parameters: whether weight decay is of each.
+      matrices: likewise, how its dims make a `Matrix`.
 
-    `update(gradients, state, parameters, norm=...)` takes the norm of all gradients, so
-    that it may be given a part of them; without one they are all there are.
+    The parameters may be a part of these trees. `update(gradients, state, parameters,
+    norm=...)` takes the norm of all gradients, so that it may be given a part of them;
+    without one they are all there are. What lies in `layers` may be one layer of each
+    stack there.
     """
 
     def of(parameters: Any) -> dict[str, Any]:
-        return {name: decayed[name] for name in parameters}
+        return like(parameters, decayed)
 
     return optax.chain(
         _clip(training.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(training),
-            b1=training.beta1,
-            b2=training.beta2,
-            weight_decay=training.weight_decay,
-            mask=of,
+        optax.chain(
+            _rescaled(training, decayed, matrices),
+            optax.add_decayed_weights(training.weight_decay, of),
+            optax.scale_by_learning_rate(learning_rate_schedule(training)),
         ),
+    )
+
+
+def _rescaled(
+    training: Training, decayed: dict[str, Any], matrices: dict[str, Any]
+) -> optax.GradientTransformation:
+    """What makes an update of gradients, before decay and the learning rate."""
+    beta1, beta2 = training.beta1, training.beta2
+    match training.optimizer:
+        case "adamw":
+            return optax.scale_by_adam(beta1, beta2)
+        case "lion":
+            return optax.scale_by_lion(beta1, beta2)
+        case "sgd":
+            return optax.trace(beta1)
+        case "adafactor":
+            return scale_by_adafactor(matrices)
+        case "muon":
+            return _muon_and_adam(beta1, beta2, decayed, matrices)
+
+
+def _muon_and_adam(
+    beta1: float, beta2: float, decayed: dict[str, Any], matrices: dict[str, Any]
+) -> optax.GradientTransformation:
+    """Muon of the matrices inside layers, Adam of all others."""
+    in_layers = {
+        name: jax.tree.map(
+            lambda decays, matrix, name=name: (
+                name in (LAYERS, REST) and decays and matrix.num_row_dims is not None
+            ),
+            decayed[name],
+            matrices[name],
+        )
+        for name in decayed
+    }
+
+    def others(parameters: Any) -> Any:
+        return jax.tree.map(lambda each: not each, like(parameters, in_layers))
+
+    return optax.chain(
+        optax.masked(scale_by_muon(beta1, matrices), lambda p: like(p, in_layers)),
+        optax.masked(optax.scale_by_adam(beta1, beta2), others),
     )
 
 

@@ -22,7 +22,13 @@ from ulysses_jax.tensors.files import Tensors
 from ulysses_jax.tensors.parameters import Described, Expected, read_parameters
 from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.load import Before
-from ulysses_jax.training.model import MakeModel, abstract_model, decayed, made
+from ulysses_jax.training.model import (
+    MakeModel,
+    abstract_model,
+    decayed,
+    made,
+    matrices,
+)
 from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
 
@@ -93,8 +99,9 @@ def first_state(
 def optimizer_of(
     config: Config, make_model: MakeModel = Transformer
 ) -> optax.GradientTransformationExtraArgs:
-    """Of a run: what is decayed is a property of the model's parameters."""
-    return make_optimizer(config.training, decayed(config, make_model))
+    """Of a run: what decays, and what a matrix is, the model's parameters say."""
+    of_model = decayed(config, make_model), matrices(config, make_model)
+    return make_optimizer(config.training, *of_model)
 
 
 def lay(

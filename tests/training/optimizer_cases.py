@@ -1,0 +1,138 @@
+"""Plain Optax on each layer's own matrices, to compare a run's optimizer with."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+from run_cases import make_config, mesh_of
+
+from ulysses_jax.training.optimizer import learning_rate_schedule
+from ulysses_jax.training.state import init_state
+
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
+IN_LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
+TABLES = ("embedding", "unembedding", "position_table")
+# Two stacks of two layers, and a layer that is left; k and v are too small to factor.
+MODEL = dict(
+    width=128,
+    num_layers=5,
+    num_heads=16,
+    num_kv_heads=8,
+    head_size=8,
+    feed_forward_width=160,
+    pattern=["window", "full"],
+    window=6,
+)
+TRAINING = dict(
+    learning_rate=0.01,
+    final_learning_rate=0.001,
+    num_steps=6,
+    warmup_steps=2,
+    weight_decay=0.3,
+    beta1=0.8,
+    beta2=0.9,
+    clip_norm=1.5,
+)
+
+
+def config_of(degrees, *, model=None, **options):
+    return make_config(degrees, model=MODEL | (model or {}), **TRAINING | options)
+
+
+def matrices_of(tree):
+    """By layer and name: heads and their features as one side of a plain matrix."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        names = tuple(str(key.key) for key in path)
+        x = np.asarray(x)
+        if names[0] == "layers":
+            for i, each in enumerate(x):
+                found["layer", i, *names[1:]] = _flat(names[-1], each)
+        else:
+            found[names] = _flat(names[-1], x)
+    return found
+
+
+def _flat(name, x):
+    if name in ("q", "k", "v"):
+        return x.reshape(x.shape[0], -1)
+    return x.reshape(-1, x.shape[-1]) if name == "out" else x
+
+
+def is_in_layer(names):
+    return names[0] in ("layer", "rest") and names[-1] in IN_LAYERS
+
+
+def plain_optax(training, names):
+    """The optimizer by its name as Optax has it, on a dict of plain matrices."""
+    rate = learning_rate_schedule(training)
+    betas = training.beta1, training.beta2
+    decay = dict(
+        weight_decay=training.weight_decay,
+        mask={name: name[-1] in IN_LAYERS + TABLES for name in names},
+    )
+    adamw = optax.adamw(rate, *betas, **decay)
+    step = {
+        "adamw": lambda: adamw,
+        "lion": lambda: optax.lion(rate, *betas, **decay),
+        "sgd": lambda: optax.chain(
+            optax.trace(training.beta1),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(rate),
+        ),
+        "adafactor": lambda: optax.adafactor(
+            rate,
+            weight_decay_rate=lambda count: training.weight_decay * rate(count),
+            weight_decay_mask=decay["mask"],
+        ),
+        "muon": lambda: optax.multi_transform(
+            {
+                True: optax.contrib.muon(
+                    rate,
+                    beta=training.beta1,
+                    weight_decay=training.weight_decay,
+                    consistent_rms=0.2,
+                ),
+                False: optax.adamw(
+                    rate,
+                    *betas,
+                    weight_decay=training.weight_decay,
+                    mask=lambda tree: {name: name[-1] in TABLES for name in tree},
+                ),
+            },
+            {name: is_in_layer(name) for name in names},
+        ),
+    }[training.optimizer]()
+    return optax.chain(optax.clip_by_global_norm(training.clip_norm), step)
+
+
+def take_plain_steps(training, parameters, gradients_of, num_steps):
+    """Args: gradients_of: `f(step, matrices)`, of the dicts of `matrices_of`."""
+    optimizer = plain_optax(training, list(parameters))
+    state, update = optimizer.init(parameters), jax.jit(optimizer.update)
+    for i in range(num_steps):
+        updates, state = update(gradients_of(i, parameters), state, parameters)
+        parameters = jax.tree.map(np.asarray, optax.apply_updates(parameters, updates))
+    return parameters
+
+
+@functools.cache
+def grown(family="llama"):
+    """Parameters of `MODEL`, large enough that layers matter."""
+    with jax.set_mesh(mesh_of()):
+        config = config_of({}, family=family)
+        state = jax.jit(functools.partial(init_state, config))()
+    return jax.tree.map(
+        lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
+    )
+
+
+def assert_same_matrices(got, want, tolerance):
+    """Relative to the largest element of each."""
+    got = matrices_of(got)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        scale = np.abs(x).max() + 1e-12
+        error = np.abs(got[name] - x).max() / scale
+        assert error < tolerance, (name, error)
