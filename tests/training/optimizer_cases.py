@@ -5,25 +5,22 @@ import functools
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from run_cases import make_config, mesh_of
 
+from ulysses_jax.models import Transformer
 from ulysses_jax.training.optimizer import learning_rate_schedule
-from ulysses_jax.training.state import init_state
+from ulysses_jax.training.state import abstract_state, init_state, state_of
 
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 IN_LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
 TABLES = ("embedding", "unembedding", "position_table")
-# Two stacks of two layers, and a layer that is left; k and v are too small to factor.
+# k and v are too small to factor.
 MODEL = dict(
-    width=128,
-    num_layers=5,
-    num_heads=16,
-    num_kv_heads=8,
-    head_size=8,
-    feed_forward_width=160,
-    pattern=["window", "full"],
-    window=6,
+    width=128, num_heads=16, num_kv_heads=8, head_size=8, feed_forward_width=160
 )
+# Two stacks of two layers, and a layer that is left.
+STACKS = dict(num_layers=5, pattern=["window", "full"], window=6)
 TRAINING = dict(
     learning_rate=0.01,
     final_learning_rate=0.001,
@@ -52,6 +49,19 @@ def matrices_of(tree):
         else:
             found[names] = _flat(names[-1], x)
     return found
+
+
+def tree_of(matrices, like):
+    """The inverse of `matrices_of`: a tree like this one."""
+
+    def of(path, x):
+        names = tuple(str(key.key) for key in path)
+        if names[0] != "layers":
+            return matrices[names].reshape(x.shape)
+        layers = [matrices["layer", i, *names[1:]] for i in range(len(x))]
+        return np.stack(layers).reshape(x.shape)
+
+    return jax.tree_util.tree_map_with_path(of, like)
 
 
 def _flat(name, x):
@@ -118,14 +128,28 @@ def take_plain_steps(training, parameters, gradients_of, num_steps):
 
 
 @functools.cache
-def grown(family="llama"):
+def grown(has_stacks=False):
     """Parameters of `MODEL`, large enough that layers matter."""
     with jax.set_mesh(mesh_of()):
-        config = config_of({}, family=family)
+        config = config_of({}, model=STACKS if has_stacks else {})
         state = jax.jit(functools.partial(init_state, config))()
     return jax.tree.map(
         lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
     )
+
+
+def begun(config, mesh, parameters):
+    """The state before the first step, on the mesh that is set."""
+    parameters = put_like(abstract_state(config).parameters, mesh, parameters)
+    return jax.jit(functools.partial(state_of, config, Transformer))(parameters)
+
+
+def put_like(shapes, mesh, tree):
+    def put(x, like):
+        kind, spec = like.sharding.memory_kind, like.sharding.spec
+        return jax.device_put(x, NamedSharding(mesh, spec, memory_kind=kind))
+
+    return jax.tree.map(put, tree, shapes)
 
 
 def assert_same_matrices(got, want, tolerance):

@@ -568,6 +568,11 @@ def test_memory_options_are_refused(make_config, memory):
     assert "Headed is none: leave it out, and use nnx.remat" in str(met.value)
 
 
+def test_muon_is_refused(make_config):
+    with pytest.raises(ValueError, match="muon steps .* Headed is none.* use adamw"):
+        train(make_config(optimizer="muon"), make_model=Headed)
+
+
 def test_zero_stage_2_is_refused(make_config):
     with pytest.raises(ValueError, match="zero_stage 2 cuts .* Headed is none: use 3"):
         train(make_config(zero_stage=2), make_model=Headed)

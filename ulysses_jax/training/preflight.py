@@ -132,6 +132,20 @@ def refuse_other_model(meta_model: dict[str, Any], model: dict[str, Any]) -> Non
         )
 
 
+def refuse_other_optimizer(was: str, now: str) -> None:
+    """Refuses to resume with one optimizer the state of another.
+
+    Raises:
+      ValueError: with the names of both.
+    """
+    if was != now:
+        raise ValueError(
+            f"the checkpoint has the state of training.optimizer {was}, and the config "
+            f"says {now}: set it to {was}; or use another run.folder (--run.folder), "
+            "with run.after to start from the parameters of this one"
+        )
+
+
 def differences(meta_model: dict[str, Any], model: dict[str, Any]) -> list[str]:
     """What of a model is other than in a checkpoint, field by field, with both values.
 

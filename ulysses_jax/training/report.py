@@ -83,7 +83,8 @@ def _work(config: Config) -> str:
     training, mesh = config.training, config.mesh
     degrees = {axis: n for axis, n in vars(mesh).items() if n > 1} or {"devices": 1}
     return (
-        f"{training.batch_size} x {training.sequence_tokens:,} tokens a step; mesh "
+        f"{training.batch_size} x {training.sequence_tokens:,} tokens a step of "
+        f"{training.optimizer}; mesh "
         + " x ".join(f"{axis}={n}" for axis, n in degrees.items())
     )
 

@@ -48,6 +48,7 @@ from ulysses_jax.training.preflight import (
     check_processes,
     check_space,
     refuse_other_model,
+    refuse_other_optimizer,
 )
 from ulysses_jax.training.report import attention_of, describe, describe_own
 from ulysses_jax.training.signals import Stopped, told_to_stop
@@ -153,12 +154,16 @@ def run_once(
             meta = {
                 "model": identity(config, make_model),
                 "data": data.meta,
+                "optimizer": training.optimizer,
                 "schedule": schedule_fields(training),
             }
             saved = checkpointer.latest_meta()
             if saved is not None:
                 refuse_other_model(saved[1]["model"], meta["model"])
                 refuse_other_data(saved[1]["data"], meta["data"], config)
+                # Before it had a name it was AdamW.
+                then = saved[1].get("optimizer", "adamw")
+                refuse_other_optimizer(then, training.optimizer)
             source, changed = None, []
             if saved is None and config.run.after is not None:
                 source, changed = open_run(config.run.after, meta["model"])

@@ -32,8 +32,8 @@ def update(
     """Takes a step along the gradients; streams what lies in host memory.
 
     Args:
-      optimizer: that of `make_optimizer`. It treats each element on its own but for the
-        norm, which it is given: so it may be given a part of the parameters.
+      optimizer: that of `make_optimizer`. It treats each layer's parameters on their
+        own but for the norm, which it is given: so it may be given one layer of them.
       sums: the parameters' gradients times `tokens`, float32.
       parameters: float32.
       state: the optimizer's; its moments are dicts as the parameters.
