@@ -10,7 +10,7 @@ from run_cases import make_config, mesh_of
 
 from ulysses_jax.models import Transformer
 from ulysses_jax.training.optimizer import learning_rate_schedule
-from ulysses_jax.training.state import abstract_state, init_state, state_of
+from ulysses_jax.training.state import abstract_state, state_of
 
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 IN_LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
@@ -70,72 +70,77 @@ def _flat(name, x):
     return x.reshape(-1, x.shape[-1]) if name == "out" else x
 
 
-def is_in_layer(names):
-    return names[0] in ("layer", "rest") and names[-1] in IN_LAYERS
-
-
-def plain_optax(training, names):
-    """The optimizer by its name as Optax has it, on a dict of plain matrices."""
+@functools.cache
+def plain_optax(training, is_in_layer, decays):
+    """The optimizer by its name as Optax has it, of one plain matrix or vector."""
     rate = learning_rate_schedule(training)
     betas = training.beta1, training.beta2
-    decay = dict(
-        weight_decay=training.weight_decay,
-        mask={name: name[-1] in IN_LAYERS + TABLES for name in names},
-    )
-    adamw = optax.adamw(rate, *betas, **decay)
-    step = {
-        "adamw": lambda: adamw,
-        "lion": lambda: optax.lion(rate, *betas, **decay),
+    decay = training.weight_decay * decays
+    optimizer = training.optimizer
+    if optimizer == "muon" and is_in_layer:
+        return optax.contrib.muon(
+            rate, beta=training.beta1, weight_decay=decay, consistent_rms=0.2
+        )
+    return {
+        "adamw": lambda: optax.adamw(rate, *betas, weight_decay=decay),
+        "muon": lambda: optax.adamw(rate, *betas, weight_decay=decay),
+        "lion": lambda: optax.lion(rate, *betas, weight_decay=decay),
         "sgd": lambda: optax.chain(
             optax.trace(training.beta1),
-            optax.add_decayed_weights(**decay),
+            optax.add_decayed_weights(decay),
             optax.scale_by_learning_rate(rate),
         ),
         "adafactor": lambda: optax.adafactor(
-            rate,
-            weight_decay_rate=lambda count: training.weight_decay * rate(count),
-            weight_decay_mask=decay["mask"],
+            rate, weight_decay_rate=lambda count: decay * rate(count)
         ),
-        "muon": lambda: optax.multi_transform(
-            {
-                True: optax.contrib.muon(
-                    rate,
-                    beta=training.beta1,
-                    weight_decay=training.weight_decay,
-                    consistent_rms=0.2,
-                ),
-                False: optax.adamw(
-                    rate,
-                    *betas,
-                    weight_decay=training.weight_decay,
-                    mask=lambda tree: {name: name[-1] in TABLES for name in tree},
-                ),
-            },
-            {name: is_in_layer(name) for name in names},
-        ),
-    }[training.optimizer]()
-    return optax.chain(optax.clip_by_global_norm(training.clip_norm), step)
+    }[optimizer]()
+
+
+@functools.cache
+def plain_step(training, is_in_layer, decays):
+    optimizer = plain_optax(training, is_in_layer, decays)
+
+    @jax.jit
+    def step(gradient, state, x):
+        updates, state = optimizer.update(gradient, state, x)
+        return optax.apply_updates(x, updates), state
+
+    return optimizer.init, step
 
 
 def take_plain_steps(training, parameters, gradients_of, num_steps):
-    """Args: gradients_of: `f(step, matrices)`, of the dicts of `matrices_of`."""
-    optimizer = plain_optax(training, list(parameters))
-    state, update = optimizer.init(parameters), jax.jit(optimizer.update)
+    """Each matrix alone, but for the norm by which all gradients are clipped.
+
+    Args: gradients_of: `f(step, matrices)`, of the dicts of `matrices_of`.
+    """
+    clip, states = optax.clip_by_global_norm(training.clip_norm), {}
     for i in range(num_steps):
-        updates, state = update(gradients_of(i, parameters), state, parameters)
-        parameters = jax.tree.map(np.asarray, optax.apply_updates(parameters, updates))
+        gradients, _ = clip.update(gradients_of(i, parameters), optax.EmptyState())
+        stepped = {}
+        for name, x in parameters.items():
+            is_matrix = name[-1] in IN_LAYERS
+            in_layer = name[0] in ("layer", "rest") and is_matrix
+            decays = is_matrix or name[-1] in TABLES
+            init, step = plain_step(training, in_layer, decays)
+            state = states[name] if i else init(x)
+            stepped[name], states[name] = step(gradients[name], state, x)
+        parameters = jax.tree.map(np.asarray, stepped)
     return parameters
 
 
 @functools.cache
 def grown(has_stacks=False):
     """Parameters of `MODEL`, large enough that layers matter."""
+    rng = np.random.default_rng(1)
     with jax.set_mesh(mesh_of()):
-        config = config_of({}, model=STACKS if has_stacks else {})
-        state = jax.jit(functools.partial(init_state, config))()
-    return jax.tree.map(
-        lambda x: np.asarray(x) * (4 if x.ndim > 1 else 1), state.parameters
-    )
+        shapes = abstract_state(config_of({}, model=STACKS if has_stacks else {}))
+
+    def draw(path, x):
+        if path[-1].key == "scale":
+            return np.ones(x.shape, np.float32)
+        return np.float32(0.08 * rng.standard_normal(x.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes.parameters)
 
 
 def begun(config, mesh, parameters):

@@ -50,9 +50,9 @@ def orthogonal(x: Float[Array, "*L M N"]) -> Float[Array, "*L M N"]:
     """Each matrix with singular values near 1; it lies as before.
 
     A stack cut over axes of Z devices in all is exchanged, so that each device has
-    whole matrices of ceil(L / Z) layers, and back: a device sends
-    `2 ceil(L / Z) M N (Z - 1) / Z` elements. One matrix is gathered, and each device
-    makes the same of it.
+    whole matrices of ceil(L / Z) layers, and back: it sends `2 ceil(L / Z) M N`
+    elements for each dim that is cut, less what stays. One matrix is gathered, and
+    each device makes the same of it.
     """
     spec = jax.typeof(x).sharding.spec
     axes = tuple(axis for each in spec for axis in _names(each))
