@@ -25,11 +25,13 @@ from slow import slow_but_for
 from ulysses_jax import config as configs
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
+from ulysses_jax.costs.optimizer import muon_bytes
 from ulysses_jax.training.state import abstract_state, lay, optimizer_of, shard_bytes
 from ulysses_jax.training.step import make_validation_step
 from ulysses_jax.training.update import update
 
 NUM_STEPS = 3
+LAYER = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 160
 ON_HOST = dict(offload=["optimizer", "parameters"])
 CASES = {
     "one device": ({}, {}),
@@ -120,21 +122,32 @@ def test_steps_are_those_of_plain_optax(name, case):
     assert_same_matrices(parameters, want(name, has_stacks), 1e-5)
 
 
+def sent_by_muon(case):
+    config, _, step = compiled_update("muon", case)
+    degrees = vars(configs.Mesh(**CASES[case][0]))
+    sent = collections.Counter()
+    for each in find_collectives(parse(step.as_text()), degrees, gpus_per_host=8):
+        sent[each.kind, each.axes] += each.count * each.sent_bytes
+    return config, sent
+
+
 def test_muon_exchanges_matrices_and_gathers_none():
     """Each device has a whole matrix of one of 2 layers, padded to 8: over fsdp x seq
     it sends three quarters of as much there, over tensor half; and as much back."""
-    case = "fsdp, seq, tensor"
-    _, _, step = compiled_update("muon", case)
-    degrees = vars(configs.Mesh(**CASES[case][0]))
-    found = find_collectives(parse(step.as_text()), degrees, gpus_per_host=8)
-    sent = collections.Counter()
-    for each in found:
-        sent[each.kind, each.axes] += each.count * each.sent_bytes
-    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 160
-    assert sent["all-to-all", "fsdp+seq"] == 2 * 4 * layer * 3 / 4
-    assert sent["all-to-all", "tensor"] == 2 * 4 * layer / 2
+    config, sent = sent_by_muon("fsdp, seq, tensor")
+    for axes, share in (("fsdp+seq", 3 / 4), ("tensor", 1 / 2)):
+        exchanged = sent["all-to-all", axes]
+        assert exchanged == 2 * 4 * LAYER * share
+        assert exchanged == muon_bytes(config, "all-to-all", axes)
     assert {kind for kind, _ in sent} <= {"all-to-all", "all-reduce"}
     assert sum(sent[key] for key in sent if key[0] == "all-reduce") < 100
+
+
+def test_on_the_host_muon_gathers_each_layer_once():
+    config, sent = sent_by_muon("data, ring, on the host")
+    gathered = sent["all-gather", "ring"]
+    assert gathered == 4 * 2 * LAYER * 3 / 4
+    assert gathered == muon_bytes(config, "all-gather", "ring")
 
 
 def moments_bytes(name, degrees):
@@ -146,8 +159,7 @@ def moments_bytes(name, degrees):
 
 def test_bytes_of_moments():
     """Of `MODEL`: of one device, and of one of eight, cut as ZeRO cuts AdamW's."""
-    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 160
-    matrices, tables, vectors = 2 * layer, 2 * 24 * 128, 5 * 128
+    matrices, tables, vectors = 2 * LAYER, 2 * 24 * 128, 5 * 128
     cut = dict(fsdp=2, seq=2, tensor=2)
     for degrees, share in (({}, 1), (cut, 8)):
         one = 4 * (matrices + tables) // share + 4 * vectors

@@ -4,6 +4,7 @@ from typing import Any
 
 from ulysses_jax.config import Config, Model
 from ulysses_jax.costs.kernels import tile_products
+from ulysses_jax.costs.optimizer import optimizer_seconds
 from ulysses_jax.costs.pairs import pairs_of
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
@@ -14,10 +15,6 @@ from ulysses_jax.parallel.exchange import head_layout
 # exchange's layout touch q, k, v and out three times; the activation reads and writes
 # four times F. Backward takes twice as much.
 D_PASSES, QKV_PASSES, F_PASSES = 10, 3, 4
-
-# AdamW reads parameter, gradient and two moments and writes three of them, float32, for
-# each two moments that a device has.
-OPTIMIZER_TRAFFIC = 7 / 2
 
 
 def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +86,11 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         "elementwise_seconds": _elementwise_bytes(config)
         / devices
         / target.memory_bytes_per_second,
-        "optimizer_seconds": sum(
-            plan["memory"][name] for name in ("optimizer_bytes", "host_optimizer_bytes")
-        )
-        * OPTIMIZER_TRAFFIC
-        / target.memory_bytes_per_second,
+        "optimizer_seconds": optimizer_seconds(
+            config,
+            target,
+            plan["memory"]["optimizer_bytes"] + plan["memory"]["host_optimizer_bytes"],
+        ),
         "exposed_communication_seconds": exposed,
         "exposed_host_seconds": host_exposed,
     }

@@ -7,6 +7,8 @@ from typing import Any
 
 from ulysses_jax.config import Config, in_pieces
 from ulysses_jax.costs.collectives import Collective
+from ulysses_jax.costs.matrices import matrix_elements
+from ulysses_jax.costs.optimizer import muon_bytes
 from ulysses_jax.parallel.bytes import received_bytes
 from ulysses_jax.parallel.zigzag import seen_steps
 from ulysses_jax.sharding import zero_axes
@@ -79,9 +81,11 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     embedding and once for the head; below, in float32 once a step. Their gradients in
     float32 once an accumulation step: scattered, then summed over `data`; at stage 1
     summed over all axes of tokens, the tables' once a step, and scattered where `data`
-    is 1.
+    is 1. Matrices that Muon makes orthogonal: what `costs.optimizer.muon_bytes` says.
     """
     found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
+    if config.training.optimizer == "muon":
+        found.append(muon_bytes(config, kind, axes))
     known = [each for each in found if each is not None]
     return sum(known) if known else None
 
@@ -190,7 +194,7 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     passes = num_passes(config)
     element = BF16_BYTES if model.compute_dtype == "bfloat16" else F32_BYTES
     degrees = {"fsdp": mesh.fsdp, "ring": mesh.ring, "seq": mesh.seq}
-    layers, rest = _matrix_elements(config)
+    layers, rest = matrix_elements(model)
     stage, steps = training.zero_stage, training.accumulation_steps
     unread = 0.0
     if kind == "all-gather" and stage == 3:
@@ -251,20 +255,6 @@ def feed_forward_is_tiled(config: Config) -> bool:
     shards = 1 if config.model.strategy == "megatron" else mesh.ring * mesh.seq
     tokens = rows * config.padded_tokens() // shards
     return tile is not None and tokens > tile
-
-
-def _matrix_elements(config: Config) -> tuple[int, int]:
-    """Elements of the layers' matrices; of the embedding, positions and head."""
-    model = config.model
-    assert model.num_kv_heads and model.head_size and model.feed_forward_width
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
-    gated = 3 if model.is_gated else 2
-    layer = model.width * (attention + gated * model.feed_forward_width)
-    positions = (model.max_positions or 0) if model.positions == "learned" else 0
-    # XLA gathers a tied table once, and adds its two gradients before it scatters them.
-    tables = 1 if model.tied_embeddings else 2
-    rest = model.width * (tables * model.vocab_size + positions)
-    return model.num_layers * layer, rest
 
 
 def _row(kind: str, axes: str, members: list[Collective], formula: float | None):

@@ -1,0 +1,98 @@
+"""What a step of the optimizer costs: memory traffic, and Muon's products and bytes."""
+
+import math
+
+from ulysses_jax.config import Config
+from ulysses_jax.costs.matrices import layer_matrices, matrix_elements
+from ulysses_jax.costs.targets import Target
+from ulysses_jax.sharding import zero_axes
+
+NEWTON_SCHULZ_STEPS = 5
+FLOAT32_BYTES = 4
+
+# Float32 numbers of a parameter that the optimizer keeps; of others it depends.
+MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1}
+
+
+def optimizer_seconds(config: Config, target: Target, state_bytes: float) -> float:
+    """Reads parameter, gradient and moments and writes but the gradient; and Muon's
+    products, as TF32.
+
+    Args:
+      config: placed on its mesh.
+      state_bytes: of the optimizer, of one GPU, in either memory.
+    """
+    name = config.training.optimizer
+    if name in MOMENTS:
+        parameters = state_bytes / MOMENTS[name]
+    else:
+        layers, tables = matrix_elements(config.model)
+        parameters = FLOAT32_BYTES * (layers + tables) / math.prod(_cut(config))
+    moved = 3 * parameters + 2 * state_bytes
+    rate = target.peak_flops_per_second("float32") * target.matmul_efficiency
+    flops = muon_flops(config) if name == "muon" else 0.0
+    return moved / target.memory_bytes_per_second + flops / rate
+
+
+def muon_flops(config: Config) -> float:
+    """Of one GPU: of each layer whose matrices it makes orthogonal. Of m rows and n
+    columns, m the fewer, a step takes `4 m^2 n + 2 m^3`."""
+    layer = 0.0
+    for sides in layer_matrices(config.model):
+        m, n = min(sides), max(sides)
+        layer += NEWTON_SCHULZ_STEPS * (4.0 * m * m * n + 2.0 * m**3)
+    stacked, single = _layers(config)
+    return layer * (stacked + single)
+
+
+def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
+    """Bytes that a GPU sends a step so that Muon has whole matrices."""
+    (zero, zero_degree), (parts, parts_degree) = _axes(config)
+    stacked, single = _layers(config)
+    layer = FLOAT32_BYTES * sum(
+        rows * columns for rows, columns in layer_matrices(config.model)
+    )
+    found = 0.0
+    # A single matrix is gathered over one side first, a part of it.
+    for names, degree, share in (
+        (zero, zero_degree, parts_degree),
+        (parts, parts_degree, 1),
+    ):
+        if axes != "+".join(names) or degree == 1:
+            continue
+        away = layer * (degree - 1) / degree
+        if kind == "all-to-all":
+            found += 2 * stacked * away
+        elif kind == "all-gather":
+            found += single * away / share
+    return found or None
+
+
+def _layers(config: Config) -> tuple[int, int]:
+    """Of which a GPU has whole matrices: its share of the stacks, padded; and those
+    that all GPUs gather one by one."""
+    model, memory = config.model, config.memory
+    assert model.pattern
+    if {"optimizer", "parameters"} & {*memory.offload}:
+        return 0, model.num_layers
+    repeats, rest = divmod(model.num_layers, len(model.pattern))
+    return len(model.pattern) * math.ceil(repeats / math.prod(_cut(config))), rest
+
+
+def _cut(config: Config) -> tuple[int, int]:
+    """Over how many GPUs D is cut, and the matrices' other side."""
+    (_, zero), (_, parts) = _axes(config)
+    return zero, parts
+
+
+def _axes(config: Config) -> tuple[tuple[list[str], int], tuple[list[str], int]]:
+    """The axes of more than one GPU that D lies over, and the other side's."""
+    mesh = vars(config.mesh)
+    other = ["seq", "tensor"] if config.model.strategy == "megatron" else ["tensor"]
+    left = {axis: n for axis, n in mesh.items() if axis not in other}
+    sides = zero_axes(config.model.width, left), other
+    zero, parts = ([axis for axis in side if mesh[axis] > 1] for side in sides)
+    return (zero, math.prod(mesh[a] for a in zero)), (
+        parts,
+        math.prod(mesh[a] for a in parts),
+    )
