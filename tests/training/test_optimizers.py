@@ -150,6 +150,19 @@ def test_on_the_host_muon_gathers_each_layer_once():
     assert gathered == muon_bytes(config, "all-gather", "ring")
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_part_of_the_parameters_is_enough(name):
+    """On no mesh, too."""
+    with jax.set_mesh(mesh_of()):
+        optimizer = optimizer_of(config_of({}, optimizer=name))
+    attention = grown()["layers"][0]["attention"]
+    part = dict(layers={0: dict(attention=dict(q=attention["q"]))})
+    state = jax.eval_shape(optimizer.init, part)
+    updates, after = jax.eval_shape(optimizer.update, part, state, part)
+    assert updates["layers"][0]["attention"]["q"].shape == attention["q"].shape
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
 def moments_bytes(name, degrees):
     config = config_of(degrees, optimizer=name)
     with jax.set_mesh(mesh_of(**degrees)):

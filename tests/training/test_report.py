@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import pytest
 from run_cases import make_config
 
-from ulysses_jax.training.report import _kinds, _memory, attention_of, describe_own
+from ulysses_jax.training.report import (
+    _kinds,
+    _memory,
+    _work,
+    attention_of,
+    describe_own,
+)
 
 
 def dot_product_attention_fwd(q):
@@ -45,6 +51,11 @@ def test_padding_of_a_module_of_the_user_s_is_said():
         "masked tokens"
     ]
     assert len(describe_own(make_config(dict(seq=4)), state, "Mine")) == 2
+
+
+def test_the_optimizer_is_said_by_its_name():
+    said = _work(make_config(dict(seq=4), optimizer="muon"))
+    assert said == "8 x 32 tokens a step of muon; mesh seq=4"
 
 
 def test_memory_options_are_said_by_their_names():
