@@ -17,6 +17,7 @@ BASE = {
     "complete",
     "fields",
     "rotary",
+    "lora",
     "mesh",
     "sharding",
 }
@@ -29,7 +30,8 @@ ALLOWED = {
     "config": {"strategies"},
     "fields": set(),
     "rotary": {"config"},
-    "complete": {"config", "fields", "rotary"},
+    "lora": {"config"},
+    "complete": {"config", "fields", "lora", "rotary"},
     "config_file": {"config", "complete", "fields", "run_folder"},
     "mesh": set(),
     "distributed": {"launcher"},

@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from ulysses_jax.config import Config, Memory, Model, Training, in_pieces
 from ulysses_jax.fields import checked
+from ulysses_jax.lora import check_lora
 from ulysses_jax.rotary import check_rope
 
 
@@ -97,6 +98,7 @@ def complete_model(model: Model) -> Model:
         )
     if not learned:
         check_rope(model.rope, model.head_size)
+    check_lora(model)
     return model
 
 

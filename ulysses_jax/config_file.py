@@ -12,7 +12,7 @@ import tyro
 import yaml
 
 from ulysses_jax.complete import complete
-from ulysses_jax.config import Config, Memory, Model
+from ulysses_jax.config import Config, Lora, Memory, Model
 from ulysses_jax.families.config_json import source_model
 from ulysses_jax.fields import typed
 from ulysses_jax.run_folder import is_run_folder
@@ -142,8 +142,21 @@ def _load(path: Path, values: Any, argv: Sequence[str], program: str) -> Config:
         config = dataclasses.replace(config, run=run)
     if argv:
         words = _as_tyro_writes(argv)
-        config = tyro.cli(Config, default=config, args=words, prog=program or None)
+        if config.model.lora is None and any(_is_of_lora(word) for word in words):
+            model = dataclasses.replace(config.model, lora=Lora())
+            config = dataclasses.replace(config, model=model)
+        config = tyro.cli(
+            Config,
+            default=config,
+            args=words,
+            prog=program or None,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     return complete(config, name=path.stem)
+
+
+def _is_of_lora(word: str) -> bool:
+    return word.startswith("--model.lora.")
 
 
 def _source(values: Any, argv: Sequence[str]) -> str | None:
@@ -155,7 +168,8 @@ def _source(values: Any, argv: Sequence[str]) -> str | None:
     own.add_argument("--model.from", dest="folder")
     said = own.parse_known_args(argv)[0].folder or given.get("from")
     said = None if said in ("null", "None") else said
-    says_all = {f.name.rstrip("_") for f in dataclasses.fields(Model)} <= set(given)
+    says = {f.name.rstrip("_") for f in dataclasses.fields(Model)} - {"lora"}
+    says_all = says <= set(given)
     return None if says_all or not isinstance(said, str) else said
 
 
@@ -248,6 +262,9 @@ def _build(cls: Any, values: Any, where: str, path: tuple[str, ...], base: Any) 
             raise ValueError(f"{where}unknown field {name!r}{near}")
         if hints[key] is Memory and value == "auto":
             built[key] = Memory(auto=True)
+        elif hints[key] == Lora | None and value is not None:
+            of = getattr(base, key) or Lora()
+            built[key] = _build(Lora, value, where, (*path, key), of)
         elif dataclasses.is_dataclass(hints[key]):
             of = getattr(base, key)
             built[key] = _build(hints[key], value, where, (*path, key), of)
@@ -284,6 +301,7 @@ def _fields_of(section: str, cls: Any) -> list[tuple[str | None, str]]:
     pairs: list[tuple[str | None, str]] = []
     for name, hint in get_type_hints(cls).items():
         pairs.append((section, name.rstrip("_")))
+        hint = Lora if hint == Lora | None else hint
         if dataclasses.is_dataclass(hint):
             pairs += _fields_of(f"{section}.{name}", hint)
     return pairs

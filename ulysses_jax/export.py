@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of a sequence; default: what the run trained on, or its folder "
         "says if that is longer",
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="those of model.lora alone, as a folder of PEFT's; default: the weights "
+        "with their adapters in them",
+    )
     options = parser.parse_args(argv)
     with ends_in_words(PROGRAM):
         run = Path(options.run)
@@ -47,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.to,
             dtype=options.dtype,
             max_tokens=options.max_tokens or longest,
+            adapters=options.adapters,
         )
     print(f"{options.to}: written")
 

@@ -1,13 +1,14 @@
 """A run as frozen, validated dataclasses."""
 
 from ulysses_jax.config.memory import Memory, in_pieces
-from ulysses_jax.config.model import Model, Rope
+from ulysses_jax.config.model import Lora, Model, Rope
 from ulysses_jax.config.run import Config, Data, Distributed, Mesh, Run, Training
 
 __all__ = [
     "Config",
     "Data",
     "Distributed",
+    "Lora",
     "Memory",
     "Mesh",
     "Model",

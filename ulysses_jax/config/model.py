@@ -47,6 +47,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of a layer's projections, the only parameters that are trained:
+    `x W + (alpha / rank) (x A) B` (arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all",)
+    """Names of projections, or globs of them: q, k, v and out of attention; gate, up
+    and down of the feed-forward. all: every one that the model has."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A decoder-only transformer; the defaults are Llama's choices."""
 
@@ -118,6 +130,8 @@ class Model:
     """Tokens lie in zigzag order over the members that attend block by block, so that
     all work equally under a causal mask; default: where there are such members."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lora: Lora | None = None
+    """Adapters, on weights that stay as model.from has them; null: all is trained."""
     from_: str | None = None
     """`from` in a file and on the command line: a Hugging Face folder whose weights a
     run starts from, and whose config.json says all fields above that are not given."""

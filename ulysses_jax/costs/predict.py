@@ -8,6 +8,7 @@ from ulysses_jax.costs.optimizer import optimizer_seconds
 from ulysses_jax.costs.pairs import pairs_of
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
+from ulysses_jax.lora import adapter_elements
 from ulysses_jax.parallel.exchange import head_layout
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
@@ -126,12 +127,12 @@ def link_seconds(target: Target, inside: float, between: float) -> float:
 def step_flops(config: Config, span: int) -> dict[str, float]:
     """FLOPs of a step of the whole cluster, by formula, on sequences of `span` tokens.
 
-    `matmul`: 2 a weight and token forward, 4 backward (embeddings are looked up, not
-    multiplied). `attention`: with a causal mask 2 T^2 N H a sequence and layer forward
-    and 4 backward; a layer's window narrows it, and documents packed into a sequence
-    do (`pairs.Pairs`); heads that pad N to a multiple of seq are not counted.
-    `*_recompute`: what rematerialisation, and flash attention's backward (T^2 N H
-    more), do again.
+    `matmul`: 2 a weight and token forward, 4 backward, 2 of a frozen one (embeddings
+    are looked up, not multiplied). `attention`: with a causal mask 2 T^2 N H a sequence
+    and layer forward and 4 backward; a layer's window narrows it, and documents packed
+    into a sequence do (`pairs.Pairs`); heads that pad N to a multiple of seq are not
+    counted. `*_recompute`: what rematerialisation, and flash attention's backward (T^2
+    N H more), do again.
     """
     model, training = config.model, config.training
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
@@ -155,8 +156,10 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     recomputed = again * (layers - model.num_layers * gated * down)
     recomputed += (again or feed_forward_is_tiled(config)) * hidden
     attention_again = again and config.memory.remat != "attention"
+    frozen = layers + head if model.lora else 0
+    adapters = model.num_layers * adapter_elements(model)
     return {
-        "matmul": 6.0 * tokens * (layers + head),
+        "matmul": tokens * (6.0 * (layers + head + adapters) - 2.0 * frozen),
         "matmul_recompute": 2.0 * tokens * recomputed,
         "attention": 6.0 * product,
         # Kept out and logsumexp: the backward pass calls no forward.

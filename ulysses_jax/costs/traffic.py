@@ -196,6 +196,8 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     degrees = {"fsdp": mesh.fsdp, "ring": mesh.ring, "seq": mesh.seq}
     layers, rest = matrix_elements(model)
     stage, steps = training.zero_stage, training.accumulation_steps
+    if model.lora and (kind, stage) != ("all-gather", 3):
+        return None  # of adapters alone: a part of a hundredth, or none
     unread = 0.0
     if kind == "all-gather" and stage == 3:
         assert model.feed_forward_width

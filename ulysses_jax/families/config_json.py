@@ -32,6 +32,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
+        if (path.parent / "adapter_config.json").exists():
+            raise ValueError(
+                f"{folder} has adapters of PEFT's, without the weights that they are "
+                "of: merge them first, in Python "
+                "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+                ".save_pretrained(merged)"
+            ) from None
         raise ValueError(
             f"{folder} is no model's folder: cannot read {path} ({error.strerror}); "
             "give a folder with a config.json and safetensors"
@@ -166,8 +173,9 @@ def _candidates(source: dict[str, Any] | None) -> list[Family]:
     return families
 
 
-# How a model is computed, and where it came from: no config.json has a word for them.
-_OWN = ("attention", "strategy", "zigzag", "compute_dtype", "from_")
+# How a model is computed and trained, and where it came from: no config.json has a
+# word for them.
+_OWN = ("attention", "strategy", "zigzag", "compute_dtype", "lora", "from_")
 
 
 def _alike(one: Model, other: Model) -> bool:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +22,16 @@ from ulysses_jax.families.config_json import (
     read_config,
     source_model,
 )
+from ulysses_jax.interop.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    check_whole,
+    kept_of,
+    peft_folder,
+)
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import is_run_folder
-from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write
+from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write, write_file
 from ulysses_jax.tensors.parameters import (
     described,
     expected,
@@ -105,8 +114,11 @@ def save_pretrained(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     max_tokens: int | None = None,
     file_bytes: int = 5_000_000_000,
+    adapters: bool = False,
 ) -> None:
     """Writes a folder that `transformers` opens, and `from_pretrained`.
+
+    Adapters of `model.lora` are added to their weights, in float32.
 
     Args:
       model: a `Transformer`. What it came from (`model.model.from_`) gives the other
@@ -115,10 +127,13 @@ def save_pretrained(
       dtype: of the weights. None: that of the folder it came from, else float32.
       max_tokens: of a sequence, that the model is for; None: as where it came from.
       file_bytes: of a file of weights, at most, or of one tensor.
+      adapters: write these alone, as a folder of PEFT's (`interop.peft`); dtype None is
+        float32 then.
 
     Raises:
       ValueError: the folder is not empty; no family has such a model, or nothing says
-        its `max_tokens`.
+        its `max_tokens`; adapters, and the model has none, or PEFT has not these;
+        frozen weights that lie in fewer bits than are to be written.
       OSError: it could not be written.
 
     It is written aside and then renamed: there is a whole folder, or none. Cost: the
@@ -152,23 +167,25 @@ def save_pretrained(
             "dataclasses"
         )
     values = None if source is None else read_config(source)
+    if adapters:
+        family = family_of(config_of(own, values, max_tokens))
+        fields, shapes, tensors = peft_folder(model, family, dtype or "float32")
+        with _folder_aside(folder, tensors) as aside:
+            if aside is not None:
+                write_file(aside / ADAPTER_FILE, shapes, tensors, dtype or "float32")
+                (aside / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        return
     stored = dtype or ("float32" if source is None else Tensors(source).dtype())
     made = config_of(own, values, max_tokens)
     said = "dtype" if "dtype" in made else "torch_dtype"
     made[said] = stored
     wanted = expected(family_of(made), own)
-    parameters = {
-        path: (variable.get_metadata()["letters"], variable.get_value())
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-    }
-    tensors = written(parameters, wanted, stored)
-    if jax.process_index():
-        for _ in tensors:  # process 0 gathers each with the others
-            pass
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    kept = kept_of(model)
+    check_whole(kept, stored)
+    tensors = written(kept, wanted, stored)
+    with _folder_aside(folder, tensors) as aside:
+        if aside is None:
+            return
         shapes = [Shape(each.name, each.shape) for each in wanted]
         write(aside, shapes, tensors, dtype=stored, file_bytes=file_bytes)
         (aside / CONFIG).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
@@ -176,6 +193,21 @@ def save_pretrained(
             for path in sorted({p for x in _PASSED_ON for p in source.glob(x)}):
                 if path.is_file():
                     shutil.copy(path, aside / path.name)
+
+
+@contextmanager
+def _folder_aside(folder: Path, tensors: Iterator[Any]) -> Iterator[Path | None]:
+    """A folder to write into, which becomes `folder`; None on all processes but the
+    first, which gathers each of the tensors with them."""
+    if jax.process_index():
+        for _ in tensors:
+            pass
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield aside
         aside.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()

@@ -167,7 +167,7 @@ def take_apart(
     values: Values,
     specs: tuple[Any, ...],
     segment_ids: Int[Array, "B T"] | None,
-) -> tuple[Pieces, list[Array]]:
+) -> tuple[Pieces, list[Array | None]]:
     """A `models.Layer` as pieces, and what their gradients are taken of.
 
     Args:
@@ -224,11 +224,14 @@ def take_apart(
     def queries(leaves, x, angles, g):
         layer = bound(leaves)
         attention = layer.attention
-        for name in ("q", "q_bias"):
-            w = getattr(attention, name)
+        of_heads = [(attention, "q"), (attention, "q_bias")]
+        if attention.q_adapter is not None:
+            of_heads.append((attention.q_adapter, "b"))
+        for owner, name in of_heads:
+            w = getattr(owner, name)
             if w is not None:
                 of_group = jax.tree.map(lambda a: heads.of_group(a, g), w[...])
-                setattr(attention, name, w.copy(of_group))
+                setattr(owner, name, w.copy(of_group))
         sinks = attention.sinks
         if sinks is not None:
             sinks = heads.here(sinks[...], g)

@@ -16,6 +16,7 @@ from ulysses_jax.attention.layouts import layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
+from ulysses_jax.models.adapter import make_adapter, project_into, project_out_of
 from ulysses_jax.models.bias import add_bias
 from ulysses_jax.models.inputs import check_input, positions_and_segments
 from ulysses_jax.models.norm import norm_scale, rms_normed
@@ -28,8 +29,6 @@ from ulysses_jax.weights.parameter import matrix, vector
 
 # Cosines and sines of RoPE; empty where there is none to turn by; None: not known yet.
 Angles = tuple[Float[Array, "B T half"], ...] | None
-
-_QUERY, _KEY = "BTD,DNH->BTNH", "BTD,DKH->BTKH"
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,10 @@ class Attention(nnx.Module):
         self.k = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.v = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.out = matrix(rngs, "NHD", sizes, std=output_std(model), table=table)
+        self.q_adapter = make_adapter(model, "q", "DNH", "D", table, rngs=rngs)
+        self.k_adapter = make_adapter(model, "k", "DKH", "D", table, rngs=rngs)
+        self.v_adapter = make_adapter(model, "v", "DKH", "D", table, rngs=rngs)
+        self.out_adapter = make_adapter(model, "out", "NHD", "NH", table, rngs=rngs)
         biased = model.attention_biases != "none"
         self.q_bias = vector("NH", sizes, 0.0, table) if biased else None
         self.k_bias = vector("KH", sizes, 0.0, table) if biased else None
@@ -142,8 +145,7 @@ class Attention(nnx.Module):
                 self.model, x.shape[:2], positions, segment_ids
             )
             angles = self.angles(positions)
-        weights = self.q[...], self.k[...], self.v[...]
-        q, k, v = self.products.into((_QUERY, _KEY, _KEY), x, weights)
+        q, k, v = project_into(self, ("q", "k", "v"), x)
         k, v = self._finish_keys_values(k, v, angles)
         mask = Mask(
             causal=True,
@@ -176,18 +178,17 @@ class Attention(nnx.Module):
     def queries(
         self, x: Float[Array, "B T D"], angles: Angles
     ) -> Float[Array, "B T N H"]:
-        (q,) = self.products.into((_QUERY,), x, (self.q[...],))
+        (q,) = project_into(self, ("q",), x)
         return self._finish_queries(q, angles)
 
     def keys_values(
         self, x: Float[Array, "B T D"], angles: Angles
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        k, v = self.products.into((_KEY, _KEY), x, (self.k[...], self.v[...]))
+        k, v = project_into(self, ("k", "v"), x)
         return self._finish_keys_values(k, v, angles)
 
     def project_out(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        y = self.products.out_of("BTNH,NHD->BTD", out, self.out[...])
-        return add_bias(y, self.out_bias)
+        return add_bias(project_out_of(self, "out", out), self.out_bias)
 
     def _finish_queries(self, q: Array, angles: Angles) -> Array:
         return self._turn(self._normed(add_bias(q, self.q_bias), self.q_norm), angles)

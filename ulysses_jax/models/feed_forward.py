@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
+from ulysses_jax.models.adapter import make_adapter, project_into, project_out_of
 from ulysses_jax.models.bias import add_bias
 from ulysses_jax.models.inputs import check_input
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
@@ -37,6 +38,9 @@ class FeedForward(nnx.Module):
         self.gate = matrix(rngs, "DF", sizes, std=STD, table=table) if gated else None
         self.up = matrix(rngs, "DF", sizes, std=STD, table=table)
         self.down = matrix(rngs, "FD", sizes, std=output_std(model), table=table)
+        self.gate_adapter = make_adapter(model, "gate", "DF", "D", table, rngs=rngs)
+        self.up_adapter = make_adapter(model, "up", "DF", "D", table, rngs=rngs)
+        self.down_adapter = make_adapter(model, "down", "FD", "F", table, rngs=rngs)
         self.gate_bias = vector("F", sizes, 0.0, table) if biased and gated else None
         self.up_bias = vector("F", sizes, 0.0, table) if biased else None
         self.down_bias = vector("D", sizes, 0.0) if biased else None
@@ -44,12 +48,11 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Global, in the compute dtype; lies as x."""
         check_input(self, x)
-        inputs = (self.up,) if self.gate is None else (self.up, self.gate)
-        equations = ("BTD,DF->BTF",) * len(inputs)
-        hidden = self.products.into(equations, x, tuple(w[...] for w in inputs))
+        names = ("up",) if self.gate is None else ("up", "gate")
+        hidden = project_into(self, names, x)
         up, *gate = (checkpoint_name(each, "hidden_activations") for each in hidden)
         up = add_bias(up, self.up_bias)
         gate = add_bias(gate[0], self.gate_bias) if gate else None
         hidden = activate(self.kind, gate, up)
-        y = self.products.out_of("BTF,FD->BTD", hidden, self.down[...])
+        y = project_out_of(self, "down", hidden)
         return layout.lay_like(add_bias(y, self.down_bias), x)

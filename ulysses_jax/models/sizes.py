@@ -15,6 +15,7 @@ def letter_sizes(model: Model) -> dict[str, int]:
         "H": model.head_size,
         "F": model.feed_forward_width,
         "V": model.vocab_size,
+        "R": model.lora.rank if model.lora else 0,
     }
 
 

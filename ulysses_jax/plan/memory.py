@@ -59,7 +59,7 @@ def memory(
       arrays of more than 2^31 elements, which a kernel that counts in 32 bits gets
       wrong.
     """
-    parameters, host_parameters = _device_and_host(state.parameters)
+    parameters, host_parameters = _device_and_host((state.parameters, state.frozen))
     optimizer, host_optimizer = _device_and_host((state.optimizer, state.step))
     output = stats["output_size"] - stats["alias_size"]
     device = stats["argument_size"] + stats["temp_size"] + output

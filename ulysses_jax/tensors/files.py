@@ -169,7 +169,7 @@ def write(
     for number, held in enumerate(files):
         name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         name = ONE_FILE if len(files) == 1 else name
-        _write_file(folder / name, held, tensors, dtype)
+        write_file(folder / name, held, tensors, dtype)
         index |= {shape.name: name for shape in held}
     if len(files) > 1:
         total = sum(math.prod(shape.shape) * size for shape in shapes)
@@ -177,9 +177,10 @@ def write(
         (folder / INDEX).write_text(json.dumps(values, indent=2))
 
 
-def _write_file(
-    path: Path, shapes: list[Shape], tensors: Iterator[np.ndarray], dtype: str
+def write_file(
+    path: Path, shapes: Sequence[Shape], tensors: Iterator[np.ndarray], dtype: str
 ) -> None:
+    """One file of tensors, as `write` takes them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     code = next(code for code, name in DTYPES.items() if name == dtype)
     size, start = np.dtype(dtype).itemsize, 0

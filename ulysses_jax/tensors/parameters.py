@@ -162,11 +162,12 @@ def _is_made(name: str, wanted: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Described:
-    """A parameter's shape, where it lies, and its letters."""
+    """A parameter's shape, where it lies, its letters and its dtype."""
 
     shape: tuple[int, ...]
     sharding: Any
     letters: str
+    dtype: Any
 
 
 def described(module: Any) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def described(module: Any) -> dict[str, Any]:
 
     def of(variable: Any) -> Described:
         letters = variable.get_metadata()["letters"]
-        return Described(variable.shape, sharding_of(variable), letters)
+        sharding = sharding_of(variable)
+        return Described(variable.shape, sharding, letters, variable.dtype)
 
     return nnx.to_pure_dict(nnx.state(module), extract_fn=of)
 
@@ -201,13 +203,13 @@ def read_parameters(
             start += sizes[each.dim]
 
     def of(path: Path, x: Any) -> jax.Array:
-        layers, letters = sources[path], x.letters
+        layers = sources[path]
         last: list[Any] = [None, None]  # copies on other devices are not read again
 
         def piece(index: Any) -> np.ndarray:
             cut = tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))
             if last[0] != cut:
-                last[:] = cut, _piece(tensors, layers, letters, x.shape, cut)
+                last[:] = cut, _piece(tensors, layers, x, cut)
             return last[1]
 
         if get_abstract_mesh().empty:  # bound to no device: a later mesh may take it
@@ -238,14 +240,14 @@ def _part_sizes(abstract: dict[str, Any], path: Path, part: Part) -> list[int]:
 def _piece(
     tensors: Tensors,
     layers: dict[int | None, Source],
-    letters: str,
-    shape: tuple[int, ...],
+    like: Described,
     cut: tuple[tuple[int, int], ...],
 ) -> np.ndarray:
-    """Float32; of a stack, the layers one after another."""
+    """In its dtype; of a stack, the layers one after another."""
+    letters, shape = like.letters, like.shape
     stacked = len(shape) - len(letters)
     own_shape, own = shape[stacked:], cut[stacked:]
-    out = _aligned([stop - start for start, stop in cut])
+    out = _aligned([stop - start for start, stop in cut], np.dtype(like.dtype))
     if not stacked:
         out[...] = _read(tensors, layers[None], letters, own_shape, own)
         return out
@@ -254,12 +256,12 @@ def _piece(
     return out
 
 
-def _aligned(shape: list[int]) -> np.ndarray:
-    """Float32, not filled, as a CPU device takes it without a copy."""
-    size, step = 4 * math.prod(shape), 64
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Not filled, as a CPU device takes it without a copy."""
+    size, step = dtype.itemsize * math.prod(shape), 64
     room = np.empty(size + step, np.uint8)
     start = -room.ctypes.data % step
-    return room[start : start + size].view(np.float32).reshape(shape)
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _read(
@@ -287,25 +289,25 @@ def _read(
 
 
 def written(
-    parameters: dict[Path, tuple[str, jax.Array]], wanted: list[Expected], dtype: str
+    parameters: dict[Path, "Kept"], wanted: list[Expected], dtype: str
 ) -> Iterator[np.ndarray]:
-    """Every tensor, whole, on every process.
+    """Every tensor, whole, on every process; a weight with its adapter in it.
 
     Args:
-      parameters: by path: the letters and the array.
+      parameters: by path.
       wanted: those of one parameter one after another, as `expected` has them: one
         parameter at a time is in host memory.
     """
-    held: dict[Path, _OnHost] = {}
+    held: dict[Path, OnHost] = {}
     for each in wanted:
         paths = [path for _, path, _ in each.parts]
         held = {path: held[path] for path in paths if path in held}  # the last one goes
         for path in paths:
             if path not in held:
-                held[path] = _OnHost(parameters[path][1])
+                held[path] = OnHost(parameters[path])
         parts = []
         for part, path, layer in each.parts:
-            letters, order = parameters[path][0], part.stored.replace(" ", "")
+            letters, order = parameters[path].letters, part.stored.replace(" ", "")
             values = held[path].layer(layer)
             values = values.transpose([letters.index(letter) for letter in order])
             sizes = dict(zip(order, values.shape, strict=True))
@@ -315,11 +317,27 @@ def written(
         yield joined.astype(np.dtype(dtype))
 
 
-class _OnHost:
-    """An array, or a stack of them, in this process's memory."""
+class Kept(NamedTuple):
+    """A parameter to be written.
 
-    def __init__(self, array: jax.Array):
-        self.array = array
+    Attributes:
+      adapter: what is added, float32: `scale a b`, of two more.
+    """
+
+    letters: str
+    array: jax.Array
+    adapter: tuple["Kept", "Kept", float] | None = None
+
+
+class OnHost:
+    """A parameter, or a stack of them, in this process's memory."""
+
+    def __init__(self, kept: Kept):
+        self.array = array = kept.array
+        self.adapter = None
+        if kept.adapter is not None:
+            a, b, self.scale = kept.adapter
+            self.adapter = OnHost(a), OnHost(b)
         self.pieces = [
             (shard.index, _on_host(shard.data))
             for shard in array.addressable_shards
@@ -327,7 +345,15 @@ class _OnHost:
         ]
 
     def layer(self, number: int | None) -> np.ndarray:
-        """Whole; of a stack, one layer."""
+        """Whole; of a stack, one layer; with its adapter."""
+        whole = self._layer(number)
+        if self.adapter is None:
+            return whole
+        a, b = (each.layer(number) for each in self.adapter)
+        added = np.tensordot(a, b, axes=1) * np.float32(self.scale)
+        return whole.astype(np.float32) + added
+
+    def _layer(self, number: int | None) -> np.ndarray:
         array, stacked = self.array, number is not None
         if not self.pieces:
             part = array[number] if stacked else array

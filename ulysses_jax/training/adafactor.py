@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from ulysses_jax.training.matrix import like, map_matrices
+from ulysses_jax.models.adapter import part_like
+from ulysses_jax.training.matrix import map_matrices
 
 
 def scale_by_adafactor(matrices: dict[str, Any]) -> optax.GradientTransformation:
@@ -24,7 +25,7 @@ def scale_by_adafactor(matrices: dict[str, Any]) -> optax.GradientTransformation
 
     def stack_of(num_layers: int | None) -> Any:
         return lambda tree: jax.tree.map(
-            lambda matrix: matrix.num_layers == num_layers, like(tree, matrices)
+            lambda matrix: matrix.num_layers == num_layers, part_like(matrices, tree)
         )
 
     sizes = {matrix.num_layers for matrix in jax.tree.leaves(matrices)}

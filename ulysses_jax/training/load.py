@@ -11,8 +11,11 @@ from flax import nnx
 from jax.sharding import get_abstract_mesh
 
 from ulysses_jax.config_file import load
+from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import check_run_folder
+from ulysses_jax.tensors.parameters import described, read_parameters
+from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.model import (
     MakeModel,
@@ -86,19 +89,28 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     check_run_folder(folder)
     config = for_calls(load(folder / "config.yaml"))
 
-    def described(variable: Any) -> jax.ShapeDtypeStruct:
+    def described_shape(variable: Any) -> jax.ShapeDtypeStruct:
         sharding = sharding_of(variable)
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
     state = nnx.state(abstract_model(config, make_model))
-    target = nnx.to_pure_dict(state, extract_fn=described)
+    target = nnx.to_pure_dict(state, extract_fn=described_shape)
+    target, frozen = split(config.model, target)
     checkpoints = Checkpointer(folder / "checkpoints", interval_steps=1)
     with checkpoints:
         saved = checkpoints.latest_meta()
         if saved is not None:
             refuse_other_model(saved[1]["model"], identity(config, make_model))
+        source = None
+        if frozen:
+            source = open_base(config)
+            if saved is not None:
+                refuse_other_base(saved[1]["base"], fingerprint(source[0]), config)
         parameters = checkpoints.restore_part("parameters", target)
     if get_abstract_mesh().empty:
         # Orbax binds them to the device, and no mesh that is set later may take them.
         parameters = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parameters)
+    if source is not None:
+        lie = part_like(described(abstract_model(config, make_model)), frozen)
+        parameters = joined(parameters, read_parameters(*source, lie))
     return model_of(config, parameters, make_model)

@@ -16,6 +16,7 @@ from ulysses_jax.weights.gathered import (
     Gathered,
     as_cotangent,
     gradient_spec,
+    is_frozen,
     slot_of,
     spec_of,
     value_of,
@@ -125,7 +126,7 @@ def _forward(x, head, labels, tile_tokens, label_smoothing, z_loss):
     losses, dx, dhead = _tiled(
         x, head, labels, tile_tokens, label_smoothing, z_loss, with_gradients=True
     )
-    return losses, (dx, as_cotangent(head, dhead))
+    return losses, (dx, None if is_frozen(head) else as_cotangent(head, dhead))
 
 
 def _backward(tile_tokens, label_smoothing, z_loss, residuals, upstream):
@@ -143,7 +144,8 @@ def _tiled(
 ):
     axes = layout.axes()
     x_spec, head_spec = activation("BTD", axes), spec_of(head, "VD")
-    dhead_spec = gradient_spec(head, "VD")
+    trains_head = with_gradients and not is_frozen(head)
+    dhead_spec = gradient_spec(head, "VD") if trains_head else None
     losses, dx, dhead = layout.over_devices(
         partial(
             _local_loss,
@@ -159,11 +161,12 @@ def _tiled(
         (
             (P(), P()),
             x_spec if with_gradients else None,
-            dhead_spec if with_gradients else None,
+            dhead_spec,
         ),
     )(x, value_of(head), labels)
     if with_gradients:
         dx = layout.lay_like(dx, x)
+    if trains_head:
         dhead = layout.lay_like(dhead, slot_of(head))
     return losses, dx, dhead
 
@@ -217,13 +220,14 @@ def _local_loss(
             dlogits = dlogits - label_smoothing / vocab_size
         dlogits = dlogits - (1 - label_smoothing) * is_label
         dlogits = jnp.where(valid[:, None], dlogits, 0).astype(x.dtype)
-        dhead = dhead + jnp.einsum(
-            "TV,TD->VD", dlogits, x, preferred_element_type=jnp.float32
-        )
+        if dhead is not None:
+            dhead = dhead + jnp.einsum(
+                "TV,TD->VD", dlogits, x, preferred_element_type=jnp.float32
+            )
         dx = jnp.einsum("TV,VD->TD", dlogits, head)
         return (objective, plain, dhead), dx
 
-    dhead = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    dhead = None if dhead_spec is None else jnp.zeros(head.shape, jnp.float32)
     # Nothing else reads the normed x: its gradient is written over it.
     (objective, plain, dhead), dx = over_tiles(
         tile,
@@ -233,7 +237,7 @@ def _local_loss(
         tile_tokens=tile_tokens,
     )
     losses = layout.psum((objective, plain), ("data", "fsdp", "ring", "seq"))
-    if dhead is None:
+    if not with_gradients:
         return losses, None, None
     dx = layout.psum(dx, ("tensor",)).reshape(x.shape)
-    return losses, dx, sum_gradient(dhead, dhead_spec)
+    return losses, dx, None if dhead_spec is None else sum_gradient(dhead, dhead_spec)

@@ -8,6 +8,8 @@ import jax
 import optax
 from jaxtyping import Array
 
+from ulysses_jax.models.adapter import part_like
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -52,20 +54,13 @@ def matrix_of(letters: str | None, shape: tuple[int, ...], in_stack: bool) -> Ma
     return Matrix(num_dims, first if is_matrix else None, num_layers)
 
 
-def like(parameters: Any, tree: Any) -> Any:
-    """The part of a tree of nested dicts that is of these parameters."""
-    if not isinstance(parameters, dict):
-        return tree
-    return {name: like(parameters[name], tree[name]) for name in parameters}
-
-
 def map_matrices(f: Any, matrices: dict[str, Any], tree: Any) -> Any:
     """`f(x, its matrix)` of each array that is not masked."""
 
     def of(x: Any, matrix: Matrix) -> Any:
         return x if _is_masked(x) else f(x, matrix)
 
-    return jax.tree.map(of, tree, like(tree, matrices), is_leaf=_is_masked)
+    return jax.tree.map(of, tree, part_like(matrices, tree), is_leaf=_is_masked)
 
 
 def _is_masked(x: Any) -> bool:

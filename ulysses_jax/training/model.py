@@ -20,6 +20,7 @@ from ulysses_jax.config import Config, Memory, Run
 from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.saving import Saving
 from ulysses_jax.mesh import AXES, make_mesh
+from ulysses_jax.models.adapter import split
 from ulysses_jax.models.kinds import KINDS
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import ZERO, activation
@@ -127,8 +128,25 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
     check = _check_module if name else _check_parameters
     with _no_mesh():
         nnx.eval_shape(lambda: check(made(config, make_model), config.model.vocab_size))
+    if config.model.lora is not None and config.run.after is not None:
+        raise ValueError(
+            f"run.after {config.run.after} gives all parameters of a run, and "
+            "model.lora trains adapters on a folder's: write that run as a folder "
+            "(python -m ulysses_jax.export), and start from it (--model.from)"
+        )
     if name is None:
+        if config.model.lora is not None and config.model.from_ is None:
+            raise ValueError(
+                "model.lora adapts weights that are not trained, and model.from does "
+                "not say whose: give a Hugging Face folder (--model.from path/to/it), "
+                "or leave model.lora out to train all parameters"
+            )
         return config
+    if config.model.lora is not None:
+        raise ValueError(
+            f"model.lora adapts the projections of ulysses_jax.Transformer, and {name} "
+            "is none: leave it out, and make adapters in your own module"
+        )
     if config.model.from_ is not None:
         raise ValueError(
             f"model.from {config.model.from_} has the weights of a "
@@ -211,8 +229,8 @@ def _check_parameters(model: Any, *_: Any) -> None:
             )
 
 
-def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
-    """A tree like the parameters: whether each is a matrix, and so decayed."""
+def are_matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
+    """A tree like all parameters: whether each is a matrix."""
     state = nnx.state(abstract_model(config, make_model))
     return nnx.to_pure_dict(state, extract_fn=is_matrix)
 
@@ -234,6 +252,11 @@ def matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
             for path, variable in nnx.to_flat_state(nnx.state(model))
         }
     )
+
+
+def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
+    """A tree like those that are trained: whether each is a matrix, and so decayed."""
+    return split(config.model, are_matrices(config, make_model))[0]
 
 
 def model_of(

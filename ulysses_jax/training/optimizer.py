@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Float
 
 from ulysses_jax.config import Training
+from ulysses_jax.models.adapter import part_like
 from ulysses_jax.training.adafactor import scale_by_adafactor
-from ulysses_jax.training.matrix import like
 from ulysses_jax.training.muon import scale_by_muon
 from ulysses_jax.training.update import LAYERS
 
@@ -76,7 +76,7 @@ def make_optimizer(
     """
 
     def of(parameters: Any) -> dict[str, Any]:
-        return like(parameters, decayed)
+        return part_like(decayed, parameters)
 
     return optax.chain(
         _clip(training.clip_norm),
@@ -122,10 +122,10 @@ def _muon_and_adam(
     }
 
     def others(parameters: Any) -> Any:
-        return jax.tree.map(lambda each: not each, like(parameters, in_layers))
+        return jax.tree.map(lambda each: not each, part_like(in_layers, parameters))
 
     return optax.chain(
-        optax.masked(scale_by_muon(beta1, matrices), lambda p: like(p, in_layers)),
+        optax.masked(scale_by_muon(beta1, matrices), lambda p: part_like(in_layers, p)),
         optax.masked(optax.scale_by_adam(beta1, beta2), others),
     )
 

@@ -112,6 +112,8 @@ def architecture(model: Model) -> dict[str, Any]:
         "from_",
     ):  # how it is computed
         del fields[name]
+    if model.lora is None:  # as in checkpoints from before there were adapters
+        del fields["lora"]
     return fields
 
 

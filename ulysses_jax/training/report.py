@@ -76,7 +76,12 @@ def _padding(config: Config) -> list[str]:
 
 
 def _size(state: TrainState) -> str:
-    return f"{sum(x.size for x in jax.tree.leaves(state.parameters)):,} parameters"
+    trained, frozen = (
+        sum(x.size for x in jax.tree.leaves(tree))
+        for tree in (state.parameters, state.frozen)
+    )
+    of = f" to train, of adapters; {frozen:,} that stay as they are" if frozen else ""
+    return f"{trained:,} parameters{of}"
 
 
 def _work(config: Config) -> str:

@@ -27,6 +27,7 @@ from ulysses_jax.mesh import (
 )
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.parameters import open_source
+from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
@@ -52,7 +53,12 @@ from ulysses_jax.training.preflight import (
 )
 from ulysses_jax.training.report import attention_of, describe, describe_own
 from ulysses_jax.training.signals import Stopped, told_to_stop
-from ulysses_jax.training.state import abstract_state, first_state, host_bytes
+from ulysses_jax.training.state import (
+    abstract_state,
+    first_state,
+    host_bytes,
+    read_from,
+)
 from ulysses_jax.training.step import (
     abstract_batch,
     batch_shape,
@@ -165,11 +171,17 @@ def run_once(
                 then = saved[1].get("optimizer", "adamw")
                 refuse_other_optimizer(then, training.optimizer)
             source, changed = None, []
-            if saved is None and config.run.after is not None:
+            if config.model.lora is not None:
+                source = open_base(config)
+                meta["base"] = fingerprint(source[0])
+                if saved is not None:
+                    refuse_other_base(saved[1]["base"], meta["base"], config)
+            elif saved is None and config.run.after is not None:
                 source, changed = open_run(config.run.after, meta["model"])
             elif saved is None and config.model.from_ is not None:
                 source = open_source(config.model)
-            sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+            kept = jax.tree.leaves(shapes.without_frozen())
+            sizes = (x.size * x.dtype.itemsize for x in kept)
             check_space(checkpointer.folder, sum(sizes), checkpointer.keep)
         with agreed():
             found = lock.take() if is_main else []
@@ -182,7 +194,7 @@ def run_once(
             say(line)
 
         # ---- The state: restored onto this mesh, or drawn from the seed, made sharded.
-        restored = checkpointer.restore(shapes, on_skipped=say)
+        restored = checkpointer.restore(shapes.without_frozen(), on_skipped=say)
         if restored is None:
             first_step, changes = 0, []
             state = first_state(config, make_model, source)
@@ -197,11 +209,15 @@ def run_once(
                     )
         else:
             first_step, state, then = restored
+            if config.model.lora is not None:
+                assert isinstance(source, tuple)
+                frozen = read_from(config, make_model, source)
+                state = dataclasses.replace(state, frozen=frozen)
             say(f"resuming after step {first_step} of {training.num_steps}")
             changes = rate_change(then.get("schedule", {}), training, first_step)
         if first_step >= training.num_steps:
             say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
-            return handed_over(config, state.parameters, make_model)
+            return handed_over(config, state.all_parameters(), make_model)
         for line in changes:
             say(line)
 
@@ -235,7 +251,8 @@ def run_once(
                 num_batches=training.validation_batches,
                 zigzag_members=members,
             )
-            parts = (validate(state.parameters, batch) for batch in validation)
+            parameters = state.all_parameters()
+            parts = (validate(parameters, batch) for batch in validation)
             for part, tokens in one_behind(parts):
                 if stopping.is_set():
                     return None  # who waits to end this run may not wait for long
@@ -279,7 +296,7 @@ def run_once(
                     saves = jax.process_count() == 1
                 if saves:
                     in_flight.settle()
-                    checkpointer.save(number, state, meta)
+                    checkpointer.save(number, state.without_frozen(), meta)
                 if stops:
                     where = "from the last checkpoint, if there is one"
                     if saves:
@@ -292,4 +309,4 @@ def run_once(
             log.finish()
             if stopping.is_set() and (interrupted is None or not is_last):
                 raise Stopped(f"{folder} is done, and its last step saved")
-        return handed_over(config, state.parameters, make_model)
+        return handed_over(config, state.all_parameters(), make_model)

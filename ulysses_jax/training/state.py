@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 
 from ulysses_jax.config import Config
 from ulysses_jax.memory.offload import HOST, to_host
+from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import at_stage
 from ulysses_jax.tensors.files import Tensors
@@ -25,6 +26,7 @@ from ulysses_jax.training.load import Before
 from ulysses_jax.training.model import (
     MakeModel,
     abstract_model,
+    are_matrices,
     decayed,
     made,
     matrices,
@@ -33,14 +35,44 @@ from ulysses_jax.training.optimizer import make_optimizer
 from ulysses_jax.training.update import LAYERS
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class TrainState:
-    """Float32 parameters and optimizer moments; `lay` says where they lie."""
+    """Float32 parameters and optimizer moments; `lay` says where they lie.
+
+    Attributes:
+      parameters: those that are trained: all, or the adapters of `model.lora`.
+      frozen: the others, which are read and never written; their matrices in the
+        compute dtype, to which a product casts them.
+    """
 
     step: Int[Array, ""]
     parameters: dict[str, Any]
     optimizer: optax.OptState
+    frozen: dict[str, Any] = field(default_factory=dict)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, ...]]:
+        """Without `frozen` where nothing is: Orbax keeps an empty dict, which older
+        checkpoints have not."""
+        names = ("step", "parameters", "optimizer")
+        if self.frozen != {}:
+            names += ("frozen",)
+        keys = tuple(
+            (jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names
+        )
+        return keys, names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> "TrainState":
+        return cls(**dict(zip(names, children, strict=True)))
+
+    def all_parameters(self) -> dict[str, Any]:
+        """Of the model, as one tree."""
+        return joined(self.parameters, self.frozen)
+
+    def without_frozen(self) -> "TrainState":
+        """What a checkpoint has."""
+        return dataclasses.replace(self, frozen={})
 
 
 def init_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
@@ -50,12 +82,28 @@ def init_state(config: Config, make_model: MakeModel = Transformer) -> TrainStat
     shards, so no device ever holds the whole; what `memory.offload` names leaves the
     device as it is made.
     """
+    return state_of(config, make_model, *_drawn(config, make_model))
+
+
+def _drawn(
+    config: Config, make_model: MakeModel
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained, and what is frozen."""
     drawn = nnx.to_pure_dict(nnx.state(made(config, make_model)))
-    return state_of(config, make_model, drawn)
+    parameters, frozen = split(config.model, drawn)
+    in_use = jnp.dtype(config.model.compute_dtype)
+    is_cast = split(config.model, are_matrices(config, make_model))[1]
+    frozen = jax.tree.map(
+        lambda x, cast: x.astype(in_use) if cast else x, frozen, is_cast
+    )
+    return parameters, frozen
 
 
 def state_of(
-    config: Config, make_model: MakeModel, parameters: dict[str, Any]
+    config: Config,
+    make_model: MakeModel,
+    parameters: dict[str, Any],
+    frozen: dict[str, Any],
 ) -> TrainState:
     """The state before the first step; call it inside `jax.jit` or `eval_shape`."""
     moments_like = lay("moments", parameters, config, make_model)
@@ -64,6 +112,7 @@ def state_of(
         step=jnp.zeros((), jnp.int32),
         parameters=lay("parameters", parameters, config, make_model),
         optimizer=optimizer.init(moments_like),
+        frozen=lay("parameters", frozen, config, make_model),
     )
     return _offloaded(config, state, to_host)
 
@@ -80,20 +129,33 @@ def first_state(
     """
     if source is None:
         return jax.jit(partial(init_state, config, make_model))()
-    shapes = abstract_state(config, make_model).parameters
     begin = jax.jit(partial(state_of, config, make_model), donate_argnums=0)
     if isinstance(source, Before):
-        return begin(source.read(jax.tree.map(on_devices, shapes)))
+        shapes = abstract_state(config, make_model).parameters
+        return begin(source.read(jax.tree.map(on_devices, shapes)), {})
+    read = read_from(config, make_model, source)
+    if config.model.lora is None:
+        return begin(read, {})
+    drawn = jax.jit(lambda: init_state(config, make_model).without_frozen())()
+    return dataclasses.replace(drawn, frozen=read)
+
+
+def read_from(
+    config: Config, make_model: MakeModel, source: tuple[Tensors, list[Expected]]
+) -> dict[str, Any]:
+    """A folder's parameters where a run has them: all, or what is frozen."""
+    state = abstract_state(config, make_model)
+    shapes = state.parameters if config.model.lora is None else state.frozen
     letters = nnx.to_pure_dict(
         nnx.state(abstract_model(config, make_model)),
         extract_fn=lambda variable: variable.get_metadata()["letters"],
     )
 
     def described(x: Any, its_letters: str) -> Described:
-        return Described(x.shape, on_devices(x).sharding, its_letters)
+        return Described(x.shape, on_devices(x).sharding, its_letters, x.dtype)
 
-    abstract = jax.tree.map(described, shapes, letters)
-    return begin(read_parameters(*source, abstract))
+    abstract = jax.tree.map(described, shapes, part_like(letters, shapes))
+    return read_parameters(*source, abstract)
 
 
 def optimizer_of(
@@ -110,7 +172,8 @@ def lay(
     config: Config,
     make_model: MakeModel = Transformer,
 ) -> dict[str, Any]:
-    """A tree like the parameters, moved to where `what` lies at training.zero_stage.
+    """A tree like the parameters, or a part of them, moved to where `what` lies at
+    training.zero_stage.
 
     Call it inside `jax.jit` or `eval_shape`. Costs an all-gather where D was cut and is
     whole after; to cut what is whole sends nothing.
@@ -120,8 +183,8 @@ def lay(
         spec = at_stage(like.sharding.spec, what, config.training.zero_stage)
         return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
 
-    model = abstract_model(config, make_model)
-    return jax.tree.map(move, tree, nnx.to_pure_dict(nnx.state(model)))
+    model = nnx.to_pure_dict(nnx.state(abstract_model(config, make_model)))
+    return jax.tree.map(move, tree, part_like(model, tree))
 
 
 def abstract_state(config: Config, make_model: MakeModel = Transformer) -> TrainState:
@@ -164,9 +227,11 @@ def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
     if "optimizer" in offload:
         sizes["optimizer"] = shard_bytes(_arrays(state.optimizer))
     if "parameters" in offload:
-        layers = shard_bytes(state.parameters[LAYERS])
-        sizes["parameters"] = shard_bytes(state.parameters)
-        sizes["gradients"] = max(layers - (sizes["parameters"] - layers), 0)
+        layers, trained = (
+            shard_bytes(each) for each in (state.parameters[LAYERS], state.parameters)
+        )
+        sizes["parameters"] = trained + shard_bytes(state.frozen)
+        sizes["gradients"] = max(layers - (trained - layers), 0)
     model, mesh, training = config.model, config.mesh, config.training
     assert training.accumulation_steps and model.num_kv_heads and model.head_size
     rows = training.batch_size // training.accumulation_steps
@@ -205,7 +270,11 @@ def _offloaded(
     """The state, with what `memory.offload` names moved."""
     moved = {
         name: move(getattr(state, name))
-        for name in ("parameters", "optimizer")
-        if name in config.memory.offload
+        for word, names in (
+            ("parameters", ("parameters", "frozen")),
+            ("optimizer", ("optimizer",)),
+        )
+        if word in config.memory.offload
+        for name in names
     }
     return dataclasses.replace(state, **moved)

@@ -10,10 +10,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax.config import Config
+from ulysses_jax.models.adapter import joined, part_like
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import activation
 from ulysses_jax.training.loss import cross_entropy, num_valid, training_loss
-from ulysses_jax.training.model import MakeModel, features_and_head, model_of, own_name
+from ulysses_jax.training.model import (
+    MakeModel,
+    are_matrices,
+    features_and_head,
+    model_of,
+    own_name,
+)
 from ulysses_jax.training.optimizer import learning_rate_schedule
 from ulysses_jax.training.state import TrainState, lay, optimizer_of
 from ulysses_jax.training.update import add, update, zeros_like
@@ -117,8 +124,9 @@ def make_train_step(
     def laid(what: Any, tree: dict[str, Any]) -> dict[str, Any]:
         return lay(what, tree, config, make_model)
 
-    def objective(slots: dict[str, Any], parameters: dict[str, Any], batch):
-        weights = jax.tree.map(_weight, parameters, slots)
+    def objective(slots: dict[str, Any], parameters: dict[str, Any], frozen, batch):
+        kept = frozen_weights(config, frozen, make_model)
+        weights = joined(weights_of(parameters, slots), kept)
         return training_loss(
             *_loss_arguments(config, weights, batch, make_model),
             training.label_smoothing,
@@ -131,13 +139,17 @@ def make_train_step(
         parameters = state.parameters
         slots = parameters if own else laid("gradients", parameters)
         if batch["labels"].shape[0] == 1:
-            sums = losses_and_gradients(slots, parameters, _part(batch, 0))
+            sums = losses_and_gradients(
+                slots, parameters, state.frozen, _part(batch, 0)
+            )
         else:
             nothing = jnp.float32(0), jnp.float32(0)
             zeros = nothing, zeros_like(slots)
 
             def accumulate(sums, part):
-                losses, gradients = losses_and_gradients(slots, parameters, part)
+                losses, gradients = losses_and_gradients(
+                    slots, parameters, state.frozen, part
+                )
                 losses = jax.tree.map(jnp.add, sums[0], losses)
                 return (losses, add(sums[1], gradients)), None
 
@@ -159,7 +171,8 @@ def make_train_step(
         if changed:
             metrics["objective"] = minimised / tokens
         parameters = laid("parameters", parameters)
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        state = TrainState(state.step + 1, parameters, optimizer_state, state.frozen)
+        return state, metrics
 
     return step
 
@@ -192,10 +205,26 @@ def _loss_arguments(
     return x, head, batch["labels"], config.memory.loss_tile_tokens
 
 
-def _weight(parameter: Array, slot: Array) -> Weight:
-    """What a layer uses: a parameter whose gradient is that of `slot`."""
-    alike = jax.typeof(parameter).sharding == jax.typeof(slot).sharding
-    return slot if alike else Gathered(parameter, slot)
+def weights_of(parameters: dict[str, Any], slots: dict[str, Any]) -> dict[str, Any]:
+    """What layers use: parameters whose gradients are those of `slots`."""
+
+    def of(parameter: Array, slot: Array) -> Weight:
+        alike = jax.typeof(parameter).sharding == jax.typeof(slot).sharding
+        return slot if alike else Gathered(parameter, slot)
+
+    return jax.tree.map(of, parameters, slots)
+
+
+def frozen_weights(
+    config: Config, frozen: dict[str, Any], make_model: MakeModel = Transformer
+) -> dict[str, Any]:
+    """What layers use: matrices of which no product makes a gradient."""
+
+    def of(parameter: Array, is_matrix: bool) -> Weight:
+        return Gathered(parameter, None) if is_matrix else parameter
+
+    multiplied = part_like(are_matrices(config, make_model), frozen)
+    return jax.tree.map(of, frozen, multiplied)
 
 
 def _part(batch: Batch, index: int) -> dict[str, Array]:

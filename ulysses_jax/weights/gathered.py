@@ -1,4 +1,5 @@
-"""A weight: an array as stored, or with it how its gradient lies if that differs."""
+"""A weight: an array as stored, or with it how its gradient lies if that differs, or
+that it has none."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,13 +19,14 @@ class Gathered:
 
     Attributes:
       value: inside shard_map, local, in the compute dtype; outside, global, as stored.
-      gradient: float32, of its shape, never read: the cotangent of this is the gradient
-        of the weight. Inside shard_map that of the device's tokens, which value's dtype
+      gradient: None: the weight is frozen, and no product makes a gradient of it. Else
+        float32, of its shape, never read: the cotangent of this is the gradient of the
+        weight. Inside shard_map that of the device's tokens, which value's dtype
         could not hold; outside that of all, sharded as this, as value is not (ZeRO-2).
     """
 
     value: Array
-    gradient: Array
+    gradient: Array | None
 
     def __getitem__(self, _) -> "Gathered":
         return self  # as nnx reads the whole of a Param
@@ -55,14 +57,20 @@ def spec_of(w: Weight, letters: str, table: Table = ACTIVATION) -> P:
     )
 
 
+def is_frozen(w: Any) -> bool:
+    return isinstance(w, Gathered) and w.gradient is None
+
+
 def gradient_spec(w: Weight, letters: str, table: Table = ACTIVATION) -> P:
-    """How the gradient of a global weight lies: it arrives so."""
+    """How the gradient of a global weight lies, which is not frozen: it arrives so."""
     return spec_of(slot_of(w), letters, table)
 
 
 def slot_of(w: Weight) -> Array:
-    """The array whose cotangent the gradient is."""
-    return w.gradient if isinstance(w, Gathered) else w
+    """The array whose cotangent the gradient is, of a weight that is not frozen."""
+    slot = w.gradient if isinstance(w, Gathered) else w
+    assert slot is not None
+    return slot
 
 
 def as_cotangent(w: Any, gradient: Any) -> Any:

@@ -12,6 +12,7 @@ from ulysses_jax.weights.gathered import (
     Weight,
     as_cotangent,
     gradient_spec,
+    is_frozen,
     value_of,
 )
 from ulysses_jax.weights.products import check_local, letters_of, local_gradient
@@ -131,8 +132,10 @@ def _product(equation: str, w: Weight, *, x: Array) -> Array:
     return layout.einsum(equation, x, w, spec)
 
 
-def _weight_gradient(equation: str, x: Array, dy: Array, w: Weight) -> Weight:
-    """Of all tokens, float32, sharded as the weight's gradient."""
+def _weight_gradient(equation: str, x: Array, dy: Array, w: Weight) -> Weight | None:
+    """Of all tokens, float32, sharded as the weight's gradient; None: it is frozen."""
+    if is_frozen(w):
+        return None
     if layout.inside_shard_map():
         return as_cotangent(w, local_gradient(equation, x, dy))
     x_letters, w_letters, y_letters = letters_of(equation)

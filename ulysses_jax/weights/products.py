@@ -14,6 +14,7 @@ from ulysses_jax.weights.gathered import (
     Weight,
     as_cotangent,
     gradient_spec,
+    is_frozen,
     value_of,
 )
 
@@ -113,6 +114,9 @@ def _project_backward(equation, dtype, residuals, dy):
         _in_use(w, w_letters, x.dtype),
         _spec(x_letters, num_tokens),
     )
+    dx = layout.lay_like(dx, residuals[0])
+    if is_frozen(w):
+        return dx, None
     dw = layout.einsum(
         f"{x_letters},{y_letters}->{w_letters}",
         x,
@@ -120,7 +124,7 @@ def _project_backward(equation, dtype, residuals, dy):
         gradient_spec(w, w_letters),
         preferred_element_type=jnp.float32,
     )
-    return layout.lay_like(dx, residuals[0]), as_cotangent(w, dw)
+    return dx, as_cotangent(w, dw)
 
 
 _project_global.defvjp(_project_forward, _project_backward)
@@ -132,29 +136,33 @@ def _in_use(w: Weight, letters: str, dtype: jnp.dtype) -> Array:
 
 
 def _spec(letters: str, num_tokens: int):
-    """Of an activation; without heads or features it is of the residual stream."""
+    """Of an activation; one without heads or features, of a width or of a rank, lies as
+    the residual stream."""
     axes = layout.axes()
-    return residual(num_tokens, axes) if letters == "BTD" else activation(letters, axes)
+    spec = activation(letters, axes)
+    return residual(num_tokens, axes) if letters in ("BTD", "BTR") else spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project_local(
-    equation: str, dtype: jnp.dtype, x: Array, w: Array, gradient: Array
+    equation: str, dtype: jnp.dtype, x: Array, w: Array, gradient: Array | None
 ) -> Array:
     x_letters, w_letters, y_letters = letters_of(equation)
     return _product(x_letters, x, w_letters, w, y_letters, dtype)
 
 
 def _project_local_forward(equation, dtype, x, w, gradient):
-    return _project_local(equation, dtype, x, w, gradient), (x, w)
+    is_trained = None if gradient is None else ()  # by its structure, known to a trace
+    return _project_local(equation, dtype, x, w, gradient), (x, w, is_trained)
 
 
 def _project_local_backward(equation, dtype, residuals, dy):
-    x, w = residuals
+    x, w, is_trained = residuals
     x_letters, w_letters, y_letters = letters_of(equation)
     dy = dy.astype(x.dtype)
     dx = _product(y_letters, dy, w_letters, w, x_letters, x.dtype)
-    return dx, None, local_gradient(equation, x, dy)
+    dw = None if is_trained is None else local_gradient(equation, x, dy)
+    return dx, None, dw
 
 
 _project_local.defvjp(_project_local_forward, _project_local_backward)

@@ -12,7 +12,13 @@ from jaxtyping import Array
 
 from ulysses_jax import layout
 from ulysses_jax.sharding import zero_cut
-from ulysses_jax.weights.gathered import Gathered, Weight, as_cotangent, value_of
+from ulysses_jax.weights.gathered import (
+    Gathered,
+    Weight,
+    as_cotangent,
+    is_frozen,
+    value_of,
+)
 from ulysses_jax.weights.parameter import has_letters, is_matrix, spec_of
 
 Values = tuple[Any, ...]
@@ -68,13 +74,16 @@ def specs_of(module: Unbound, values: Values) -> tuple[Any, ...]:
 
 
 def gradient_specs(specs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """How the gradients lie of values with these `specs_of`."""
-    return tuple(as_cotangent(spec, _of_gradient(spec)) for spec in specs)
+    """How the gradients lie of values with these `specs_of`; None: it is frozen."""
+    return tuple(
+        None if is_frozen(spec) else as_cotangent(spec, _of_gradient(spec))
+        for spec in specs
+    )
 
 
 def gather(
     module: Unbound, values: Values, specs: tuple[Any, ...], dtype: Any
-) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+) -> tuple[list[Array | None], Callable[[list[Array | None]], Any]]:
     """Inside shard_map: what to take gradients of, and how it becomes the module.
 
     Args:
@@ -85,30 +94,29 @@ def gather(
     Returns:
       `(leaves, bound)`. `bound(leaves)` is the module with every matrix gathered, as a
       `Gathered`, and every vector as it is; a parameter of another library's is whole,
-      in float32. The cotangents of `leaves`, all float32, are the gradients over the
-      device's tokens; `scatter` sums them over devices.
+      in float32. A frozen matrix has None among the leaves. The cotangents of `leaves`,
+      all float32, are the gradients over the device's tokens; `scatter` sums them over
+      devices.
     """
     wholes: list[Array | None] = []
-    leaves: list[Array] = []
+    leaves: list[Array | None] = []
     for variable, w, spec in zip(module.variables, values, specs, strict=True):
         if not is_matrix(variable, value_of(w)):
             wholes.append(None)
             leaves.append(w)
             continue
-        if isinstance(w, Gathered):
-            whole = w.value
-        else:
-            # Cast first: what is sent is in the products' dtype.
-            small = w.astype(dtype) if has_letters(variable) else w
-            whole = layout.all_gather(small, *zero_cut(spec))
+        # Cast first: what is sent is in the products' dtype.
+        whole = value_of(w).astype(dtype) if has_letters(variable) else value_of(w)
+        whole = layout.all_gather(whole, *zero_cut(_of_value(spec)))
         if has_letters(variable):
-            wholes.append(whole.astype(dtype))
-            leaves.append(jnp.zeros(whole.shape, jnp.float32))
+            wholes.append(whole)
+            zeros = None if is_frozen(w) else jnp.zeros(whole.shape, jnp.float32)
+            leaves.append(zeros)
         else:
             wholes.append(None)
             leaves.append(whole)
 
-    def bound(leaves: list[Array]) -> Any:
+    def bound(leaves: list[Array | None]) -> Any:
         pairs = zip(wholes, leaves, strict=True)
         return module.bind(
             tuple(
@@ -130,15 +138,18 @@ def laid_as(values: Values, gradients: Values) -> Values:
 
 
 def scatter(
-    module: Unbound, gradients: list[Array], specs: tuple[Any, ...]
+    module: Unbound, gradients: list[Array | None], specs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Inside shard_map: gradients summed over all tokens, as `gradient_specs` says."""
 
-    def of(variable: Any, gradient: Array, spec: Any) -> Any:
+    def of(variable: Any, gradient: Array | None, spec: Any) -> Any:
+        if gradient is None:
+            return None
         if variable.get_metadata().get("letters") == "H":
             # Of all heads, of which a device has some.
             gradient = layout.psum(gradient, ("tensor",))
-        return as_cotangent(spec, sum_gradient(gradient, _of_gradient(spec)))
+        total = sum_gradient(gradient, _of_gradient(spec))  # pyright: ignore[reportArgumentType]
+        return as_cotangent(spec, total)
 
     return tuple(map(of, module.variables, gradients, specs))
 
@@ -157,6 +168,10 @@ def sum_gradient(gradient: Array, spec: P) -> Array:
     tokens = ("data", "fsdp", "ring", "seq")
     others = tuple(axis for axis in tokens if axis not in apart)
     return layout.psum(layout.psum_scatter(gradient, zero, dim), others)
+
+
+def _of_value(spec: Weight | P) -> Any:
+    return spec.value if isinstance(spec, Gathered) else spec
 
 
 def _of_gradient(spec: Weight | P) -> Any:
