@@ -59,6 +59,8 @@ ALLOWED["training"] = (
     | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
 )
 ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
+ALLOWED["inference"] = ALLOWED["interop"] | {"interop"}
+ALLOWED["generate"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}

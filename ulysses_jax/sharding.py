@@ -37,6 +37,9 @@ ACTIVATION = Table("ACTIVATION", tokens=("ring", "seq"), heads=("tensor",))
 # any has all tokens; what has none (the residual stream, norms) lies as above.
 MEGATRON = Table("MEGATRON", tokens=("ring", "seq"), heads=("tensor", "seq"))
 
+# One token a row, as in generation: what has no heads or features is whole.
+ONE_TOKEN = Table("ONE_TOKEN", tokens=(), heads=("tensor",))
+
 # Parameters, their gradients and their optimizer moments: as activations, and D over
 # every axis that would otherwise hold copies (ZeRO over data and sequence together).
 ZERO = ("fsdp", "ring", "seq")

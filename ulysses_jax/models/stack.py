@@ -64,21 +64,54 @@ def run_stacks(
       stacks: all of one size.
       rest: layers.
     """
+    of_stacks = [_angles(stack, positions) for stack in stacks]
+
+    def once(place, layer, values, x, _, *, in_loop):
+        if place < len(stacks):
+            angles = of_stacks[place]
+        else:
+            angles = _angles(rest[place - len(stacks)], positions)
+        ids = positions, segment_ids
+        return run(layer, values, x, *ids, angles=angles, in_loop=in_loop), None
+
+    return thread_stacks(stacks, rest, x, once)[0]
+
+
+def thread_stacks(
+    stacks: Sequence[Any],
+    rest: Sequence[Any],
+    x: Float[Array, "B T D"],
+    run: Callable[..., tuple[Array, Any]],
+    given: Sequence[Any] | None = None,
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """`run_stacks` where layers are given something of their own, and make something.
+
+    Args:
+      run: `f(place, layer, values, x, its_own, in_loop=...)`, of the place of the stack
+        among the stacks, or of the layer after them; returns x and what it makes.
+      given: for each place what its layers are given, arrays with a leading dim of the
+        stack's size; for those of rest without it.
+
+    Returns:
+      x, and for each place what its layers made, as given.
+    """
+    given = [None] * (len(stacks) + len(rest)) if given is None else given
     unbound, values = zip(*map(unbind, stacks), strict=True)
-    tokens = positions, segment_ids
-    angles = [_angles(stack, positions) for stack in stacks]
     size = _size(stacks)
 
-    def once(x: Array, values: Sequence[Values]) -> tuple[Array, None]:
-        for layer, its_values, its_angles in zip(unbound, values, angles, strict=True):
-            x = run(layer, its_values, x, *tokens, angles=its_angles, in_loop=size > 1)
-        return x, None
+    def once(x: Array, inputs: Any) -> tuple[Array, Any]:
+        made = []
+        for place, (layer, own) in enumerate(zip(unbound, inputs, strict=True)):
+            x, its = run(place, layer, own[0], x, own[1], in_loop=size > 1)
+            made.append(its)
+        return x, made
 
-    x, _ = lax.scan(once, x, values)
-    for layer in rest:
-        its_angles = _angles(layer, positions)
-        x = run(*unbind(layer), x, *tokens, angles=its_angles, in_loop=False)
-    return x
+    own = tuple(zip(values, given[: len(stacks)], strict=True))
+    x, made = lax.scan(once, x, own)
+    for place, layer in enumerate(rest, len(stacks)):
+        x, its = run(place, *unbind(layer), x, given[place], in_loop=False)
+        made = [*made, its]
+    return x, made
 
 
 def _size(stacks: Sequence[Any]) -> int:

@@ -1,5 +1,6 @@
 """One decoder-only transformer that is Llama or GPT by its config."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,10 @@ def _logits(module: Unbound, values: Values, ids: dict[str, Array]) -> Array:
     model = module.bind(values)
     x = model.features(**ids)
     return project("BTD,VD->BTV", x, model.head, jnp.dtype(jnp.float32))
+
+
+def _embed_tokens(table: Any, ids: Array, dtype: jnp.dtype) -> Array:
+    return to_residual(embed(table, ids, dtype))
 
 
 class Transformer(nnx.Module):
@@ -160,18 +165,31 @@ class Transformer(nnx.Module):
         ids = int32_ids(tokens, "tokens", tokens.shape)
         self._check_values(ids, None if given is None else positions)
         ids = layout.lay(ids, activation("BT", axes))
-        dtype = jnp.dtype(model.compute_dtype)
-        x: Array = to_residual(embed(self.embedding[...], ids, dtype))
-        if model.embedding_scale != 1:
-            x = x * jnp.asarray(model.embedding_scale, dtype)
-        if self.position_table is not None:
-            where: Array = embed(self.position_table[...], positions, dtype)
-            x = x + to_residual(where)
+        x = self.embedded(ids, positions, _embed_tokens)
         if segment_ids is not None:
             # A device attends over whole rows: gather the ids once, not in each layer.
             segment_ids = layout.lay(segment_ids, activation("B", axes))
         x = run_stacks(self.layers, self.rest, x, positions, segment_ids, run)
         return to_layer(self.norm(x))
+
+    def embedded(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        rows: Callable[..., Array],
+    ) -> Float[Array, "B T D"]:
+        """What goes into the first layer.
+
+        Args:
+          rows: `f(table, ids, dtype)`, of ids as they lie.
+        """
+        dtype = jnp.dtype(self.model.compute_dtype)
+        x = rows(self.embedding[...], tokens, dtype)
+        if self.model.embedding_scale != 1:
+            x = x * jnp.asarray(self.model.embedding_scale, dtype)
+        if self.position_table is not None:
+            x = x + rows(self.position_table[...], positions, dtype)
+        return x
 
     def _check_values(self, tokens: Any, positions: Any) -> None:
         """Of ids that are rows of a table."""

@@ -1,0 +1,199 @@
+"""Text from a model and a prompt: `python -m ulysses_jax.generate`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+from ulysses_jax import layout
+from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Model
+from ulysses_jax.config_file import load
+from ulysses_jax.data.tokenizer import Tokenizer, check_vocabulary, tokenizer_of
+from ulysses_jax.families.config_json import source_model
+from ulysses_jax.inference.cache import cache_bytes
+from ulysses_jax.inference.generation import stream
+from ulysses_jax.inference.request import Request, check_request
+from ulysses_jax.inference.text import Spelled, encoded, ids_of, text_of
+from ulysses_jax.interop import from_pretrained
+from ulysses_jax.mesh import AXES, make_mesh, simulate_cpu_devices
+from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.training.endings import ends_in_words
+from ulysses_jax.training.output import print_every_name
+
+PROGRAM = "python -m ulysses_jax.generate"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Raises SystemExit: with code 2 for an error in words."""
+    options = _parser().parse_args(argv)
+    with ends_in_words(PROGRAM), print_every_name():
+        if options.simulated_cpu_devices is not None:
+            if options.simulated_cpu_devices < 1:
+                raise ValueError(
+                    f"--simulated-cpu-devices {options.simulated_cpu_devices}: give 1 "
+                    "or more"
+                )
+            simulate_cpu_devices(options.simulated_cpu_devices)
+        tokenizer, prompts, model = _asked(options)
+        degrees = {axis: getattr(options, axis) for axis in AXES}
+        said = {axis: n for axis, n in degrees.items() if n is not None}
+        mesh = make_mesh(**(said or {"seq": -1}), axis_type=AxisType.Explicit)
+        with jax.set_mesh(mesh):
+            _run(options, tokenizer, prompts, model)
+
+
+def _run(
+    options: argparse.Namespace,
+    tokenizer: Tokenizer | None,
+    prompts: list[list[int]],
+    model: Model,
+) -> None:
+    request = Request(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        ends=() if tokenizer is None else tokenizer.ends,
+        cache_tokens=options.cache_tokens,
+    )
+    check_request(request, prompts, model)
+    loaded = from_pretrained(options.model, compute_dtype=options.compute_dtype)
+    tokens = request.cached(prompts)
+    rows = -(-len(prompts) // layout.degree("data", "fsdp"))
+    each = cache_bytes(complete_model(loaded.model), rows, tokens)
+    _say(
+        f"{sum(map(len, prompts)):,} tokens of {len(prompts)} prompts; a cache of "
+        f"{tokens:,} tokens a row, {each / 2**20:,.1f} MiB a device"
+    )
+    _show(stream(loaded, prompts, request), prompts, tokenizer)
+
+
+def _asked(
+    options: argparse.Namespace,
+) -> tuple[Tokenizer | None, list[list[int]], Model]:
+    """The tokenizer, if text was asked for; the prompts' ids; and the model, of which
+    nothing is read yet but its config."""
+    folder = Path(options.model)
+    if is_run_folder(folder):
+        model = load(folder / "config.yaml").model
+        # As `from_pretrained` gives it.
+        model = dataclasses.replace(model, strategy="auto", zigzag=False)
+    else:
+        model = source_model(folder)
+    texts = [*options.prompt, *map(text_of, options.prompt_file)]
+    if options.prompt_tokens:
+        if texts:
+            raise ValueError(
+                "--prompt-tokens gives ids, --prompt and --prompt-file text: give one "
+                "or the other"
+            )
+        return None, [ids_of(each) for each in options.prompt_tokens], model
+    if not texts:
+        raise ValueError(
+            "say what to go on from: --prompt TEXT, --prompt-file FILE, or ids, "
+            "--prompt-tokens 1,2,3"
+        )
+    tokenizer = tokenizer_of(folder)
+    try:
+        check_vocabulary(model.vocab_size, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give ids, --prompt-tokens 1,2,3") from None
+    return tokenizer, [encoded(tokenizer, text) for text in texts], model
+
+
+def _show(
+    steps: Iterator[list[int | None]],
+    prompts: list[list[int]],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """One prompt's text as it comes; of several, one after another."""
+    spelled = [_Ids() if tokenizer is None else Spelled(tokenizer, p) for p in prompts]
+    several, texts = len(prompts) > 1, [""] * len(prompts)
+    num_tokens, began, first = 0, time.monotonic(), 0.0
+    for new in steps:
+        first = first or time.monotonic()
+        for row, token in enumerate(new):
+            if token is not None:
+                num_tokens += 1
+                text = spelled[row].add(token)
+                texts[row] += text
+                if not several:
+                    print(text, end="", flush=True)
+    for row, each in enumerate(spelled):
+        if several:
+            print(f"--- prompt {row + 1}\n{texts[row]}{each.rest()}")
+        else:
+            print(each.rest(), flush=True)
+    now = time.monotonic()
+    _say(
+        f"{num_tokens:,} new tokens: the first after {first - began:.1f} s, the others "
+        f"in {now - first:.1f} s; both compile"
+    )
+
+
+class _Ids:
+    """As `Spelled`, of ids themselves."""
+
+    def __init__(self):
+        self._between = ""
+
+    def add(self, token: int) -> str:
+        text, self._between = f"{self._between}{token}", ","
+        return text
+
+    def rest(self) -> str:
+        return ""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Goes on from prompts, with a model's own words.",
+        allow_abbrev=False,
+    )
+    add: Any = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder, or a run's, runs/tiny")
+    many: Any = dict(action="append", default=[])
+    add("--prompt", metavar="TEXT", help="to go on from; may stand often", **many)
+    add("--prompt-file", type=Path, metavar="FILE", help="a whole file's", **many)
+    add("--prompt-tokens", metavar="1,2,3", help="ids; ids are printed", **many)
+    add("--max-tokens", type=int, default=128, metavar="N", help="new; default: 128")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0, the default: the likeliest token each time; 1: as the model says",
+    )
+    add("--top-p", type=float, default=1.0, help="of all that is likely, this part")
+    add("--seed", type=int, default=0, help="of what is drawn")
+    add(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="that a row's cache holds; default: as many as are needed",
+    )
+    add(
+        "--compute-dtype",
+        choices=("bfloat16", "float32"),
+        help="of products and the cache; default: as the weights are, or as the run's",
+    )
+    for axis in AXES:
+        help = "default, where no degree is given: all devices" * (axis == "seq")
+        add(f"--mesh.{axis}", type=int, metavar="N", dest=axis, help=help or None)
+    add("--simulated-cpu-devices", type=int, metavar="N")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""What a trained model is asked: to go on from a prompt, and how well it predicts."""
+
+from ulysses_jax.inference.generation import generate
+
+__all__ = ["generate"]
