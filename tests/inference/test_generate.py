@@ -14,14 +14,18 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from slow import slow_but_for
 
-from ulysses_jax import Model, Transformer, make_mesh
+from ulysses_jax import Model, Transformer, layout, make_mesh
+from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Rope
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.inference import generate
 from ulysses_jax.inference.cache import cache_bytes
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.generation import stream, turned
 from ulysses_jax.inference.request import Request
 from ulysses_jax.inference.sampling import next_tokens
+from ulysses_jax.inference.sent import token_bytes
 from ulysses_jax.interop import from_pretrained
 from ulysses_jax.weights.parameter import sharding_of
 from ulysses_jax.weights.whole import unbind
@@ -202,3 +206,19 @@ def test_the_cache_is_spread_by_heads_and_logits_are_of_one_token():
         assert logits.shape == (2, 4096)
         largest = max(each.size for each in arrays_of(prompt.jaxpr.jaxpr))
         assert largest < 64 * 4096, "[T, V]"
+
+
+@pytest.mark.parametrize(
+    "degrees", slow_but_for([MESHES[2]], [*MESHES[1:], dict(seq=8)])
+)
+def test_what_a_token_sends(degrees):
+    """As the formula says, from the compiled program: no weight among it."""
+    with mesh_of(degrees):
+        _, token = traced(made(), 64, 128, rows=4)
+        axes = layout.axes()
+        module = parse(token.lower().compile().as_text())
+        sent = find_collectives(module, axes, 8)
+        rows = 4 // layout.degree("data", "fsdp")
+        want = token_bytes(complete_model(SIZES), rows)
+    assert {each.kind for each in sent} == {"all-gather", "all-reduce"}
+    assert sum(each.count * each.sent_bytes for each in sent) == sum(want.values())
