@@ -70,7 +70,7 @@ def _run(
     each = cache_bytes(complete_model(loaded.model), rows, tokens)
     _say(
         f"{sum(map(len, prompts)):,} tokens of {len(prompts)} prompts; a cache of "
-        f"{tokens:,} tokens a row, {each / 2**20:,.1f} MiB a device"
+        f"{tokens:,} tokens a row, {each / 2**20:,.2f} MiB a device"
     )
     _show(stream(loaded, prompts, request), prompts, tokenizer)
 
@@ -134,7 +134,7 @@ def _show(
     now = time.monotonic()
     _say(
         f"{num_tokens:,} new tokens: the first after {first - began:.1f} s, the others "
-        f"in {now - first:.1f} s; both compile"
+        f"in {now - first:.1f} s, with what was compiled"
     )
 
 

@@ -75,7 +75,7 @@ def test_tokens_are_those_of_transformers(case, degrees):
         model = from_pretrained(FIXTURES / case, compute_dtype="float32")
         assert generate(model, prompts, max_tokens=8) == generated
         if case in ("mistral", "phi3"):  # whose turns are of a row's own length
-            mixed = [prompts[0], prompts[1][:5]]
+            mixed = [prompts[0], prompts[1] + prompts[0][:8]]
             assert generate(model, mixed, max_tokens=8)[0] == generated[0]
 
 
@@ -212,13 +212,17 @@ def test_the_cache_is_spread_by_heads_and_logits_are_of_one_token():
     "degrees", slow_but_for([MESHES[2]], [*MESHES[1:], dict(seq=8)])
 )
 def test_what_a_token_sends(degrees):
-    """As the formula says, from the compiled program: no weight among it."""
+    """As the formula says, from the compiled program: no weight among it; and the cache
+    is written in place."""
     with mesh_of(degrees):
         _, token = traced(made(), 64, 128, rows=4)
         axes = layout.axes()
-        module = parse(token.lower().compile().as_text())
+        program = token.lower().compile()
+        module = parse(program.as_text())
         sent = find_collectives(module, axes, 8)
         rows = 4 // layout.degree("data", "fsdp")
-        want = token_bytes(complete_model(SIZES), rows)
+        model = complete_model(SIZES)
+        want, cache = token_bytes(model, rows), cache_bytes(model, 4, 128)
     assert {each.kind for each in sent} == {"all-gather", "all-reduce"}
     assert sum(each.count * each.sent_bytes for each in sent) == sum(want.values())
+    assert program.memory_analysis().alias_size_in_bytes == cache
