@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -39,9 +40,9 @@ class Rows:
         self.names = ("tokens", "labels", "positions")
         if mask_documents:
             self.names += ("segment_ids",)
-        sizes = np.array([document.size for document in documents], np.int64)
-        self._ends = np.cumsum(sizes + 1)  # of each document in the stream, exclusive
-        self._starts = self._ends - sizes - 1
+        lengths = np.array([self._length(each) for each in documents], np.int64)
+        self._ends = np.cumsum(lengths)  # of each document in the stream, exclusive
+        self._starts = self._ends - lengths
         self.num_tokens = int(self._ends[-1])
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class Rows:
         tokens = stream[here]
         arrays["tokens"][here] = tokens
         arrays["labels"][: len(stream) - 1] = stream[1:]
-        arrays["labels"][here][tokens == END_OF_DOCUMENT] = IGNORED
+        arrays["labels"][ends[ends <= last] - 1 - first] = IGNORED
 
         offsets = np.arange(first - row_start, last - row_start, dtype=np.int32)
         if not self.mask_documents:
@@ -104,6 +105,10 @@ class Rows:
         segments = np.arange(low, high + 1) - row_document + 1
         arrays["segment_ids"][here] = np.repeat(segments.astype(np.int32), lengths)
         return arrays
+
+    def _length(self, document: Any) -> int:
+        """The tokens that it has in the stream."""
+        return document.size + 1
 
     def _tokens(self, document: int, first: int, last: int) -> Int32[np.ndarray, "n"]:
         """The stream's tokens [first, last), of which the first lies in `document`."""

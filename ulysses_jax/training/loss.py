@@ -80,7 +80,7 @@ def training_loss(
     gradients in the forward pass as in Liger Kernel, arXiv 2410.10989; label smoothing
     as in arXiv 1512.00567, section 7; z-loss as in PaLM, arXiv 2204.02311, section 5.
     """
-    _check_labels(labels, value_of(head).shape[0])
+    check_labels(labels, value_of(head).shape[0])
     losses: tuple[Array, Array] = _training_loss(
         x, head, labels, tile_tokens, label_smoothing, z_loss
     )
@@ -100,19 +100,19 @@ def num_valid(labels: Int[Array, "..."], vocab_size: int) -> Int[Array, ""]:
 
     Counts what `training_loss` counts, and refuses what it refuses.
     """
-    _check_labels(labels, vocab_size)
-    return jnp.sum(_is_valid(labels, vocab_size), dtype=jnp.int32)
+    check_labels(labels, vocab_size)
+    return jnp.sum(is_valid(labels, vocab_size), dtype=jnp.int32)
 
 
-def _is_valid(labels: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
+def is_valid(labels: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
     return (labels >= 0) & (labels < vocab_size)  # so not IGNORED either
 
 
-def _check_labels(labels: Int[Array, "..."], vocab_size: int) -> None:
+def check_labels(labels: Int[Array, "..."], vocab_size: int) -> None:
     if isinstance(labels, Tracer):
         return
     with jax.ensure_compile_time_eval():  # of labels that a jitted function holds
-        wrong = (labels != IGNORED) & ~_is_valid(labels, vocab_size)
+        wrong = (labels != IGNORED) & ~is_valid(labels, vocab_size)
         num, low, high = int(wrong.sum()), int(labels.min()), int(labels.max())
     if num:
         raise ValueError(
@@ -185,22 +185,14 @@ def _local_loss(
     with_gradients,
 ):
     """One device's tokens, against its part of the vocabulary."""
-    head = layout.all_gather(head.astype(x.dtype), *head_cut)
-    first = layout.axis_index("tensor") * head.shape[0]
+    head, first = whole_width(head, x, head_cut)
 
     def tile(sums, labels, x):
         objective, plain, dhead = sums
-        logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
-        highest = layout.pmax(logits.max(axis=-1), ("tensor",))
-        total = layout.psum(
-            jnp.exp(logits - highest[:, None]).sum(axis=-1), ("tensor",)
+        logits, logsumexp, is_label, label_logit = against_labels(
+            x, head, labels - first
         )
-        logsumexp = highest + jnp.log(total)
-        is_label = jnp.arange(head.shape[0]) == (labels - first)[:, None]
-        label_logit = layout.psum(
-            jnp.where(is_label, logits, 0).sum(axis=-1), ("tensor",)
-        )
-        valid = _is_valid(labels, vocab_size)
+        valid = is_valid(labels, vocab_size)
         nats = logsumexp - label_logit
         plain = plain + jnp.where(valid, nats, 0).sum()
         if label_smoothing:
@@ -241,3 +233,21 @@ def _local_loss(
         return losses, None, None
     dx = layout.psum(dx, ("tensor",)).reshape(x.shape)
     return losses, dx, None if dhead_spec is None else sum_gradient(dhead, dhead_spec)
+
+
+def whole_width(head, x, head_cut):
+    """A device's part of the vocabulary, and the id that it begins with."""
+    head = layout.all_gather(head.astype(x.dtype), *head_cut)
+    return head, layout.axis_index("tensor") * head.shape[0]
+
+
+def against_labels(x, head, labels):
+    """Of a tile: its logits, their logsumexp and where the labels are; labels count
+    from the head's first row. `[T, V]`, `[T]`, `[T, V]`, and the labels' logits `[T]`.
+    """
+    logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
+    highest = layout.pmax(logits.max(axis=-1), ("tensor",))
+    total = layout.psum(jnp.exp(logits - highest[:, None]).sum(axis=-1), ("tensor",))
+    is_label = jnp.arange(head.shape[0]) == labels[:, None]
+    label_logit = layout.psum(jnp.where(is_label, logits, 0).sum(axis=-1), ("tensor",))
+    return logits, highest + jnp.log(total), is_label, label_logit
