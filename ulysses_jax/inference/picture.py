@@ -37,9 +37,10 @@ def draw_recall(
     """Heat maps side by side, as PNG: from no answer right, red, to all, green."""
     size = (1.5 + len(panels) * max(2.6, 0.7 * len(lengths)), 1.6 + 0.3 * len(depths))
     figure, places = _figure(len(panels), size)
+    images = []
     for axes, (title, accuracy) in zip(places, panels, strict=True):
-        image = axes.imshow(
-            accuracy, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper"
+        images.append(
+            axes.imshow(accuracy, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         )
         for y, row in enumerate(accuracy):
             for x, value in enumerate(row):
@@ -51,7 +52,7 @@ def draw_recall(
         axes.set_xlabel("tokens of the row")
         axes.set_title(_plain(title), loc="left", fontsize=10, parse_math=False)
     places[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=list(places), label="answers right", format="{x:.0%}")
+    figure.colorbar(images[0], ax=list(places), label="answers right", format="{x:.0%}")
     return _png(figure)
 
 
