@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/recall.py [--json FILE] [--png FILE] [--quick]
 
-A row is a haystack of filler with 32 needles, a key and its value each, and then asks
+A row is a haystack of filler with 16 needles, a key and its value each, and then asks
 for the value of every key. A model of two layers learns it on short rows on one device,
 then on rows of up to 4,096 tokens under seq=8: with Ulysses' exchange, and without it,
 where each device attends to its own tokens. The accuracy by a needle's depth is
@@ -33,8 +33,8 @@ from ulysses_jax.inference.scoring import make_score
 from ulysses_jax.training.loss import cross_entropy
 from ulysses_jax.training.step import batch_spec
 
-NUM_KEYS, NUM_VALUES, NUM_FILLERS = 64, 64, 64
-NEEDLES, QUESTIONS, SHARDS = 32, 128, 8
+NUM_KEYS, NUM_VALUES, NUM_FILLERS = 32, 32, 32
+NEEDLES, QUESTIONS, SHARDS = 16, 64, 8
 # The first layer shows each value the key before it; half of a head's features are not
 # turned by RoPE, so that a key is found at any distance.
 MODEL = Model(
@@ -43,7 +43,7 @@ MODEL = Model(
     num_layers=2,
     num_heads=8,
     head_size=16,
-    feed_forward_width=128,
+    feed_forward_width=64,
     pattern=("window", "full"),
     window=2,
     rope=Rope(base=10_000.0, fraction=0.5),
@@ -51,10 +51,10 @@ MODEL = Model(
     compute_dtype="float32",
 )
 # Tokens of a row, rows of a batch, steps.
-SHORT = ((32, 64, 300), (64, 32, 200), (256, 16, 150))
-LONG = ((1024, 4, 100), (2048, 2, 50), (4096, 2, 100))
+SHORT = ((32, 64, 250), (64, 32, 300), (128, 16, 300))
+LONG = ((512, 4, 40), (1024, 2, 40), (2048, 1, 40), (4096, 1, 40))
 LENGTHS = (1024, 2048, 4096)
-RATE = 1e-2
+SHORT_RATE, LONG_RATE = 1e-2, 3e-3
 
 
 def rows(
@@ -99,13 +99,13 @@ def batch_of(
 
 
 def lengthened(
-    model: Any, plan: Any, *, exchanged: bool = True, seed: int = 0
+    model: Any, plan: Any, peak: float, *, exchanged: bool = True, seed: int = 0
 ) -> tuple[Any, float]:
     """The model after the steps of a plan, on the mesh that is set, and its loss."""
     graph, parameters = nnx.split(model)
     num_steps = sum(steps for _, _, steps in plan)
     warmup = min(30, num_steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(0, RATE, warmup, num_steps, RATE / 10)
+    rate = optax.warmup_cosine_decay_schedule(0, peak, warmup, num_steps, peak / 10)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01)
     )
@@ -179,11 +179,13 @@ def main() -> None:
         short, long, lengths, num_rows = ((32, 32, 10),), ((512, 1, 4),), (512,), 2
     started = time.monotonic()
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        model, _ = lengthened(Transformer(MODEL, rngs=nnx.Rngs(0)), short)
+        model, _ = lengthened(Transformer(MODEL, rngs=nnx.Rngs(0)), short, SHORT_RATE)
     found: list[dict[str, Any]] = []
     for exchanged in (True, False):
         with jax.set_mesh(make_mesh(seq=SHARDS)):
-            longer, loss = lengthened(on_mesh(model), long, exchanged=exchanged, seed=1)
+            longer, loss = lengthened(
+                on_mesh(model), long, LONG_RATE, exchanged=exchanged, seed=1
+            )
             by_length = [
                 accuracy(longer, each, num_rows, exchanged=exchanged)
                 for each in lengths

@@ -62,6 +62,8 @@ ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
 ALLOWED["inference"] = ALLOWED["interop"] | {"interop"}
 ALLOWED["generate"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
+ALLOWED["inference"] = ALLOWED["interop"] | {"interop", "distributed"}
+ALLOWED["evaluate"] = ALLOWED["retrieval"] = {"inference", "data", "training"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}

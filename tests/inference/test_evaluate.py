@@ -83,9 +83,7 @@ def want(place):
     return np.array(found)
 
 
-@pytest.mark.parametrize(
-    "name", slow_but_for(list(CASES)[:3], CASES)
-)
+@pytest.mark.parametrize("name", slow_but_for(list(CASES)[:3], CASES))
 def test_the_loss_is_the_unsharded_one(place, want, name):
     found = run(place, *CASES[name])
     loss = want[:, 1].mean()
