@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"loss {found.loss:.6f} nats a token, perplexity {found.perplexity:.4f}, "
             f"{found.tokens:,} tokens"
         )
-        title = f"{options.model} on {options.data}: {found.loss:.4f} nats a token"
+        title = f"{options.model.name} on {options.data}: {found.loss:.4f} nats a token"
         picture = draw_by_position(found, title=title) if options.png else b""
         given = {name: str(getattr(options, name)) for name in ("model", "data")}
         given |= {"sequence_tokens": options.tokens, "mask_documents": masks}

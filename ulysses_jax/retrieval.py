@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "depths": depths,
             "accuracy": accuracy.tolist(),
         }
-        panel = f"{options.model}: {accuracy.mean():.1%}", accuracy.tolist()
+        panel = f"{options.model.name}: {accuracy.mean():.1%}", accuracy.tolist()
         picture = draw_recall([panel], depths, lengths) if options.png else b""
         write_whole(options.json, json.dumps(result, indent=1).encode())
         write_whole(options.png, picture)

@@ -44,8 +44,15 @@ def draw_recall(
         )
         for y, row in enumerate(accuracy):
             for x, value in enumerate(row):
-                text = f"{100 * value:.0f}"
-                axes.text(x, y, text, ha="center", va="center", fontsize=7)
+                axes.text(
+                    x,
+                    y,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="black" if 0.15 < value < 0.85 else "white",
+                )
         axes.set_xticks(range(len(lengths)), [f"{each:,}" for each in lengths])
         axes.set_yticks(range(len(depths)), [f"{each:.0%}" for each in depths])
         axes.tick_params(length=0, labelsize=8)
