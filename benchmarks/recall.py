@@ -55,8 +55,8 @@ MODEL = Model(
 )
 # Tokens of a row, rows of a batch, steps.
 SHORT = ((32, 64, 100), (128, 16, 60))
-LONG = ((512, 4, 30), (1024, 2, 30), (4096, 1, 30))
-LENGTHS = (1024, 2048, 4096)
+LONG = ((1024, 2, 30), (4096, 1, 30))
+LENGTHS = (1024, 4096)
 SHORT_RATE, LONG_RATE = 5e-3, 2e-3
 
 
