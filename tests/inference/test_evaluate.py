@@ -154,3 +154,15 @@ def test_refused_in_words(place, tmp_path, capsys, words, said):
     assert len(found := capsys.readouterr().err.splitlines()) == 1
     assert re.search(said, found[0]), found
     assert not list(tmp_path.iterdir())
+
+
+def test_documents_of_one_token_have_no_loss(place, tmp_path, capsys):
+    made = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
+    save_pretrained(from_pretrained(place / "model"), tmp_path / "model")
+    made.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(SystemExit) as ended:
+        words = [f"--model={tmp_path}/model", f"--data={tmp_path}/a.txt"]
+        main([*words, "--mesh.seq=8", f"--tokens={TOKENS}", f"--json={tmp_path}/j"])
+    assert ended.value.code == 2 and not (tmp_path / "j").exists()
+    assert "none of 1 tokens counts" in capsys.readouterr().err

@@ -29,10 +29,12 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """Attributes:
-    loss: nats a token: the sum over all tokens that count, divided by their number.
-    tokens: that count: all but those that begin a row or a document.
-    by_position: of those buckets that have tokens.
+    """What rows cost a model.
+
+    Attributes:
+      loss: nats a token: the sum over all tokens that count, divided by their number.
+      tokens: that count: all but the first of each document.
+      by_position: of those buckets that have tokens.
     """
 
     loss: float
@@ -94,9 +96,8 @@ def evaluate(
         on_batch(done, float(nats.sum()) / max(int(counts.sum()), 1))
     if not counts.sum():
         raise ValueError(
-            f"no token of {rows.num_tokens} counts: each begins a row or a document. "
-            "Give longer documents, or more --tokens a row than "
-            f"{rows.sequence_tokens}"
+            f"none of {rows.num_tokens:,} tokens counts, because each is a document of "
+            "its own: give longer documents"
         )
     return Evaluated(
         loss=float(nats.sum() / counts.sum()),
