@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from word_tokenizer import END, write_tokenizer
 
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Model, Run, Training
 from ulysses_jax.data.open import open_data, refuse_other_data
+from ulysses_jax.data.tokenizer import IGNORED
 
 
 def make_config(files, **kwargs):
@@ -266,3 +268,40 @@ def one_process(rows):
         rows, 1, degrees=dict(data=8), shape=(1, 8, 16), seed=3, start_step=4
     )
     return batch
+
+
+def test_tokens_of_the_folder_that_a_run_starts_from(folder, tmp_path):
+    """Each document ends with the id that ends one; a row may begin inside of it."""
+    source = tmp_path / "model"
+    source.mkdir()
+    write_tokenizer(source)
+    for path in folder.iterdir():
+        path.write_text("a long text " * 3 + "?")
+    model = Model(vocab_size=6, from_=str(source))
+    config = make_config(folder, model=model, run=Run(folder=str(tmp_path / "run")))
+    data = open_data(config)
+    assert data.train.num_tokens == 8 * 12
+    first = data.train.read(0, 0, 16)
+    document = [0, 2, 3, 4, 2, 3, 4, 2, 3, 4, 5, END]
+    assert first["tokens"].tolist() == document + document[:4]
+    labels = [*document[1:], IGNORED, *document[1:5]]
+    assert first["labels"].tolist() == labels
+    assert first["positions"].tolist() == [*range(12), *range(4)]
+    assert first["segment_ids"].tolist() == [1] * 12 + [2] * 4
+    part = data.train.read(1, 5, 12)
+    whole = data.train.read(1, 0, 16)
+    assert all((part[name] == whole[name][5:12]).all() for name in data.train.names)
+    assert f"tokens: of {source}/tokenizer.json" in data.notes
+
+    saved = json.loads(json.dumps(data.meta))
+    (tmp_path / "run").mkdir()
+    data.tokenizer.copy_to(tmp_path / "run")  # as a run does
+    text = (source / "tokenizer.json").read_text()
+    (source / "tokenizer.json").write_text(text.replace('"long"', '"short"'))
+    refuse_other_data(saved, open_data(config).meta)
+    elsewhere = make_config(folder, model=model)
+    with pytest.raises(ValueError, match="on other batches .tokenizer was"):
+        refuse_other_data(saved, open_data(elsewhere).meta)
+    small = make_config(folder, model=dataclasses.replace(model, vocab_size=5))
+    with pytest.raises(ValueError, match="vocab_size 5 is less than the 6 ids"):
+        open_data(small)

@@ -1,27 +1,14 @@
 """Text to tokens: bytes, and a folder's tokenizer.json."""
 
-import json
-
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from word_tokenizer import write_tokenizer
 
 from ulysses_jax.data.tokenizer import Bytes, check_vocabulary, tokenizer_of
-
-WORDS = {"<s>": 0, "</s>": 1, "a": 2, "long": 3, "text": 4, "?": 5}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """One that begins a text with <s>, and would cut it after two tokens."""
-    made = tokenizers.Tokenizer(models.WordLevel(WORDS, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
-    made.add_special_tokens(["<s>", "</s>"])
-    made.enable_truncation(2)
-    made.enable_padding(length=9)
-    made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    write_tokenizer(tmp_path)
     return tmp_path
 
 
@@ -33,8 +20,14 @@ def test_a_folders_own(folder):
     check_vocabulary(6, tokenizer)
     with pytest.raises(ValueError, match="model.vocab_size 5 is less than the 6 ids"):
         check_vocabulary(5, tokenizer)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
-    assert tokenizer_of(folder).ends == (1, 4)
+    (folder / "generation_config.json").unlink()
+    assert tokenizer_of(folder).ends == ()
+    (folder / "config.json").write_text('{"eos_token_id": [1, 4]}')
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.ends == (1, 4)
+    (folder / "copy").mkdir()
+    tokenizer.copy_to(folder / "copy")
+    assert tokenizer_of(folder / "copy").ends == (1, 4)
 
 
 def test_bytes(tmp_path):

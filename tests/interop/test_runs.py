@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from folders import FIXTURES, config_of, tensors_of
 from jax.sharding import AxisType
+from word_tokenizer import write_tokenizer
 
 from ulysses_jax import export, make_mesh, placement
 from ulysses_jax.config import Config, Data, Mesh, Model, Rope, Run, Training
@@ -39,8 +40,8 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("from") / "model"
     model = Transformer(MODEL, rngs=nnx.Rngs(0))
     save_pretrained(model, made, dtype="bfloat16", max_tokens=32)
-    (made / "tokenizer.json").write_text("{}")
-    (made.parent / "text.txt").write_text("abc def\n" * 90)
+    write_tokenizer(made)
+    (made.parent / "text.txt").write_text("a long text ? " * 90)
     return made
 
 
@@ -115,17 +116,20 @@ def test_a_run_from_a_folder_to_a_folder(file, folder, tmp_path, capsys):
     train(config)
     said = capsys.readouterr().out
     assert f"parameters: of {moved}" in said
-    assert "that folder has a tokenizer, and a run's tokens are bytes" in said
+    assert f"tokens: of {moved}/tokenizer.json" in said
     export.main(["--run", f"{tmp_path}/run", "--to", f"{tmp_path}/out"])
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert config_of(tmp_path / "out") == config_of(folder)
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    own = (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == own
     shutil.rmtree(moved)
     run = tmp_path / "run" / "config.yaml"
     train(load(run))
-    assert "nothing left to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing left to do" in said
+    assert f"tokens: of {tmp_path}/run/tokenizer.json" in said
     from_pretrained(tmp_path / "run")
     with pytest.raises(SystemExit) as ended:
         export.main(["--run", f"{tmp_path}/run", "--to", f"{tmp_path}/gone"])

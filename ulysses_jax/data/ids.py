@@ -17,7 +17,11 @@ def text_of(document: Document) -> str:
 
 
 class IdRows(Rows):
-    """As `Rows`, of documents that end where their ids do: no id is added.
+    """As `Rows`, of documents that end where their ids do, or with an id that ends
+    them.
+
+    Args:
+      end: added to each document that does not end with it; None: nothing is.
 
     Cost: the text is tokenised at once, and 4 bytes a token are held.
     """
@@ -29,11 +33,15 @@ class IdRows(Rows):
         tokenizer: Folder,
         *,
         mask_documents: bool,
+        end: int | None = None,
     ):
-        ids = (
-            np.array(tokenizer.encode(text_of(each)), np.int32) for each in documents
-        )
-        self._ids = [each for each in ids if each.size]
+        self._ids = []
+        for each in documents:
+            ids = tokenizer.encode(text_of(each))
+            if end is not None and ids[-1:] != [end]:
+                ids.append(end)
+            if ids:
+                self._ids.append(np.array(ids, np.int32))
         if not self._ids:
             raise ValueError(
                 f"the tokenizer makes no token of {len(documents)} files: give others"

@@ -1,6 +1,7 @@
 """A run's data by its config, and what a resumed run must find again."""
 
 import dataclasses
+import hashlib
 import itertools
 import shlex
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
-from ulysses_jax.data.corpus import find_documents, root_of
+from ulysses_jax.data.corpus import Document, find_documents, root_of
+from ulysses_jax.data.ids import IdRows
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.split import fingerprint, shuffled, split
-from ulysses_jax.data.tokenizer import check_vocabulary
+from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary, tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class RunData:
     Attributes:
       train, validation: the rows of each part; None where none is to be validated on.
       notes: lines for whoever starts the run: sizes, and what was left out.
+      tokenizer: of its text.
       meta: what the batches depend on beside the step number, as JSON can hold it; it
         goes into each checkpoint, and `refuse_other_data` compares it on resumption.
     """
@@ -31,17 +34,22 @@ class RunData:
     train: Rows
     validation: Rows | None
     notes: list[str]
+    tokenizer: Tokenizer
     meta: dict[str, Any]
 
 
 def open_data(config: Config) -> RunData:
     """Finds the corpus and lays out its rows; on several processes, on all of them.
 
+    Tokens are those of the tokenizer of `model.from`, where that folder has one, else
+    bytes. Once a run has begun its own folder has a copy.
+
     Raises:
       ValueError: the vocabulary is too small, the corpus is missing, empty, unreadable
         or too small to part, or is not the same on every process.
 
-    Cost: opens every file once, and reads 8 KiB of it.
+    Cost: opens every file once, and reads 8 KiB of it; where tokens are no bytes,
+    every process tokenises all files, and holds 4 bytes a token (`data.ids`).
     """
     if jax.process_count() == 1:
         return _open(config)
@@ -101,15 +109,18 @@ def _free_folder(config: Config, *, of_other_files: bool) -> Path:
 
 
 def _open(config: Config) -> RunData:
-    check_vocabulary(config.model.vocab_size)
+    tokenizer = _tokenizer(config)
+    check_vocabulary(config.model.vocab_size, tokenizer)
     data, training = config.data, config.training
     documents, notes = find_documents(data.files, config.run.folder)
     train_documents, validation_documents = split(documents, data.validation_fraction)
 
-    def rows(documents):
-        return Rows(
-            documents, training.sequence_tokens, mask_documents=data.mask_documents
-        )
+    def rows(documents: list[Document]) -> Rows:
+        tokens, masks = training.sequence_tokens, data.mask_documents
+        if isinstance(tokenizer, Bytes):
+            return Rows(documents, tokens, mask_documents=masks)
+        end = next(iter(tokenizer.ends), None)
+        return IdRows(documents, tokens, tokenizer, mask_documents=masks, end=end)
 
     train = rows(shuffled(train_documents, config.run.seed))
     validation = rows(validation_documents) if validation_documents else None
@@ -137,7 +148,21 @@ def _open(config: Config) -> RunData:
         "bytes": sum(document.size for document in documents),
         "fingerprint": fingerprint([*train_documents, *validation_documents]),
     }
-    return RunData(train, validation, notes, meta)
+    if not isinstance(tokenizer, Bytes):
+        notes.append(f"tokens: of {tokenizer.path}")
+        digest = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+        meta |= {"tokenizer": digest, "tokens that end": list(tokenizer.ends)}
+    return RunData(train, validation, notes, tokenizer, meta)
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    """Of the run's own folder, else of where it starts from."""
+    for folder in (config.run.folder, config.run.after, config.model.from_):
+        if folder is not None:
+            tokenizer = tokenizer_of(Path(folder))
+            if not isinstance(tokenizer, Bytes):
+                return tokenizer
+    return Bytes()
 
 
 def _sizes(train: Rows, validation: Rows | None) -> str:

@@ -1,6 +1,7 @@
 """What text is as tokens: bytes, or what a folder's tokenizer.json says."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class Bytes:
 class Folder:
     """A folder's tokenizer.json; attributes as of `Bytes`.
 
+    Attributes:
+      path: of that file.
+
     Raises:
       ValueError: it cannot be read.
     """
@@ -48,12 +52,20 @@ class Folder:
             raise ValueError(f"{path} is no tokenizer: {error}") from None
         self._own.no_truncation()
         self._own.no_padding()
+        self.path = path
         self.num_ids = 1 + max(self._own.get_vocab(with_added_tokens=True).values())
         self.ends = _ends(folder)
 
     def encode(self, text: str) -> list[int]:
         """With what the tokenizer puts around a text, such as a token to begin with."""
         return self._own.encode(text).ids
+
+    def copy_to(self, folder: Path) -> None:
+        """So that `tokenizer_of(folder)` is this one."""
+        said = json.dumps({"eos_token_id": list(self.ends)})
+        (folder / "generation_config.json").write_text(said)
+        if self.path.parent != folder:
+            shutil.copy(self.path, folder / _FILE)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._own.decode(list(ids), skip_special_tokens=True)

@@ -17,6 +17,7 @@ from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.targets import target_of
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
+from ulysses_jax.data.tokenizer import Bytes
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
     allow_promotion,
@@ -200,13 +201,6 @@ def run_once(
             state = first_state(config, make_model, source)
             if source is not None:
                 say(f"parameters: of {config.run.after or config.model.from_}")
-                if config.model.from_ is not None and any(
-                    Path(config.model.from_ or "").glob("tokenizer*")
-                ):
-                    say(
-                        "warning: that folder has a tokenizer, and a run's tokens are "
-                        "bytes: its weights read them as other tokens than they know"
-                    )
         else:
             first_step, state, then = restored
             if config.model.lora is not None:
@@ -270,6 +264,8 @@ def run_once(
         )
         if is_main:
             (folder / "config.yaml").write_text(config.to_yaml())
+            if not isinstance(data.tokenizer, Bytes):
+                data.tokenizer.copy_to(folder)
         in_flight = InFlight(
             training.batch_size * training.sequence_tokens, log.log_step
         )
