@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     model = Transformer(MODEL, rngs=nnx.Rngs(0))
     save_pretrained(model, made, dtype="bfloat16", max_tokens=32)
     write_tokenizer(made)
-    (made.parent / "text.txt").write_text("a long text ? " * 90)
+    (made.parent / "text.txt").write_text("a long text ?\n" * 90)
     return made
 
 
