@@ -16,7 +16,7 @@ from slow import slow_but_for
 
 from ulysses_jax import Model, Transformer, layout, make_mesh
 from ulysses_jax.complete import complete_model
-from ulysses_jax.config import Rope
+from ulysses_jax.config import Lora, Rope
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.inference import generate
@@ -97,11 +97,12 @@ SIZES = Model(
     rope=Rope(base=100.0, window_base=30.0),
     compute_dtype="float32",
 )
+ADAPTED = dataclasses.replace(SIZES, lora=Lora(rank=2, targets=("all",)))
 PROMPTS = [[5, 3, 8, 1, 9, 2, 7], [4] * 3 + list(range(20)), [31]]
 NEW = 8
 
 
-def made(model=SIZES):
+def made(model=ADAPTED):
     """The same random parameters on any mesh."""
     abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -142,7 +143,7 @@ def alone():
 )
 def test_tokens_are_those_of_whole_forward_passes(alone, degrees, kind):
     """Rows of unequal lengths in one batch, each as if it were alone; greedy and drawn.
-    Windows, sinks, norms, biases and scales; 2 key heads over 1 to 4 devices."""
+    Windows, sinks, norms, biases, scales and adapters; 2 key heads over 1 to 4 devices."""
     with mesh_of(degrees, kind):
         model = made()
         for drawn in (False, True):
@@ -215,7 +216,7 @@ def test_what_a_token_sends(degrees):
     """As the formula says, from the compiled program: no weight among it; and the cache
     is written in place."""
     with mesh_of(degrees):
-        _, token = traced(made(), 64, 128, rows=4)
+        _, token = traced(made(SIZES), 64, 128, rows=4)
         axes = layout.axes()
         program = token.lower().compile()
         module = parse(program.as_text())

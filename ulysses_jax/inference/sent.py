@@ -12,7 +12,7 @@ def token_bytes(model: Model, rows: int) -> dict[str, float]:
     """Bytes that a device of the mesh that is set receives a step of `read_token`.
 
     Args:
-      model: completed.
+      model: completed, without adapters.
       rows: of the device, B / (data fsdp).
 
     Returns:

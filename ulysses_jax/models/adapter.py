@@ -11,7 +11,6 @@ from ulysses_jax.lora import adapted
 from ulysses_jax.models.sizes import letter_sizes
 from ulysses_jax.sharding import Table
 from ulysses_jax.weights.parameter import matrix
-from ulysses_jax.weights.products import project
 
 ADAPTER = "_adapter"
 """How the name of a module's adapter ends; it begins with that of the projection."""
@@ -64,7 +63,7 @@ def project_into(
         if adapter is None:
             return y
         # Token by token, so that tokens are gathered, where they are, with R features.
-        low = project("BTD,DR->BTR", x, adapter.a[...])
+        low = module.products.by_token("BTD,DR->BTR", x, adapter.a[...])
         equation = f"BTR,R{adapter.outputs}->BT{adapter.outputs}"
         (more,) = module.products.into((equation,), low, (adapter.b[...],))
         return y + adapter.scale * more
@@ -81,7 +80,7 @@ def project_out_of(module: Any, name: str, x: Array) -> Float[Array, "B T D"]:
     if adapter is None:
         return y
     low = module.products.out_of(f"BT{inputs},{inputs}R->BTR", x, adapter.a[...])
-    more = project("BTR,RD->BTD", low, adapter.b[...])
+    more = module.products.by_token("BTR,RD->BTD", low, adapter.b[...])
     return y + adapter.scale * more
 
 

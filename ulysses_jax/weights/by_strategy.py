@@ -17,18 +17,20 @@ class Products:
     table: of `sharding`, by which its weights are made.
     into: `f(equations, x, weights)`, from `[B, T, D]` to heads or features.
     out_of: `f(equation, x, w)`, from heads or features to `[B, T, D]`.
+    by_token: `f(equation, x, w)`, of token shards, between D and a rank.
     """
 
     table: Table
     into: Callable[..., tuple[Any, ...]]
     out_of: Callable[..., Any]
+    by_token: Callable[..., Any]
 
     def __repr__(self) -> str:
         return f"Products({self.table})"
 
 
-_MEGATRON = Products(MEGATRON, project_gathered, project_scattered)
-_OTHERS = Products(ACTIVATION, project_each, project)
+_MEGATRON = Products(MEGATRON, project_gathered, project_scattered, project)
+_OTHERS = Products(ACTIVATION, project_each, project, project)
 
 
 def products_of(strategy: str) -> Products:

@@ -36,7 +36,9 @@ def project_in_place(
     x_letters, w_letters, y_letters = letters_of(equation)
     w_spec = spec_of(w, w_letters)
     cut, _ = zero_cut(w_spec)
-    sums_width = "D" in set(x_letters) & set(w_letters)
+    summed = {*x_letters} & {*w_letters}
+    sums_width = "D" in summed
+    over = cut if sums_width else ("tensor",) * bool(summed & {*"NKF"})
 
     def local(x: Array, w: Array) -> Array:
         x = _rows_of(x, cut)
@@ -45,8 +47,8 @@ def project_in_place(
         y = jnp.einsum(
             equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32
         )
-        y = layout.psum(y, cut if sums_width else ("tensor",)).astype(dtype or x.dtype)
-        if not sums_width:
+        y = layout.psum(y, over).astype(dtype or x.dtype)
+        if "D" in y_letters:
             y = layout.all_gather(y, cut, y_letters.index("D"))
         return _part(y, _shared(cut), 0)
 
@@ -109,5 +111,5 @@ def _project_each(
     return tuple(project_in_place(equation, x, w) for equation, w in pairs)
 
 
-IN_PLACE = Products(ONE_TOKEN, _project_each, project_in_place)
+IN_PLACE = Products(ONE_TOKEN, _project_each, project_in_place, project_in_place)
 """What a layer is handed in the place of `by_strategy.products_of`."""
