@@ -4,7 +4,7 @@ import pytest
 import yaml
 from files import ROOT
 
-from ulysses_jax.config_file import load, load_from_command_line
+from ulysses_jax.config_file import load, load_from_command_line, load_stages
 
 
 @pytest.fixture
@@ -161,8 +161,9 @@ def test_a_pattern_of_layers(load_text, tmp_path):
     "path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem
 )
 def test_every_config_here_loads_and_says_how_it_is_run(path):
-    config = load(path)
-    assert config.run.folder == f"runs/{path.stem}"
+    for config in load_stages(path):
+        assert config.run.folder is not None
+        assert config.run.folder.split("/stage_")[0] == f"runs/{path.stem}"
     assert f"--config configs/{path.name}" in path.read_text()
 
 

@@ -143,7 +143,7 @@ def alone():
 )
 def test_tokens_are_those_of_whole_forward_passes(alone, degrees, kind):
     """Rows of unequal lengths in one batch, each as if it were alone; greedy and drawn.
-    Windows, sinks, norms, biases, scales and adapters; 2 key heads over 1 to 4 devices."""
+    Windows, sinks, norms, biases, scales, adapters; 2 key heads over 1 to 4 devices."""
     with mesh_of(degrees, kind):
         model = made()
         for drawn in (False, True):

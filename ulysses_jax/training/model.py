@@ -236,13 +236,13 @@ def are_matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
 
 
 def matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
-    """A tree like the parameters: the `Matrix` of each.
+    """A tree like those that are trained: the `Matrix` of each.
 
     A user's own parameters, which have no letters, are one each, stacked or not.
     """
     model = abstract_model(config, make_model)
     has_stacks = isinstance(model, Transformer)
-    return flax.traverse_util.unflatten_dict(
+    found = flax.traverse_util.unflatten_dict(
         {
             path: matrix_of(
                 variable.get_metadata().get("letters"),
@@ -252,6 +252,7 @@ def matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
             for path, variable in nnx.to_flat_state(nnx.state(model))
         }
     )
+    return split(config.model, found)[0]
 
 
 def decayed(config: Config, make_model: MakeModel) -> dict[str, Any]:
