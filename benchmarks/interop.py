@@ -61,7 +61,7 @@ from ulysses_jax.config import Model
 from ulysses_jax.complete import complete_model
 from ulysses_jax.families.config_json import config_of, family_of
 from ulysses_jax.tensors.files import Shape, write
-from ulysses_jax.tensors.parameters import expected
+from ulysses_jax.tensors.expected import expected
 folder, layers, dtype = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 model = complete_model(Model(vocab_size=%d, width=%d, num_layers=layers, num_heads=16))
 values = config_of(model, None, 8192)

@@ -28,13 +28,10 @@ from ulysses_jax.families.gpt_oss import GPT_OSS
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models import Attention
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.tensors.expected import open_source
 from ulysses_jax.tensors.files import Tensors
-from ulysses_jax.tensors.parameters import (
-    described,
-    open_source,
-    read_parameters,
-    written,
-)
+from ulysses_jax.tensors.reading import described, read_parameters
+from ulysses_jax.tensors.writing import written
 
 MESHES = {"one device": {}, "data 2, seq 4": dict(data=2, seq=4)}
 TOLERANCE = 1e-4

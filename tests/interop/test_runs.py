@@ -16,7 +16,7 @@ from ulysses_jax.config import Config, Data, Mesh, Model, Rope, Run, Training
 from ulysses_jax.config_file import load
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.tensors.parameters import open_source
+from ulysses_jax.tensors.expected import open_source
 from ulysses_jax.training import train
 from ulysses_jax.training.state import first_state
 

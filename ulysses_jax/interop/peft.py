@@ -10,8 +10,9 @@ from flax import nnx
 
 from ulysses_jax.families.family import Family
 from ulysses_jax.models.adapter import ADAPTER
+from ulysses_jax.tensors.expected import expected
 from ulysses_jax.tensors.files import Shape
-from ulysses_jax.tensors.parameters import Kept, OnHost, expected
+from ulysses_jax.tensors.writing import Kept, OnHost
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 

@@ -31,14 +31,10 @@ from ulysses_jax.interop.peft import (
 )
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.tensors.expected import expected, open_source
 from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write, write_file
-from ulysses_jax.tensors.parameters import (
-    described,
-    expected,
-    open_source,
-    read_parameters,
-    written,
-)
+from ulysses_jax.tensors.reading import described, read_parameters
+from ulysses_jax.tensors.writing import written
 from ulysses_jax.training.load import load_run
 
 # Beside the config and the weights: what a tokenizer and who serves the model read.

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_jax.config import Config
+from ulysses_jax.tensors.expected import Expected, open_source
 from ulysses_jax.tensors.files import Tensors
-from ulysses_jax.tensors.parameters import Expected, open_source
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 

@@ -14,7 +14,7 @@ from ulysses_jax.config_file import load
 from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import check_run_folder
-from ulysses_jax.tensors.parameters import described, read_parameters
+from ulysses_jax.tensors.reading import described, read_parameters
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.model import (

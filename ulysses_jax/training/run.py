@@ -27,7 +27,7 @@ from ulysses_jax.mesh import (
     simulate_cpu_devices,
 )
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.tensors.parameters import open_source
+from ulysses_jax.tensors.expected import open_source
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory

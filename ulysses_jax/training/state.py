@@ -19,8 +19,9 @@ from ulysses_jax.memory.offload import HOST, to_host
 from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.sharding import at_stage
+from ulysses_jax.tensors.expected import Expected
 from ulysses_jax.tensors.files import Tensors
-from ulysses_jax.tensors.parameters import Described, Expected, read_parameters
+from ulysses_jax.tensors.reading import Described, read_parameters
 from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.load import Before
 from ulysses_jax.training.model import (
