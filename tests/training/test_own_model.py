@@ -32,7 +32,7 @@ from ulysses_jax.models import Layer
 from ulysses_jax.placement import place
 from ulysses_jax.training import load_run, train
 from ulysses_jax.training.metrics import read_rows
-from ulysses_jax.training.model import prepared
+from ulysses_jax.training.prepare import prepared
 from ulysses_jax.training.state import abstract_state, first_state, shard_bytes
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
@@ -71,21 +69,21 @@ def made(config: Config, make_model: MakeModel) -> Any:
         for name, value in vars(module).items():
             if isinstance(value, jax.Array):
                 raise ValueError(
-                    f"{_where(model, *path, name)} is an array by itself, neither "
+                    f"{where_of(model, *path, name)} is an array by itself, neither "
                     "trained nor saved: make it an nnx.Param, or a NumPy array where "
                     "it is constant"
                 )
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         said = variable.get_metadata().get("out_sharding")
         if said is not None:
-            _check_axes(_where(model, *path), said)
+            _check_axes(where_of(model, *path), said)
             spec = said_spec(variable)
             variable.set_metadata(out_sharding=tuple(spec))
             variable.set_value(layout.lay(variable.get_value(), spec))
     return model
 
 
-def _where(model: Any, *path: Any) -> str:
+def where_of(model: Any, *path: Any) -> str:
     return ".".join(map(str, (type(model).__name__, *path)))
 
 
@@ -104,7 +102,7 @@ def _check_axes(name: str, said: Any) -> None:
 def own_name(config: Config, make_model: MakeModel) -> str | None:
     """The class of a user's module, which `memory` and `strategy` do not act on; None:
     it is this library's."""
-    with _no_mesh():
+    with no_mesh():
         model = abstract_model(config, make_model)
     return None if isinstance(model, Transformer) else type(model).__name__
 
@@ -117,116 +115,9 @@ def identity(config: Config, make_model: MakeModel) -> dict[str, Any]:
     return {"class": own, "vocab_size": config.model.vocab_size}
 
 
-def prepared(config: Config, make_model: MakeModel) -> Config:
-    """The config for this model, before it is placed on a mesh.
-
-    Raises:
-      ValueError: a user's module that the step cannot train, or options of the config
-        that only act on this library's layers.
-    """
-    name = own_name(config, make_model)
-    check = _check_module if name else _check_parameters
-    with _no_mesh():
-        nnx.eval_shape(lambda: check(made(config, make_model), config.model.vocab_size))
-    if config.model.lora is not None and config.run.after is not None:
-        raise ValueError(
-            f"run.after {config.run.after} gives all parameters of a run, and "
-            "model.lora trains adapters on a folder's: write that run as a folder "
-            "(python -m ulysses_jax.export), and start from it (--model.from)"
-        )
-    if name is None:
-        if config.model.lora is not None and config.model.from_ is None:
-            raise ValueError(
-                "model.lora adapts weights that are not trained, and model.from does "
-                "not say whose: give a Hugging Face folder (--model.from path/to/it), "
-                "or leave model.lora out to train all parameters"
-            )
-        return config
-    if config.model.lora is not None:
-        raise ValueError(
-            f"model.lora adapts the projections of ulysses_jax.Transformer, and {name} "
-            "is none: leave it out, and make adapters in your own module"
-        )
-    if config.model.from_ is not None:
-        raise ValueError(
-            f"model.from {config.model.from_} has the weights of a "
-            f"ulysses_jax.Transformer, and {name} is none: leave it out, and let "
-            "make_model read its own"
-        )
-    plain = vars(Memory()) | {"loss_tile_tokens": config.memory.loss_tile_tokens}
-    for option, value in vars(config.memory).items():
-        also = {"remat": "none", "head_chunks": 1}.get(option)
-        if value not in (plain[option], also):
-            raise ValueError(
-                f"memory.{option} {value} acts on the layers of "
-                f"ulysses_jax.Transformer, and {name} is none: leave it out, and use "
-                "nnx.remat or jax.checkpoint in its features"
-            )
-    if config.training.optimizer == "muon":
-        raise ValueError(
-            "training.optimizer muon steps the matrices inside the layers of "
-            f"ulysses_jax.Transformer, and {name} is none: which of its parameters are "
-            "tables or heads is not known; use adamw, lion, adafactor or sgd"
-        )
-    if config.training.zero_stage == 2:
-        raise ValueError(
-            "training.zero_stage 2 cuts the gradients of ulysses_jax.Transformer, and "
-            f"{name} is none: use 3, where parameters and gradients lie as its own "
-            "parameters say, or 1"
-        )
-    # Its attention is its own: no groups of heads, tokens in the sequence's order.
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, zigzag=bool(config.model.zigzag)),
-        memory=dataclasses.replace(config.memory, head_chunks=1),
-    )
-
-
-def _no_mesh() -> Any:
+def no_mesh() -> Any:
     """A caller of a run may have set any mesh, which is not the run's."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-
-
-def _check_module(model: Any, vocab_size: int) -> None:
-    name = type(model).__name__
-    for part, what in (
-        ("features", "features(tokens, positions, segment_ids) -> [B, T, D]"),
-        ("head", "head, float32 [vocab_size, D]"),
-    ):
-        # A property's own AttributeError is its own to say.
-        if part not in {*dir(type(model)), *vars(model)}:
-            raise ValueError(f"{name} has no {part}: a model to train has {what}")
-    try:
-        inspect.signature(model.features).bind("tokens", "positions", "segment_ids")
-    except TypeError as error:
-        raise ValueError(
-            f"{name}.features cannot be called with tokens, positions, segment_ids "
-            f"({error}): make it features(self, tokens, positions, segment_ids), where "
-            "segment_ids may be None"
-        ) from None
-    _check_parameters(model)
-    shape = _head(model).shape
-    if len(shape) != 2 or shape[0] != vocab_size:
-        raise ValueError(
-            f"{name}.head has shape {shape}, and model.vocab_size is {vocab_size}: "
-            "head is [vocab_size, D], the transpose of a Linear's kernel"
-        )
-
-
-def _check_parameters(model: Any, *_: Any) -> None:
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        where = _where(model, *path)
-        if not isinstance(variable, nnx.Param):
-            raise ValueError(
-                f"{where} is a {type(variable).__name__}, and the trainer keeps "
-                "parameters alone: make the module without it (no dropout, no batch "
-                "statistics)"
-            )
-        if variable.dtype != jnp.float32:
-            raise ValueError(
-                f"{where} is {variable.dtype}: parameters are float32; give the "
-                "products another dtype (in flax.nnx dtype=, and param_dtype float32)"
-            )
 
 
 def are_matrices(config: Config, make_model: MakeModel) -> dict[str, Any]:
@@ -284,7 +175,7 @@ def features_and_head(
     if isinstance(model, Transformer):
         return model.features(*ids, run=Saving(memory)), model.head
     module, values = unbind(model)
-    head = _head(model)
+    head = head_of(model)
 
     def features(values: Any, *ids: Any) -> Array:
         x = module.bind(values).features(*ids)
@@ -328,6 +219,6 @@ def for_calls(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **here))
 
 
-def _head(model: Any) -> Any:
+def head_of(model: Any) -> Any:
     head = model.head
     return head.get_value() if isinstance(head, nnx.Variable) else head

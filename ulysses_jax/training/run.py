@@ -40,7 +40,6 @@ from ulysses_jax.training.model import (
     handed_over,
     identity,
     own_name,
-    prepared,
 )
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.output import print_every_name
@@ -52,6 +51,7 @@ from ulysses_jax.training.preflight import (
     refuse_other_model,
     refuse_other_optimizer,
 )
+from ulysses_jax.training.prepare import prepared
 from ulysses_jax.training.report import attention_of, describe, describe_own
 from ulysses_jax.training.signals import Stopped, told_to_stop
 from ulysses_jax.training.state import (
