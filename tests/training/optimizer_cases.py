@@ -21,6 +21,8 @@ MODEL = dict(
 )
 # Two stacks of two layers, and a layer that is left.
 STACKS = dict(num_layers=5, pattern=["window", "full"], window=6)
+ADAPTERS = dict(lora=dict(rank=4))
+VARIANTS = {None: {}, "stacks": STACKS, "adapters": ADAPTERS}
 TRAINING = dict(
     learning_rate=0.01,
     final_learning_rate=0.001,
@@ -45,9 +47,9 @@ def matrices_of(tree):
         x = np.asarray(x)
         if names[0] == "layers":
             for i, each in enumerate(x):
-                found["layer", i, *names[1:]] = _flat(names[-1], each)
+                found["layer", i, *names[1:]] = _flat(names, each)
         else:
-            found[names] = _flat(names[-1], x)
+            found[names] = _flat(names, x)
     return found
 
 
@@ -64,10 +66,18 @@ def tree_of(matrices, like):
     return jax.tree_util.tree_map_with_path(of, like)
 
 
-def _flat(name, x):
-    if name in ("q", "k", "v"):
+def _flat(names, x):
+    """The last name is the matrix's; of an adapter of q, they are q_adapter and a."""
+    name = names[-1]
+    if name in ("q", "k", "v") or (name == "b" and is_of_adapter(names)):
         return x.reshape(x.shape[0], -1)
-    return x.reshape(-1, x.shape[-1]) if name == "out" else x
+    if name == "out" or names[-2:] == ("out_adapter", "a"):
+        return x.reshape(-1, x.shape[-1])
+    return x
+
+
+def is_of_adapter(names):
+    return len(names) > 1 and names[-2].endswith("_adapter")
 
 
 @functools.cache
@@ -118,7 +128,7 @@ def take_plain_steps(training, parameters, gradients_of, num_steps):
         gradients, _ = clip.update(gradients_of(i, parameters), optax.EmptyState())
         stepped = {}
         for name, x in parameters.items():
-            is_matrix = name[-1] in IN_LAYERS
+            is_matrix = name[-1] in IN_LAYERS or is_of_adapter(name)
             in_layer = name[0] in ("layer", "rest") and is_matrix
             decays = is_matrix or name[-1] in TABLES
             init, step = plain_step(training, in_layer, decays)
@@ -129,11 +139,11 @@ def take_plain_steps(training, parameters, gradients_of, num_steps):
 
 
 @functools.cache
-def grown(has_stacks=False):
-    """Parameters of `MODEL`, large enough that layers matter."""
+def grown(variant=None):
+    """Parameters of `MODEL`, or a variant, large enough that layers matter."""
     rng = np.random.default_rng(1)
     with jax.set_mesh(mesh_of()):
-        shapes = abstract_state(config_of({}, model=STACKS if has_stacks else {}))
+        shapes = abstract_state(config_of({}, model=VARIANTS[variant]))
 
     def draw(path, x):
         if path[-1].key == "scale":
@@ -146,7 +156,7 @@ def grown(has_stacks=False):
 def begun(config, mesh, parameters):
     """The state before the first step, on the mesh that is set."""
     parameters = put_like(abstract_state(config).parameters, mesh, parameters)
-    return jax.jit(functools.partial(state_of, config, Transformer))(parameters)
+    return jax.jit(functools.partial(state_of, config, Transformer))(parameters, {})
 
 
 def put_like(shapes, mesh, tree):

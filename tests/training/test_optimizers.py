@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from optimizer_cases import (
     OPTIMIZERS,
-    STACKS,
+    VARIANTS,
     assert_same_matrices,
     begun,
     config_of,
@@ -35,7 +35,7 @@ LAYER = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 160
 ON_HOST = dict(offload=["optimizer", "parameters"])
 CASES = {
     "one device": ({}, {}),
-    "fsdp, seq, many stacks": (dict(fsdp=2, seq=4), dict(model=STACKS)),
+    "fsdp, seq, many stacks": (dict(fsdp=2, seq=4), dict(variant="stacks")),
     "fsdp, seq, tensor": (dict(fsdp=2, seq=2, tensor=2), {}),
     "megatron": (
         dict(fsdp=2, seq=2, tensor=2),
@@ -44,8 +44,9 @@ CASES = {
     "data, ring, on the host": (dict(data=2, ring=4), dict(memory=ON_HOST)),
     "many stacks on the host": (
         dict(fsdp=2, seq=2, tensor=2),
-        dict(model=STACKS, memory=ON_HOST),
+        dict(variant="stacks", memory=ON_HOST),
     ),
+    "adapters": (dict(fsdp=2, seq=2, tensor=2), dict(variant="adapters")),
     "moments on the host": (
         dict(fsdp=4, tensor=2),
         dict(memory=dict(offload=["optimizer"])),
@@ -67,10 +68,19 @@ def gradients_of(step, tree):
     return jax.tree.map(lambda x: np.float32(size * rng.standard_normal(x.shape)), tree)
 
 
+def config_and_variant(name, case):
+    degrees, options = CASES[case]
+    options = dict(options)
+    variant = options.pop("variant", None)
+    if variant:
+        options["model"] = VARIANTS[variant]
+    return config_of(degrees, optimizer=name, **options), variant
+
+
 @functools.cache
-def want(name, has_stacks):
+def want(name, variant):
     training = config_of({}, optimizer=name).training
-    before = grown(has_stacks)
+    before = grown(variant)
 
     def gradients(step, matrices):
         del matrices
@@ -82,9 +92,8 @@ def want(name, has_stacks):
 @functools.cache
 def compiled_update(name, case):
     """From gradients, parameters and state, each where the run has it."""
-    degrees, options = CASES[case]
-    config = config_of(degrees, optimizer=name, **options)
-    with jax.set_mesh(mesh_of(**degrees)):
+    config, _ = config_and_variant(name, case)
+    with jax.set_mesh(mesh_of(**CASES[case][0])):
         optimizer, shapes = optimizer_of(config), abstract_state(config)
 
         @functools.partial(jax.jit, donate_argnums=(1, 2))
@@ -100,11 +109,10 @@ def compiled_update(name, case):
 
 @pytest.mark.parametrize("name, case", slow_but_for(QUICK, OPTIMIZERS, CASES))
 def test_steps_are_those_of_plain_optax(name, case):
-    degrees, options = CASES[case]
-    has_stacks = options.get("model") == STACKS
-    before = grown(has_stacks)
+    _, variant = config_and_variant(name, case)
+    before = grown(variant)
     config, shapes, step = compiled_update(name, case)
-    mesh = mesh_of(**degrees)
+    mesh = mesh_of(**CASES[case][0])
     with jax.set_mesh(mesh):
         state = begun(config, mesh, before)
         parameters, state = state.parameters, state.optimizer
@@ -119,7 +127,7 @@ def test_steps_are_those_of_plain_optax(name, case):
             assert x.sharding.memory_kind == (like.sharding.memory_kind or "device")
 
     jax.tree.map(same, state, shapes.optimizer)
-    assert_same_matrices(parameters, want(name, has_stacks), 1e-5)
+    assert_same_matrices(parameters, want(name, variant), 1e-5)
 
 
 def sent_by_muon(case):
@@ -161,6 +169,17 @@ def test_a_part_of_the_parameters_is_enough(name):
     updates, after = jax.eval_shape(optimizer.update, part, state, part)
     assert updates["layers"][0]["attention"]["q"].shape == attention["q"].shape
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_adapters_alone_have_a_state(name):
+    config = config_of(dict(fsdp=2, seq=4), optimizer=name, model=VARIANTS["adapters"])
+    with jax.set_mesh(mesh_of(fsdp=2, seq=4)):
+        state = abstract_state(config)
+    trained = sum(x.size for x in jax.tree.leaves(state.parameters))
+    kept = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
+    most = dict(adamw=2, adafactor=1.1).get(name, 1)
+    assert 0 < kept <= most * trained
 
 
 def moments_bytes(name, degrees):

@@ -5,6 +5,7 @@ import math
 from ulysses_jax.config import Config
 from ulysses_jax.costs.matrices import layer_matrices, matrix_elements
 from ulysses_jax.costs.targets import Target
+from ulysses_jax.lora import adapter_elements
 from ulysses_jax.sharding import zero_axes
 
 NEWTON_SCHULZ_STEPS = 5
@@ -26,8 +27,10 @@ def optimizer_seconds(config: Config, target: Target, state_bytes: float) -> flo
     if name in MOMENTS:
         parameters = state_bytes / MOMENTS[name]
     else:
-        layers, tables = matrix_elements(config.model)
-        parameters = FLOAT32_BYTES * (layers + tables) / math.prod(_cut(config))
+        elements = sum(matrix_elements(config.model))
+        if config.model.lora:
+            elements = config.model.num_layers * adapter_elements(config.model)
+        parameters = FLOAT32_BYTES * elements / math.prod(_cut(config))
     moved = 3 * parameters + 2 * state_bytes
     rate = target.peak_flops_per_second("float32") * target.matmul_efficiency
     flops = muon_flops(config) if name == "muon" else 0.0
@@ -36,7 +39,9 @@ def optimizer_seconds(config: Config, target: Target, state_bytes: float) -> flo
 
 def muon_flops(config: Config) -> float:
     """Of one GPU: of each layer whose matrices it makes orthogonal. Of m rows and n
-    columns, m the fewer, a step takes `4 m^2 n + 2 m^3`."""
+    columns, m the fewer, a step takes `4 m^2 n + 2 m^3`. Of adapters, next to none."""
+    if config.model.lora:
+        return 0.0
     layer = 0.0
     for sides in layer_matrices(config.model):
         m, n = min(sides), max(sides)
@@ -46,7 +51,10 @@ def muon_flops(config: Config) -> float:
 
 
 def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
-    """Bytes that a GPU sends a step so that Muon has whole matrices."""
+    """Bytes that a GPU sends a step so that Muon has whole matrices; of adapters there
+    is no formula."""
+    if config.model.lora:
+        return None
     (zero, zero_degree), (parts, parts_degree) = _axes(config)
     stacked, single = _layers(config)
     layer = FLOAT32_BYTES * sum(
