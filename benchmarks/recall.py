@@ -55,7 +55,8 @@ MODEL = Model(
 )
 # Tokens of a row, rows of a batch, steps.
 SHORT = ((32, 64, 100), (128, 16, 60))
-LONG = ((1024, 2, 30), (4096, 1, 30))
+# Each with a rate that rises and decays.
+LONG = (((1024, 2, 30), (4096, 1, 30)), ((4096, 1, 60),))
 LENGTHS = (1024, 4096)
 SHORT_RATE, LONG_RATE = 5e-3, 2e-3
 
@@ -179,16 +180,18 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", SHARDS)
     short, long, lengths, num_rows = SHORT, LONG, LENGTHS, 40
     if args.quick:
-        short, long, lengths, num_rows = ((32, 32, 10),), ((512, 1, 4),), (512,), 2
+        short, long, lengths, num_rows = ((32, 32, 10),), (((512, 1, 4),),), (512,), 2
     started = time.monotonic()
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         model, _ = lengthened(Transformer(MODEL, rngs=nnx.Rngs(0)), short, SHORT_RATE)
     found: list[dict[str, Any]] = []
     for exchanged in (True, False):
         with jax.set_mesh(make_mesh(seq=SHARDS)):
-            longer, loss = lengthened(
-                on_mesh(model), long, LONG_RATE, exchanged=exchanged, seed=1
-            )
+            longer, loss = on_mesh(model), float("nan")
+            for seed, plan in enumerate(long, 1):
+                longer, loss = lengthened(
+                    longer, plan, LONG_RATE, exchanged=exchanged, seed=seed
+                )
             by_length = [
                 accuracy(longer, each, num_rows, exchanged=exchanged)
                 for each in lengths
