@@ -66,6 +66,8 @@ def rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, labels (the values asked for), and each label's needle.
 
+    A row begins with filler: what has no token before it lies apart from all else.
+
     Args:
       evenly: needle i of n lies at depth i / (n - 1); else anywhere.
     """
@@ -79,9 +81,9 @@ def rows(
     for i in range(num):
         keys = rng.permutation(NUM_KEYS)[:needles]
         values = NUM_KEYS + rng.integers(0, NUM_VALUES, needles)
-        at = 2 * rng.permutation(hay // 2)[:needles]
+        at = 2 + 2 * rng.permutation(hay // 2 - 1)[:needles]
         if evenly:
-            at = 2 * np.round(np.linspace(0, hay // 2 - 1, needles)).astype(int)
+            at = 2 * np.round(np.linspace(1, hay // 2 - 1, needles)).astype(int)
         tokens[i, at], tokens[i, at + 1] = keys, values
         rounds = [rng.permutation(needles) for _ in range(questions // needles + 1)]
         asked = np.concatenate(rounds)[:questions]

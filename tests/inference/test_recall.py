@@ -18,7 +18,7 @@ def test_needles_lie_evenly_and_are_asked_once():
     for i in range(2):
         at = np.flatnonzero(tokens[i] < recall.NUM_KEYS)
         hay, question = at[: recall.NEEDLES], at[recall.NEEDLES :]
-        assert hay[0] == 0 and hay[-1] == 256 - 2 * recall.NEEDLES - 2
+        assert hay[0] == 2 and hay[-1] == 256 - 2 * recall.NEEDLES - 2
         assert question.tolist() == np.flatnonzero(asked[i]).tolist()
         needle = hay[which[i, question]]
         assert (tokens[i, needle] == tokens[i, question]).all()
