@@ -55,10 +55,15 @@ MODEL = Model(
 )
 # Tokens of a row, rows of a batch, steps.
 SHORT = ((32, 64, 100), (128, 16, 60))
-# Each with a rate that rises and decays.
-LONG = (((1024, 2, 30), (4096, 1, 30)), ((4096, 1, 60),))
+# And the peak of the rate, which rises and decays in each.
+LONG = (
+    (((1024, 2, 30), (4096, 1, 30)), 2e-3),
+    (((4096, 1, 60),), 2e-3),
+    (((4096, 1, 60),), 2e-3),
+    (((4096, 1, 40),), 5e-4),
+)
 LENGTHS = (1024, 4096)
-SHORT_RATE, LONG_RATE = 5e-3, 2e-3
+SHORT_RATE = 5e-3
 
 
 def rows(
@@ -81,7 +86,8 @@ def rows(
     for i in range(num):
         keys = rng.permutation(NUM_KEYS)[:needles]
         values = NUM_KEYS + rng.integers(0, NUM_VALUES, needles)
-        at = 2 + 2 * rng.permutation(hay // 2 - 1)[:needles]
+        between = 4 + 2 * rng.permutation(hay // 2 - 3)[: needles - 2]
+        at = np.array([2, hay - 2, *between])  # no depth is rare
         if evenly:
             at = 2 * np.round(np.linspace(1, hay // 2 - 1, needles)).astype(int)
         tokens[i, at], tokens[i, at + 1] = keys, values
@@ -180,9 +186,14 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", SHARDS)
-    short, long, lengths, num_rows = SHORT, LONG, LENGTHS, 40
+    short, long, lengths, num_rows = SHORT, LONG, LENGTHS, 200
     if args.quick:
-        short, long, lengths, num_rows = ((32, 32, 10),), (((512, 1, 4),),), (512,), 2
+        short, long, lengths, num_rows = (
+            ((32, 32, 10),),
+            ((((512, 1, 4),), 2e-3),),
+            (512,),
+            2,
+        )
     started = time.monotonic()
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         model, _ = lengthened(Transformer(MODEL, rngs=nnx.Rngs(0)), short, SHORT_RATE)
@@ -190,9 +201,9 @@ def main() -> None:
     for exchanged in (True, False):
         with jax.set_mesh(make_mesh(seq=SHARDS)):
             longer, loss = on_mesh(model), float("nan")
-            for seed, plan in enumerate(long, 1):
+            for seed, (plan, rate) in enumerate(long, 1):
                 longer, loss = lengthened(
-                    longer, plan, LONG_RATE, exchanged=exchanged, seed=seed
+                    longer, plan, rate, exchanged=exchanged, seed=seed
                 )
             by_length = [
                 accuracy(longer, each, num_rows, exchanged=exchanged)

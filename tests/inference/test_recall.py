@@ -36,7 +36,7 @@ def test_the_exchange_is_what_finds_them():
             longer, _ = recall.lengthened(
                 recall.on_mesh(model),
                 ((512, 4, 20),),
-                recall.LONG_RATE,
+                2e-3,
                 exchanged=exchanged,
             )
             shares = recall.accuracy(longer, 512, 10, exchanged=exchanged)
