@@ -46,3 +46,24 @@ def test_what_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="is no tokenizer"):
         tokenizer_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tekken.json"])
+def test_other_tokenizers_are_not_taken_for_bytes(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=f"has {name} and no tokenizer.json"):
+        tokenizer_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"eos', "generation_config.json is no JSON object"),
+        ("[1]", "generation_config.json is no JSON object"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id '</s>': give an id"),
+    ],
+)
+def test_ends_that_cannot_be_read(folder, text, message):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tokenizer_of(folder)

@@ -74,6 +74,15 @@ class Folder:
 Tokenizer = Bytes | Folder
 
 _FILE = "tokenizer.json"
+# What other tokenizers lie in: of those, too, a folder's tokens are no bytes.
+_OTHERS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "spiece.model",
+    "*.tiktoken",
+)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
@@ -84,7 +93,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     """
     if (folder / _FILE).is_file():
         return Folder(folder)
-    others = sorted(path.name for path in folder.glob("tokenizer*"))
+    others = sorted(path.name for each in _OTHERS for path in folder.glob(each))
     if others:
         raise ValueError(
             f"{folder} has {', '.join(others)} and no {_FILE}: "
@@ -95,12 +104,29 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def _ends(folder: Path) -> tuple[int, ...]:
-    """As generation_config.json says, else config.json."""
+    """As generation_config.json says, else config.json.
+
+    Raises:
+      ValueError: a file that cannot be read, or whose eos_token_id is no ids.
+    """
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            said: Any = json.loads((folder / name).read_text()).get("eos_token_id")
-            if said is not None:
-                return tuple(said) if isinstance(said, list) else (said,)
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            said: Any = json.loads(path.read_bytes())["eos_token_id"]
+        except KeyError:
+            continue
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no JSON object: {error}") from None
+        ids = said if isinstance(said, list) else [said]
+        if said is None:
+            continue
+        if not all(type(each) is int for each in ids):
+            raise ValueError(
+                f"{path} has eos_token_id {said!r}: give an id, a list of ids, or null"
+            )
+        return tuple(ids)
     return ()
 
 
