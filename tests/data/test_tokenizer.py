@@ -3,7 +3,7 @@
 import pytest
 from word_tokenizer import write_tokenizer
 
-from ulysses_jax.data.tokenizer import Bytes, check_vocabulary, tokenizer_of
+from ulysses_jax.data.tokenizer import Bytes, Folder, check_vocabulary, tokenizer_of
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def test_a_folders_own(folder):
     (folder / "config.json").write_text('{"eos_token_id": [1, 4]}')
     tokenizer = tokenizer_of(folder)
     assert tokenizer.ends == (1, 4)
+    assert isinstance(tokenizer, Folder)
     (folder / "copy").mkdir()
     tokenizer.copy_to(folder / "copy")
     assert tokenizer_of(folder / "copy").ends == (1, 4)
