@@ -51,7 +51,8 @@ def open_run(folder: str, model: dict[str, Any]) -> tuple[Before, list[str]]:
       model: `model.identity` of the run that starts.
 
     Raises:
-      ValueError: no run is there, it has saved no step, or trained another class.
+      ValueError: no run is there, it has saved no step or adapters alone, or
+        trained another class.
     """
     before = Before(Path(folder) / "checkpoints")
     with Checkpointer(before.checkpoints, interval_steps=1) as checkpoints:
@@ -62,6 +63,13 @@ def open_run(folder: str, model: dict[str, Any]) -> tuple[Before, list[str]]:
             "give another run's folder"
         )
     step, meta = saved
+    if meta["model"].get("lora") is not None:
+        raise ValueError(
+            f"run.after {folder} has saved adapters of model.lora alone, and this run "
+            "starts from all parameters: write that run as a folder (python -m "
+            f"ulysses_jax.export --run {folder} --to merged), and start from it "
+            "(--model.from merged)"
+        )
     changed = differences(meta["model"], model)
     return before, [f"starting after step {step} of {folder}", *changed]
 
