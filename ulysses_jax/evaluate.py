@@ -10,7 +10,8 @@ from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.tokenizer import Folder
 from ulysses_jax.inference.evaluate import evaluate
 from ulysses_jax.inference.opening import (
-    add_options,
+    add_model_options,
+    add_result_options,
     batch_shape,
     documents_of,
     mesh_of,
@@ -19,6 +20,7 @@ from ulysses_jax.inference.opening import (
     write_whole,
 )
 from ulysses_jax.inference.picture import draw_by_position
+from ulysses_jax.run_folder import is_run_folder
 from ulysses_jax.training.endings import ends_in_words, ends_with_the_others
 
 PROGRAM = "python -m ulysses_jax.evaluate"
@@ -33,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = batch_shape(source.model, options.tokens, options.batch_size, mesh)
         documents, masks = documents_of(options.data), options.mask_documents
         if isinstance(source.tokenizer, Folder):
+            # A run has learned to end a document; a folder's loss is of its text.
+            ends = source.tokenizer.ends if is_run_folder(source.folder) else ()
             rows = IdRows(
-                documents, options.tokens, source.tokenizer, mask_documents=masks
+                documents,
+                options.tokens,
+                source.tokenizer,
+                mask_documents=masks,
+                end=next(iter(ends), None),
             )
         else:
             rows = Rows(documents, options.tokens, mask_documents=masks)
@@ -71,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         description="The loss and perplexity of a model on text files.",
         allow_abbrev=False,
     )
-    add_options(parser)
+    add_model_options(parser)
+    add_result_options(parser)
     add = parser.add_argument
     add(
         "--data",

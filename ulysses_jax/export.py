@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=options.dtype,
             max_tokens=options.max_tokens or longest,
             adapters=options.adapters,
+            tokenizer=run,
         )
     print(f"{options.to}: written")
 

@@ -8,22 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import AxisType
-
 from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
-from ulysses_jax.config_file import load
 from ulysses_jax.data.tokenizer import Tokenizer, check_vocabulary, tokenizer_of
-from ulysses_jax.families.config_json import source_model
 from ulysses_jax.inference.cache import cache_bytes
 from ulysses_jax.inference.generation import stream
+from ulysses_jax.inference.opening import (
+    add_model_options,
+    mesh_of,
+    model_of_folder,
+)
 from ulysses_jax.inference.request import Request, check_request
-from ulysses_jax.inference.text import Spelled, encoded, ids_of, text_of
+from ulysses_jax.inference.text import Spelled, encoded, file_text, ids_of
 from ulysses_jax.interop import from_pretrained
-from ulysses_jax.mesh import AXES, make_mesh, simulate_cpu_devices
-from ulysses_jax.run_folder import is_run_folder
 from ulysses_jax.training.endings import ends_in_words
 from ulysses_jax.training.output import print_every_name
 
@@ -33,20 +31,8 @@ PROGRAM = "python -m ulysses_jax.generate"
 def main(argv: Sequence[str] | None = None) -> None:
     """Raises SystemExit: with code 2 for an error in words."""
     options = _parser().parse_args(argv)
-    with ends_in_words(PROGRAM), print_every_name():
-        if options.simulated_cpu_devices is not None:
-            if options.simulated_cpu_devices < 1:
-                raise ValueError(
-                    f"--simulated-cpu-devices {options.simulated_cpu_devices}: give 1 "
-                    "or more"
-                )
-            simulate_cpu_devices(options.simulated_cpu_devices)
-        tokenizer, prompts, model = _asked(options)
-        degrees = {axis: getattr(options, axis) for axis in AXES}
-        said = {axis: n for axis, n in degrees.items() if n is not None}
-        mesh = make_mesh(**(said or {"seq": -1}), axis_type=AxisType.Explicit)
-        with jax.set_mesh(mesh):
-            _run(options, tokenizer, prompts, model)
+    with ends_in_words(PROGRAM), print_every_name(), mesh_of(options):
+        _run(options, *_asked(options))
 
 
 def _run(
@@ -80,14 +66,10 @@ def _asked(
 ) -> tuple[Tokenizer | None, list[list[int]], Model]:
     """The tokenizer, if text was asked for; the prompts' ids; and the model, of which
     nothing is read yet but its config."""
-    folder = Path(options.model)
-    if is_run_folder(folder):
-        model = load(folder / "config.yaml").model
-        # As `from_pretrained` gives it.
-        model = dataclasses.replace(model, strategy="auto", zigzag=False)
-    else:
-        model = source_model(folder)
-    texts = [*options.prompt, *map(text_of, options.prompt_file)]
+    model = model_of_folder(options.model)
+    # As `from_pretrained` gives it.
+    model = dataclasses.replace(model, strategy="auto", zigzag=False)
+    texts = [*options.prompt, *map(file_text, options.prompt_file)]
     if options.prompt_tokens:
         if texts:
             raise ValueError(
@@ -100,7 +82,7 @@ def _asked(
             "say what to go on from: --prompt TEXT, --prompt-file FILE, or ids, "
             "--prompt-tokens 1,2,3"
         )
-    tokenizer = tokenizer_of(folder)
+    tokenizer = tokenizer_of(options.model)
     try:
         check_vocabulary(model.vocab_size, tokenizer)
     except ValueError as error:
@@ -163,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add: Any = parser.add_argument
-    add("--model", required=True, help="a Hugging Face folder, or a run's, runs/tiny")
+    add_model_options(parser)
     many: Any = dict(action="append", default=[])
     add("--prompt", metavar="TEXT", help="to go on from; may stand often", **many)
     add("--prompt-file", type=Path, metavar="FILE", help="a whole file's", **many)
@@ -183,15 +165,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="that a row's cache holds; default: as many as are needed",
     )
-    add(
-        "--compute-dtype",
-        choices=("bfloat16", "float32"),
-        help="of products and the cache; default: as the weights are, or as the run's",
-    )
-    for axis in AXES:
-        help = "default, where no degree is given: all devices" * (axis == "seq")
-        add(f"--mesh.{axis}", type=int, metavar="N", dest=axis, help=help or None)
-    add("--simulated-cpu-devices", type=int, metavar="N")
     return parser
 
 

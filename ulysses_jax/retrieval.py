@@ -10,7 +10,8 @@ import numpy as np
 from ulysses_jax.data.ids import text_of
 from ulysses_jax.inference.needles import Haystack, bare, filler
 from ulysses_jax.inference.opening import (
-    add_options,
+    add_model_options,
+    add_result_options,
     batch_shape,
     documents_of,
     mesh_of,
@@ -101,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         description="How many keys a model finds in long rows of text.",
         allow_abbrev=False,
     )
-    add_options(parser)
+    add_model_options(parser)
+    add_result_options(parser)
     add = parser.add_argument
     add(
         "--lengths",

@@ -9,6 +9,11 @@ def is_run_folder(folder: Path) -> bool:
     return wrote and (folder / "config.yaml").is_file()
 
 
+def stages_in(folder: Path) -> list[Path]:
+    """The runs of a run in stages, of those stages that have begun."""
+    return sorted(each for each in folder.glob("stage_*") if is_run_folder(each))
+
+
 def check_run_folder(folder: Path) -> None:
     """Refuses a folder that is no run's.
 
@@ -18,6 +23,6 @@ def check_run_folder(folder: Path) -> None:
     if (folder / "config.yaml").is_file():
         return
     near = [each for each in folder.parents if is_run_folder(each)][:1]
-    near += sorted(each for each in folder.glob("stage_*") if is_run_folder(each))
+    near += stages_in(folder)
     remedy = f": give {', or '.join(map(str, near))}" if near else ""
     raise ValueError(f"{folder} is no run's folder: it has no config.yaml{remedy}")

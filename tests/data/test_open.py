@@ -294,7 +294,7 @@ def test_tokens_of_the_folder_that_a_run_starts_from(folder, tmp_path):
     assert f"tokens: of {source}/tokenizer.json" in data.notes
 
     saved = json.loads(json.dumps(data.meta))
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     data.tokenizer.copy_to(tmp_path / "run")  # as a run does
     text = (source / "tokenizer.json").read_text()
     (source / "tokenizer.json").write_text(text.replace('"long"', '"short"'))

@@ -5,7 +5,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ulysses_jax.data.tokenizer import Bytes, tokenizer_of
-from ulysses_jax.inference.text import Spelled, encoded, ids_of, text_of
+from ulysses_jax.inference.text import Spelled, encoded, file_text, ids_of
 
 
 def spelled(tokenizer, prompt, new):
@@ -46,6 +46,6 @@ def test_prompts(tmp_path):
         ids_of("1;2")
     (tmp_path / "a").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not UTF-8"):
-        text_of(tmp_path / "a")
+        file_text(tmp_path / "a")
     with pytest.raises(ValueError, match="is not UTF-8"):
         encoded(Bytes(), "\udcff")

@@ -31,7 +31,7 @@ from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.expected import open_source
 from ulysses_jax.tensors.files import Tensors
 from ulysses_jax.tensors.reading import described, read_parameters
-from ulysses_jax.tensors.writing import written
+from ulysses_jax.tensors.writing import Kept, written
 
 MESHES = {"one device": {}, "data 2, seq 4": dict(data=2, seq=4)}
 TOLERANCE = 1e-4
@@ -55,7 +55,7 @@ def lies_alike(one, other):
 def gradients_of(model, gradients):
     """By the names of the files' tensors."""
     parameters = {
-        path: (variable.get_metadata()["letters"], variable.get_value())
+        path: Kept(variable.get_metadata()["letters"], variable.get_value())
         for path, variable in nnx.to_flat_state(gradients)
     }
     wanted = open_source(model.model)[1]

@@ -44,7 +44,7 @@ def test_the_attention_is_the_program_s_own(chosen, platform, runs, name):
 
 
 def test_padding_of_a_module_of_the_user_s_is_said():
-    state: Any = SimpleNamespace(parameters={"w": jnp.ones(3)})
+    state: Any = SimpleNamespace(parameters={"w": jnp.ones(3)}, frozen={})
     config = make_config(dict(seq=4), sequence_tokens=30)
     assert describe_own(config, state, "Mine")[2:] == [
         "30 tokens do not divide over ring 1 x seq 4: each sequence is padded with 2 "

@@ -156,8 +156,11 @@ def _open(config: Config) -> RunData:
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    """Of the run's own folder, else of where it starts from."""
-    for folder in (config.run.folder, config.run.after, config.model.from_):
+    """Of the run's own folder, where it has saved a step, else of where it starts
+    from."""
+    own = config.run.folder
+    began = own is not None and any(Path(own, "checkpoints").glob("[0-9]*"))
+    for folder in (own if began else None, config.run.after, config.model.from_):
         if folder is not None:
             tokenizer = tokenizer_of(Path(folder))
             if not isinstance(tokenizer, Bytes):

@@ -29,6 +29,11 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def copy_to(self, folder: Path) -> None:
+        """So that `tokenizer_of(folder)` is this one: it has no other."""
+        for name in (_FILE, _ENDS):
+            (folder / name).unlink(missing_ok=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Of ids that are no byte, nothing; of a broken character, its sign."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -62,10 +67,13 @@ class Folder:
 
     def copy_to(self, folder: Path) -> None:
         """So that `tokenizer_of(folder)` is this one."""
-        said = json.dumps({"eos_token_id": list(self.ends)})
-        (folder / "generation_config.json").write_text(said)
-        if self.path.parent != folder:
-            shutil.copy(self.path, folder / _FILE)
+        if self.path.parent == folder:
+            return
+        shutil.copy(self.path, folder / _FILE)
+        own = self.path.parent / _ENDS
+        said = json.loads(own.read_bytes()) if own.is_file() else {}
+        said["eos_token_id"] = list(self.ends) or None
+        (folder / _ENDS).write_text(json.dumps(said))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._own.decode(list(ids), skip_special_tokens=True)
@@ -73,7 +81,7 @@ class Folder:
 
 Tokenizer = Bytes | Folder
 
-_FILE = "tokenizer.json"
+_FILE, _ENDS = "tokenizer.json", "generation_config.json"
 # What other tokenizers lie in: of those, too, a folder's tokens are no bytes.
 _OTHERS = (
     "tokenizer*",
@@ -109,7 +117,7 @@ def _ends(folder: Path) -> tuple[int, ...]:
     Raises:
       ValueError: a file that cannot be read, or whose eos_token_id is no ids.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in (_ENDS, "config.json"):
         path = folder / name
         if not path.is_file():
             continue

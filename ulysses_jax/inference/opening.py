@@ -1,4 +1,4 @@
-"""What evaluating programs share: a model by its folder, on a mesh, and files out."""
+"""What programs with a model share: its folder, a mesh, and files out."""
 
 import argparse
 import contextlib
@@ -23,12 +23,12 @@ from ulysses_jax.families.config_json import source_model
 from ulysses_jax.interop import from_pretrained
 from ulysses_jax.mesh import AXES, make_mesh, simulate_cpu_devices
 from ulysses_jax.placement import place
-from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.run_folder import is_run_folder, stages_in
 from ulysses_jax.strategies import strategy_of
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The model, the mesh, the processes, and where results go."""
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model, the mesh and the processes."""
     add = parser.add_argument
     add("--model", required=True, type=Path, help="a Hugging Face folder, or a run's")
     add(
@@ -36,13 +36,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32"),
         help="of products; default: as the weights are, or as the run's",
     )
-    add("--batch-size", type=int, default=1, metavar="B", help="rows at a time")
     for axis in AXES:
-        add(f"--mesh.{axis}", type=int, default=1, metavar="N")
+        help = "default, where no degree is given: all devices" * (axis == "seq")
+        add(f"--mesh.{axis}", type=int, metavar="N", help=help or None)
     add("--simulated-cpu-devices", type=int, metavar="N")
     add("--distributed.coordinator", metavar="HOST:PORT", dest="coordinator")
     add("--distributed.num-processes", type=int, metavar="N", dest="num_processes")
     add("--distributed.process-id", type=int, metavar="I", dest="process_id")
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Of what is measured: how, and where results go."""
+    add = parser.add_argument
+    add("--batch-size", type=int, default=1, metavar="B", help="rows at a time")
     add("--json", type=Path, metavar="FILE", help="write the result")
     add("--png", type=Path, metavar="FILE", help="draw it")
 
@@ -51,20 +57,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def mesh_of(options: argparse.Namespace) -> Iterator[Mesh]:
     """Starts the processes, checks what can be checked early, and sets the mesh.
 
+    Args:
+      options: of `add_model_options`, and of `add_result_options` or not.
+
     Raises:
       ValueError: a count that is none, a file that cannot be written, a mesh that is
         not there.
     """
+    said = vars(options)
     for name in ("batch_size", "simulated_cpu_devices"):
-        given = getattr(options, name)
+        given = said.get(name)
         if given is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} {given}: give 1 or more")
-    for path in filter(None, (options.json, options.png)):
+    for path in filter(None, map(said.get, ("json", "png"))):
         _check_writable(path)
     start_distributed(options.coordinator, options.num_processes, options.process_id)
     simulate_cpu_devices(options.simulated_cpu_devices)
-    degrees = {axis: getattr(options, f"mesh.{axis}") for axis in AXES}
-    mesh = make_mesh(**degrees, axis_type=AxisType.Explicit)
+    asked = {axis: said[f"mesh.{axis}"] for axis in AXES}
+    degrees = {axis: n for axis, n in asked.items() if n is not None}
+    mesh = make_mesh(**(degrees or {"seq": -1}), axis_type=AxisType.Explicit)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -81,12 +92,24 @@ class Source:
         return from_pretrained(self.folder, compute_dtype=options.compute_dtype)
 
 
+def model_of_folder(folder: Path) -> Model:
+    """As its config says; nothing else is read.
+
+    Raises:
+      ValueError: what is no model's folder.
+    """
+    if is_run_folder(folder):
+        return load(folder / "config.yaml").model
+    if stages := stages_in(folder):
+        raise ValueError(
+            f"{folder} has stages, each a run: give {', or '.join(map(str, stages))}"
+        )
+    return source_model(folder)
+
+
 def source_of(folder: Path) -> Source:
     """Raises ValueError: what is no model's folder; a tokenizer of more ids."""
-    if is_run_folder(folder):
-        model = load(folder / "config.yaml").model
-    else:
-        model = source_model(folder)
+    model = model_of_folder(folder)
     tokenizer = tokenizer_of(folder)
     check_vocabulary(model.vocab_size, tokenizer)
     return Source(folder, model, tokenizer)

@@ -51,7 +51,7 @@ def ids_of(text: str) -> list[int]:
         raise ValueError(f"--prompt-tokens {text!r} are no ids: give 1,2,3") from None
 
 
-def text_of(path: Path) -> str:
+def file_text(path: Path) -> str:
     """A file's, whole.
 
     Raises:

@@ -111,6 +111,7 @@ def save_pretrained(
     max_tokens: int | None = None,
     file_bytes: int = 5_000_000_000,
     adapters: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> None:
     """Writes a folder that `transformers` opens, and `from_pretrained`.
 
@@ -123,6 +124,8 @@ def save_pretrained(
       dtype: of the weights. None: that of the folder it came from, else float32.
       max_tokens: of a sequence, that the model is for; None: as where it came from.
       file_bytes: of a file of weights, at most, or of one tensor.
+      tokenizer: a folder whose tokenizer's files are copied in the place of those of
+        what it came from, such as the run's.
       adapters: write these alone, as a folder of PEFT's (`interop.peft`); dtype None is
         float32 then.
 
@@ -186,9 +189,15 @@ def save_pretrained(
         write(aside, shapes, tensors, dtype=stored, file_bytes=file_bytes)
         (aside / CONFIG).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n")
         if source is not None:
-            for path in sorted({p for x in _PASSED_ON for p in source.glob(x)}):
-                if path.is_file():
-                    shutil.copy(path, aside / path.name)
+            _copy_beside(source, aside)
+        if tokenizer is not None:
+            _copy_beside(Path(tokenizer), aside)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for path in sorted({path for each in _PASSED_ON for path in source.glob(each)}):
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.targets import target_of
 from ulysses_jax.data.loader import batches, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
-from ulysses_jax.data.tokenizer import Bytes
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
     allow_promotion,
@@ -264,8 +263,7 @@ def run_once(
         )
         if is_main:
             (folder / "config.yaml").write_text(config.to_yaml())
-            if not isinstance(data.tokenizer, Bytes):
-                data.tokenizer.copy_to(folder)
+            data.tokenizer.copy_to(folder)
         in_flight = InFlight(
             training.batch_size * training.sequence_tokens, log.log_step
         )
