@@ -19,6 +19,7 @@ from ulysses_jax.config_file import load
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.training import load_run, train
+from ulysses_jax.training.load import open_run
 from ulysses_jax.training.proof import read_commit
 
 MODEL = Model(
@@ -55,6 +56,11 @@ def small(folder, *words):
 def trained(folder):
     """The module that `train` hands over."""
     return train(small(folder))
+
+
+def test_no_run_starts_from_adapters_alone(trained, folder):
+    with pytest.raises(ValueError, match="adapters of model.lora alone, .*--to merged"):
+        open_run(f"{folder.parent}/run", {})
 
 
 def values_of(model):

@@ -85,6 +85,7 @@ def test_more_devices_than_key_heads(degrees):
     assert_same(loss_and_gradients(config), want)
 
 
+@pytest.mark.slow
 def test_norms_everywhere_and_a_scale():
     """As in Gemma 3: chunks, and groups of heads, of layers of two kinds."""
     model = dict(

@@ -19,8 +19,9 @@ SMALL = (
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 
 
+# Adapters need a folder to begin with: `interop/test_adapters.py` makes one for theirs.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"llama3_8b_lora"}))
 def test_first_steps(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     first, *_ = load_stages(CONFIGS[name])

@@ -46,7 +46,12 @@ def case(degrees, *, marks=(), **options):
     [
         case({}, remat="none", marks=slow),
         case(dict(fsdp=2, seq=2, tensor=2)),
-        case(dict(fsdp=2, seq=2, tensor=2), model=MEGATRON, mlp_tile_tokens=4),
+        case(
+            dict(fsdp=2, seq=2, tensor=2),
+            model=MEGATRON,
+            mlp_tile_tokens=4,
+            marks=slow,
+        ),
         case(dict(fsdp=2, seq=2), sequence_chunk_tokens=8, mlp_tile_tokens=4),
         case(dict(fsdp=2, seq=4), marks=slow),
         case(dict(ring=2, seq=2), marks=slow),
