@@ -63,7 +63,8 @@ ALLOWED["inference"] = ALLOWED["interop"] | {"interop"}
 ALLOWED["generate"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
 ALLOWED["inference"] = ALLOWED["interop"] | {"interop", "distributed"}
-ALLOWED["evaluate"] = ALLOWED["retrieval"] = {"inference", "data", "training"}
+ALLOWED["retrieval"] = {"inference", "data", "training"}
+ALLOWED["evaluate"] = ALLOWED["retrieval"] | {"run_folder"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}
