@@ -67,7 +67,6 @@ def gradients_of(model, gradients):
     "case, mesh",
     slow_but_for(
         [
-            ("gemma3", "data 2, seq 4"),
             ("qwen2", "data 2, seq 4"),
             ("gpt2", "one device"),
         ],

@@ -32,11 +32,11 @@ def dense(**shape):
 @pytest.mark.parametrize(
     "shape, degrees, model, memory",
     [
-        ({}, dict(seq=2, tensor=2), {}, PIECES),
+        ({}, {}, {}, {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ({}, {}, {}, {}),
+                ({}, dict(seq=2, tensor=2), {}, PIECES),
                 ({}, {}, dict(num_layers=2, pattern=("sparse", "full")), {}),
                 (UNEVEN, dict(seq=4), {}, PIECES),
                 ({}, dict(seq=2, tensor=2), {}, dict(head_chunks=2, remat="attention")),

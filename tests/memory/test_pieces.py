@@ -114,6 +114,7 @@ def test_a_chunk_longer_than_a_device_has():
     assert_same(loss_and_gradients(config), plain("llama", "seq 8"))
 
 
+@pytest.mark.slow
 def test_in_bfloat16():
     """Root mean squares of errors, which for whole layers are 0.04 at most, too."""
     model = dict(compute_dtype="bfloat16")
