@@ -52,7 +52,12 @@ def case(degrees, *, marks=(), **options):
             mlp_tile_tokens=4,
             marks=slow,
         ),
-        case(dict(fsdp=2, seq=2), sequence_chunk_tokens=8, mlp_tile_tokens=4),
+        case(
+            dict(fsdp=2, seq=2),
+            sequence_chunk_tokens=8,
+            mlp_tile_tokens=4,
+            marks=slow,
+        ),
         case(dict(fsdp=2, seq=4), marks=slow),
         case(dict(ring=2, seq=2), marks=slow),
         case(dict(fsdp=2, seq=2, tensor=2), model=MEGATRON, marks=slow),
