@@ -22,6 +22,10 @@ def check_run_folder(folder: Path) -> None:
     """
     if (folder / "config.yaml").is_file():
         return
+    if (folder / "lock").is_file():
+        raise ValueError(
+            f"the run in {folder} has taken no step yet: start it again, or wait"
+        )
     near = [each for each in folder.parents if is_run_folder(each)][:1]
     near += stages_in(folder)
     remedy = f": give {', or '.join(map(str, near))}" if near else ""

@@ -71,11 +71,16 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
             )
         if not is_installed():
             raise ValueError(f"attention mosaic is not installed: {_TOKAMAX}")
+    cudnn = cudnn_lacks(q, k, mask)
+    if name == "cudnn" and cudnn is not None:
+        raise ValueError(
+            f"attention cudnn has none for {cudnn}: use attention auto (of the "
+            "function: None), or blockwise"
+        )
     if name != "auto":
         return Choice(name)
     if not device.is_gpu:
         return Choice("blockwise")
-    cudnn = cudnn_lacks(q, k, mask)
     if cudnn is None:
         return Choice("cudnn")
     mosaic = mosaic_lacks(device, q, mask)

@@ -215,6 +215,7 @@ def run_once(
             say(line)
 
         # ---- The step, compiled once.
+        say("compiling the step")
         started = time.monotonic()
         step = step.lower().compile()
         check_offload(host_bytes(config, shapes), memory_stats(step), platform_of(mesh))
