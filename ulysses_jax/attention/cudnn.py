@@ -13,13 +13,21 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def cudnn_lacks(q: Array, k: Array, mask: Mask) -> str | None:
-    """What cuDNN through jax.nn has no attention for; None where it has one."""
+    """What cuDNN through jax.nn has no attention for, or no gradient; None where it has
+    both."""
+    if (lacks := cudnn_lacks_forward(q, k, mask)) is not None:
+        return lacks
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return f"a gradient from {q.shape[1]} queries to {k.shape[1]} keys"
+    return None
+
+
+def cudnn_lacks_forward(q: Array, k: Array, mask: Mask) -> str | None:
+    """What it has no attention for."""
     if q.dtype not in DTYPES:
         return f"products in {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"head size {q.shape[-1]}"
-    if q.shape[1] % 2 or k.shape[1] % 2:
-        return f"a gradient from {q.shape[1]} queries to {k.shape[1]} keys"
     if mask.q_segment_ids is not None:
         return "documents in a row"
     if mask.q_positions is not None:

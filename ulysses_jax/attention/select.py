@@ -7,7 +7,11 @@ from typing import NamedTuple
 from jaxtyping import Array
 
 from ulysses_jax.attention.blockwise import blockwise_attention
-from ulysses_jax.attention.cudnn import cudnn_attention, cudnn_lacks
+from ulysses_jax.attention.cudnn import (
+    cudnn_attention,
+    cudnn_lacks,
+    cudnn_lacks_forward,
+)
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import is_installed, mosaic_lacks
 from ulysses_jax.attention.parts import PARTS, Parts, attention_of
@@ -71,16 +75,16 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
             )
         if not is_installed():
             raise ValueError(f"attention mosaic is not installed: {_TOKAMAX}")
-    cudnn = cudnn_lacks(q, k, mask)
-    if name == "cudnn" and cudnn is not None:
+    if name == "cudnn" and (lacks := cudnn_lacks_forward(q, k, mask)) is not None:
         raise ValueError(
-            f"attention cudnn has none for {cudnn}: use attention auto (of the "
+            f"attention cudnn has none for {lacks}: use attention auto (of the "
             "function: None), or blockwise"
         )
     if name != "auto":
         return Choice(name)
     if not device.is_gpu:
         return Choice("blockwise")
+    cudnn = cudnn_lacks(q, k, mask)
     if cudnn is None:
         return Choice("cudnn")
     mosaic = mosaic_lacks(device, q, mask)
