@@ -73,16 +73,19 @@ def test_keys_out_of_order_are_not_attended_in_silence():
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_only_tiles_with_a_visible_pair_are_computed(monkeypatch, window):
-    """Of rows of documents: as many as hold a pair, rounded up to a call."""
+    """Of each row of documents its own: as many as hold a pair, rounded up to a call."""
     tokens, block = 48, 4
-    segments = np.repeat([1, 2, 3, 0], [6, 17, 20, 5])[None]
+    lengths = [6, 17, 20, 5], [24, 8, 16, 0]
+    segments = np.stack([np.repeat([1, 2, 3, 0], each) for each in lengths])
     ids = jnp.asarray(segments, jnp.int32)
     mask = Mask(causal=True, window=window, q_segment_ids=ids, kv_segment_ids=ids)
-    seen = np.asarray(mask.visible(0, tokens, 0, tokens))[0]
-    holds = seen.reshape(12, block, 12, block).any(axis=(1, 3))
-    tiles = tiles_of(key_ranges(mask, 1, tokens, tokens), block, 12)
+    seen = np.asarray(mask.visible(0, tokens, 0, tokens))
+    seen = seen.reshape(2, 12, block, 12, block).any(axis=(2, 4))
+    holds = np.zeros((24, 24), bool)  # a block of a row and one of another: none
+    holds[:12, :12], holds[12:, 12:] = seen
+    tiles = tiles_of(key_ranges(mask, 2, tokens, tokens), block, 12)
     count = int(tiles.number)
-    assert count == holds.sum() < holds.size / 3
+    assert count == holds.sum() < seen.size / 3
     listed = {(int(i), int(j)) for i, j in zip(tiles.q, tiles.kv, strict=True)}
     assert {pair for pair in zip(*np.nonzero(holds), strict=True)} <= listed
 
@@ -94,7 +97,7 @@ def test_only_tiles_with_a_visible_pair_are_computed(monkeypatch, window):
         return backward(*arrays, scale=scale)
 
     monkeypatch.setattr(mosaic, "_backward", counted)
-    q, k = (jnp.ones((1, tokens, n, 8)) for n in (4, 2))
+    q, k = (jnp.ones((2, tokens, n, 8)) for n in (4, 2))
     attend = functools.partial(attention_of(PARTS["mosaic"]), mask=mask)
     jax.block_until_ready(out_and_gradients(attend, q, k, k, jnp.ones(q.shape)))
     jax.effects_barrier()

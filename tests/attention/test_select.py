@@ -128,22 +128,29 @@ def test_refused_before_anything_is_compiled(monkeypatch, name, device, q, messa
 @pytest.mark.parametrize(
     "dtype, keys, mask, message",
     [
-        (jnp.float32, 13, Mask(causal=True), "not float32: cast q, k and v .*, or use"),
+        (
+            jnp.float32,
+            13,
+            Mask(causal=True),
+            "float32: cast q, k and v to bfloat16 .*or",
+        ),
+        (BF16, 13, Mask(**PACKED), "documents in a row: use attention auto"),
+        (BF16, 13, Mask(**SHUFFLED), "positions: use"),
+        (BF16, 13, Mask(window=4), "a window on both sides: use"),
         (
             BF16,
-            13,
-            Mask(**PACKED),
-            "no positions and no layout of blocks: use blockwise",
+            5,
+            Mask(causal=True, window=4),
+            "window with more queries than keys: use",
         ),
-        (BF16, 13, Mask(**SHUFFLED), "no segment ids, no positions and no layout"),
-        (BF16, 13, Mask(window=4), "a window only with causal=True: use blockwise"),
-        (BF16, 5, Mask(causal=True, window=4), "13 queries and 5 keys: use blockwise"),
     ],
 )
 def test_cudnn_refuses(dtype, keys, mask, message):
     q, k = jnp.zeros((2, 13, 4, 8), dtype), jnp.zeros((2, keys, 4, 8), dtype)
     with pytest.raises(ValueError, match=message):
         cudnn_attention(q, k, k, mask=mask)
+    with pytest.raises(ValueError, match=message):
+        choose("cudnn", H100, q, k, mask)
 
 
 def test_cudnn_is_asked_for_what_xla_is(monkeypatch):

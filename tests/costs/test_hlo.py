@@ -194,19 +194,19 @@ ENTRY %main (q: bf16[1,64,4,8], k: bf16[1,64,2,8]) -> bf16[1,4,64,8] {
 def test_attention_flops_of_ranges():
     """Forward by the pairs that the mask leaves, backward by the tiles that hold one."""
     text = """HloModule m
-%body (b: (s32[], f32[4,2,8,6,16])) -> (s32[], f32[4,2,8,6,16]) {
-  ROOT %b = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(0)
+%body (b: (s32[], f32[8,1,8,6,16])) -> (s32[], f32[8,1,8,6,16]) {
+  ROOT %b = (s32[], f32[8,1,8,6,16]{4,3,2,1,0}) parameter(0)
 }
-%cond (c: (s32[], f32[4,2,8,6,16])) -> pred[] {
-  %c = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(0)
+%cond (c: (s32[], f32[8,1,8,6,16])) -> pred[] {
+  %c = (s32[], f32[8,1,8,6,16]{4,3,2,1,0}) parameter(0)
   ROOT %p = pred[] constant(false)
 }
-ENTRY %main (q: bf16[2,32,6,16], k: bf16[2,32,2,16], s: (s32[], f32[4,2,8,6,16])) -> f32[] {
+ENTRY %main (q: bf16[2,32,6,16], k: bf16[2,32,2,16], s: (s32[], f32[8,1,8,6,16])) -> f32[] {
   %q = bf16[2,32,6,16]{3,2,1,0} parameter(0)
   %k = bf16[2,32,2,16]{3,2,1,0} parameter(1)
-  %s = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) parameter(2)
+  %s = (s32[], f32[8,1,8,6,16]{4,3,2,1,0}) parameter(2)
   %f = (bf16[2,32,6,16]{3,2,1,0}, f32[2,6,32]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/vmap()/flash_attention_sm90"}
-  %w = (s32[], f32[4,2,8,6,16]{4,3,2,1,0}) while(%s), condition=%cond, body=%body, metadata={op_name="jit(step)/attention_by_tiles/while"}
+  %w = (s32[], f32[8,1,8,6,16]{4,3,2,1,0}) while(%s), condition=%cond, body=%body, metadata={op_name="jit(step)/attention_by_tiles/2_rows/while"}
   ROOT %o = f32[] constant(0)
 }
 """

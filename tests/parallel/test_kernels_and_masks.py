@@ -205,20 +205,21 @@ def refusal(kernel, spread, case, dtype):
     if dtype == "float32":
         said = "no kernel for products in float32: use attention auto"
         if kernel == "cudnn":
-            said = "not float32: cast q, k and v .*, or use blockwise"
+            said = "float32: cast q, k and v .*, or use .*blockwise"
         return said, "blockwise"
     if kernel == "mosaic":
         return None
+    said = "cuDNN through jax.nn has no attention for .*: use .*blockwise"
     is_causal, has_window = "causal" in case.mask, "window" in case.mask
     if has_window and not is_causal:
-        return "a window only with causal=True: use blockwise", "mosaic"
+        return said, "mosaic"
     # Block by block the order of tokens is positions, where blocks alone do not say it.
     by_index = spread not in BY_BLOCKS or not (
         has_window or (is_causal and case.keys != T)
     )
     if by_index and {*case.mask} <= {"causal", "window"}:
         return None
-    return "no segment ids, no positions and no layout of blocks: use blockw", "mosaic"
+    return said, "mosaic"
 
 
 # Of every kernel, strategy and case at least one.

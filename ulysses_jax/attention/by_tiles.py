@@ -92,24 +92,29 @@ def sum_gradients(
 
 
 def tiles_of(ranges: KeyRanges, block_tokens: int, num_kv_blocks: int) -> TileList:
-    """The tiles of any row in which a query sees a key, or might.
+    """The tiles in which a query sees a key, or might.
 
     Args:
       ranges: of a multiple of `block_tokens` queries.
       block_tokens: of queries, and of keys.
+      num_kv_blocks: of a row.
+
+    Returns: blocks are counted through all rows, a row's before the next one's.
     """
     batch, num_q = ranges.start.shape
-    blocks = batch, num_q // block_tokens, block_tokens
-    start, stop = (x.reshape(blocks) for x in (ranges.start, ranges.stop))
+    q_blocks = num_q // block_tokens
+    start, stop = (
+        x.reshape(batch * q_blocks, block_tokens) for x in (ranges.start, ranges.stop)
+    )
     sees = start < stop
-    first = jnp.where(sees, start // block_tokens, num_kv_blocks).min(axis=(0, 2))
-    last = jnp.where(sees, (stop - 1) // block_tokens, -1).max(axis=(0, 2))
+    first = jnp.where(sees, start // block_tokens, num_kv_blocks).min(axis=1)
+    last = jnp.where(sees, (stop - 1) // block_tokens, -1).max(axis=1)
     counts = jnp.maximum(last - first + 1, 0)
     ends = jnp.cumsum(counts)
-    tile = jnp.arange(blocks[1] * num_kv_blocks, dtype=jnp.int32)
+    tile = jnp.arange(batch * q_blocks * num_kv_blocks, dtype=jnp.int32)
     q = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
-    q = jnp.minimum(q, blocks[1] - 1)
-    kv = first[q] + tile - (ends - counts)[q]
+    q = jnp.minimum(q, batch * q_blocks - 1)
+    kv = q // q_blocks * num_kv_blocks + first[q] + tile - (ends - counts)[q]
     return TileList(q, kv.astype(jnp.int32), ends[-1])
 
 
@@ -137,32 +142,37 @@ def gradients_by_tiles(
     Cost: `pull` computes `block_tokens`**2 pairs a tile, and `tiles_at_once` - 1 tiles
     at most beside those that are not empty.
     """
-    num_q, num_kv = q.shape[1], k.shape[1]
-    q_blocks = -(-num_q // block_tokens)
+    batch, num_q = q.shape[:2]
+    num_kv = k.shape[1]
     kv_blocks = -(-num_kv // block_tokens)
 
-    def split(x: Array, axis: int, blocks: int) -> Float[Array, "blocks B ..."]:
+    def split(x: Array, axis: int) -> Float[Array, "blocks 1 ..."]:
+        """Into blocks of one row each, a row's before the next one's."""
         widths = [(0, 0)] * x.ndim
-        widths[axis] = 0, blocks * block_tokens - x.shape[axis]
+        widths[axis] = 0, -x.shape[axis] % block_tokens
         x = jnp.pad(x, widths) if widths[axis][1] else x
-        x = x.reshape(*x.shape[:axis], blocks, block_tokens, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        x = x.reshape(*x.shape[:axis], -1, block_tokens, *x.shape[axis + 1 :])
+        x = jnp.moveaxis(x, axis, 1)
+        return x.reshape(-1, 1, *x.shape[2:])
+
+    def joined(x: Array) -> Float[Array, "B T ..."]:
+        return x.reshape(batch, -1, *x.shape[3:])
 
     # Queries of padding see nothing: [0, 0).
     of_q = (
-        *(split(x, 1, q_blocks) for x in (q, out, dout)),
-        split(logsumexp, 2, q_blocks),
+        *(split(x, 1) for x in (q, out, dout)),
+        split(logsumexp, 2),
     )
-    starts, stops = (split(x, 1, q_blocks) for x in ranges[:2])
-    of_kv = tuple(split(x, 1, kv_blocks) for x in (k, v))
+    starts, stops = (split(x, 1) for x in ranges[:2])
+    of_kv = tuple(split(x, 1) for x in (k, v))
     tiles = tiles_of(
-        KeyRanges(_joined(starts), _joined(stops), ranges.in_order),
+        KeyRanges(joined(starts), joined(stops), ranges.in_order),
         block_tokens,
         kv_blocks,
     )
 
     def pull_tiles(i, j, is_tile, *arrays):
-        first = (j * block_tokens)[:, None, None]
+        first = (j % kv_blocks * block_tokens)[:, None, None]
         start, stop = (
             jnp.clip(x[i] - first, 0, block_tokens) * is_tile[:, None, None]
             for x in (starts, stops)
@@ -171,13 +181,7 @@ def gradients_by_tiles(
         queries, outs, douts, logsumexps, keys, values = arrays
         return pull(queries, keys, values, outs, logsumexps, douts, start, stop)
 
-    with jax.named_scope("attention_by_tiles"):  # which a plan looks for
+    with jax.named_scope(f"attention_by_tiles/{batch}_rows"):  # which a plan reads
         sums = sum_gradients(pull_tiles, of_q, of_kv, tiles, tiles_at_once)
-    dq, dk, dv = map(_joined, sums)
+    dq, dk, dv = map(joined, sums)
     return dq[:, :num_q], dk[:, :num_kv], dv[:, :num_kv]
-
-
-def _joined(x: Array) -> Array:
-    """Blocks of dim 0 back into dim 1."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -41,6 +41,20 @@ def cudnn_lacks_forward(q: Array, k: Array, mask: Mask) -> str | None:
     return None
 
 
+def check_cudnn(q: Array, k: Array, mask: Mask) -> None:
+    """Raises ValueError where it has no such attention."""
+    if (lacks := cudnn_lacks_forward(q, k, mask)) is not None:
+        cast = (
+            "cast q, k and v to bfloat16 (model.compute_dtype), or "
+            if q.dtype not in DTYPES
+            else ""
+        )
+        raise ValueError(
+            f"cuDNN through jax.nn has no attention for {lacks}: {cast}use attention "
+            "auto (of the function: None), or blockwise"
+        )
+
+
 def cudnn_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -54,13 +68,11 @@ def cudnn_attention(
     Keeps out and logsumexp for the backward pass under the names "attention_out" and
     "attention_logsumexp", as `blockwise_attention` does.
 
-    Args: as `reference_attention`'s; bfloat16 or float16. Head sizes that cuDNN lacks
-      are refused by jax.nn, which knows the GPU.
+    Args: as `reference_attention`'s; bfloat16 or float16.
 
     Raises:
-      ValueError: float32; segments or positions, which cuDNN through jax.nn does not
-        have: it would attend across packed documents; a window without causal, or with
-        more queries than keys; for a gradient, an odd number of queries or keys.
+      ValueError: what `cudnn_lacks_forward` names, such as float32 or documents in a
+        row; for a gradient, an odd number of queries or keys.
     """
     return _attend(_through_cudnn(q, k, mask, scale), q, k, v)
 
@@ -99,15 +111,7 @@ def cudnn_gradients(
 def _through_cudnn(q, k, mask, scale):
     """`f(q, k, v)`; raises where cuDNN has no such attention."""
     mask.check(q, k)
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"cuDNN attends in bfloat16 or float16, not {q.dtype}: cast q, k and v "
-            "(model.compute_dtype), or use blockwise_attention"
-        )
-    if mask.window is not None and not mask.causal:
-        raise ValueError(
-            "cuDNN has a window only with causal=True: use blockwise_attention"
-        )
+    check_cudnn(q, k, mask)
     return partial(through_jax_nn, mask=mask, scale=scale, implementation="cudnn")
 
 
@@ -160,24 +164,13 @@ def _with_statistics(own, pullback, out, logsumexp):
 
 
 def through_jax_nn(q, k, v, *, mask: Mask, scale, implementation) -> Array:
-    """`jax.nn.dot_product_attention` with a mask given as data.
+    """`jax.nn.dot_product_attention` with a mask by index, given as data.
 
     Its causal mask and window compare indices that both count from 0, as `Mask` does
-    where T != S.
+    where T != S. A query past the last key's window averages all values there, where
+    `Mask` says 0.
     """
-    if not mask.is_by_index:
-        raise ValueError(
-            "cuDNN through jax.nn has no segment ids, no positions and no layout of "
-            "blocks: use blockwise_attention, or one document a sequence "
-            "(data.mask_documents false)"
-        )
-    if mask.window is not None and q.shape[1] > k.shape[1]:
-        # cuDNN has no such plan, and jax.nn averages all values for a query past the
-        # last key's window, where `Mask` says 0.
-        raise ValueError(
-            f"cuDNN has a window only for as many keys as queries or more, not for "
-            f"{q.shape[1]} queries and {k.shape[1]} keys: use blockwise_attention"
-        )
+    assert mask.is_by_index
     window = None
     if mask.window is not None:  # jax.nn counts the neighbours on either side
         window = (mask.window - 1, 0 if mask.causal else mask.window - 1)

@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import (
+    check_cudnn,
     cudnn_attention,
     cudnn_lacks,
-    cudnn_lacks_forward,
 )
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import is_installed, mosaic_lacks
@@ -75,11 +75,8 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
             )
         if not is_installed():
             raise ValueError(f"attention mosaic is not installed: {_TOKAMAX}")
-    if name == "cudnn" and (lacks := cudnn_lacks_forward(q, k, mask)) is not None:
-        raise ValueError(
-            f"attention cudnn has none for {lacks}: use attention auto (of the "
-            "function: None), or blockwise"
-        )
+    if name == "cudnn":
+        check_cudnn(q, k, mask)
     if name != "auto":
         return Choice(name)
     if not device.is_gpu:

@@ -38,7 +38,9 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
         return products * 2 * batch * q_tokens * k.dims[1] * heads * size
     if BY_TILES in each.op_name and each.opcode == "while":
         # Two kernels on tiles: seven products, of all pairs of a tile.
-        blocks, batch, block, heads, size = _accumulator(each)
+        blocks, _, block, heads, size = _accumulator(each)
+        batch = int(search(rf"{BY_TILES}/(\d+)_rows", each.op_name))
+        blocks //= batch
         tiles = module.pairs.tiles(blocks, block) if module.pairs else blocks**2
         return int(7 * 2 * batch * tiles * block**2 * heads * size)
     if "mosaic_gpu" in target and FORWARD in each.op_name:
@@ -62,7 +64,7 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
 
 
 def _accumulator(loop: Instruction) -> tuple[int, ...]:
-    """Dims of dq, `[blocks, B, block, N, H]`, which a loop over tiles adds to."""
+    """Dims of dq, `[blocks, 1, block, N, H]`, which a loop over tiles adds to."""
     return next(x.dims for x in loop.arrays if x.dtype == "f32" and len(x.dims) == 5)
 
 
