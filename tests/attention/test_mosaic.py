@@ -73,7 +73,7 @@ def test_keys_out_of_order_are_not_attended_in_silence():
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_only_tiles_with_a_visible_pair_are_computed(monkeypatch, window):
-    """Of each row of documents its own: as many as hold a pair, rounded up to a call."""
+    """Of a row of documents its own: as many as hold a pair, rounded up to a call."""
     tokens, block = 48, 4
     lengths = [6, 17, 20, 5], [24, 8, 16, 0]
     segments = np.stack([np.repeat([1, 2, 3, 0], each) for each in lengths])
