@@ -27,7 +27,8 @@ from rich.table import Table
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.parts import attention_of
+from ulysses_jax.attention.select import PARTS
 
 NUM_HEADS, HEAD_SIZE = 2, 16
 BLOCK, DENSITY = 256, 1 / 8

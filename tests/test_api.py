@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import attention_fn, make_mesh, ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, Parts
+from ulysses_jax.attention.parts import Parts
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 
 B, T, N, H = 2, 16, 4, 8
 

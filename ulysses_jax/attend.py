@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.mask import Mask, Places
-from ulysses_jax.attention.parts import PARTS, Parts, attention_of
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.select import (
+    PARTS,
     attention_parts,
     check_attention,
     local_attention,

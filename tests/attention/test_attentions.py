@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from attention_cases import CASES, assert_close, out_and_gradients
 
-from ulysses_jax.attention.blockwise import (
-    blockwise_attention,
-    blockwise_attention_with_logsumexp,
-)
+from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import through_jax_nn
 from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.attention.tiling import HIDDEN
 
 ATTENTIONS = {
@@ -104,6 +103,14 @@ def test_sums_over_many_tiles_are_float32():
         assert error < 0.004 * np.square(b).mean() ** 0.5, name
 
 
+WITH_LOGSUMEXP = attention_of(
+    Parts(
+        *(functools.partial(f, block_q=4, block_kv=4) for f in PARTS["blockwise"][:2])
+    ),
+    with_logsumexp=True,
+)
+
+
 def dense_with_logsumexp(q, k, v, *, mask, scale=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeated = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
@@ -130,8 +137,10 @@ def test_logsumexp_and_its_gradient(name):
 
         return jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
 
-    tiled = functools.partial(blockwise_attention_with_logsumexp, block_q=4, block_kv=4)
-    (got, logsumexp), (want, want_logsumexp) = run(tiled), run(dense_with_logsumexp)
+    (got, logsumexp), (want, want_logsumexp) = (
+        run(WITH_LOGSUMEXP),
+        run(dense_with_logsumexp),
+    )
     assert logsumexp.dtype == jnp.float32
     assert logsumexp.shape == (case.B, case.N, case.T)
     np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=2e-5, atol=2e-5)
@@ -146,9 +155,7 @@ def test_parts_of_the_keys_merge_to_the_whole():
     def in_two_parts(q, k, v):
         outs, sums = zip(
             *(
-                blockwise_attention_with_logsumexp(
-                    q, k[:, part], v[:, part], mask=Mask(), block_q=4, block_kv=4
-                )
+                WITH_LOGSUMEXP(q, k[:, part], v[:, part], mask=Mask())
                 for part in (slice(0, 6), slice(6, None))
             ),
             strict=True,

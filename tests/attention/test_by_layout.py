@@ -16,8 +16,9 @@ from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.by_layout import _Blocks
 from ulysses_jax.attention.layouts import bigbird, fixed, strided
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.parts import attention_of
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.costs.flops import matmul_flops
 from ulysses_jax.costs.hlo import parse
 

@@ -12,9 +12,10 @@ from attention_cases import CASES, PACKED, SHUFFLED, Case, both, out_and_gradien
 from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.by_tiles import tiles_of
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, attention_of
+from ulysses_jax.attention.parts import attention_of
 from ulysses_jax.attention.ranges import key_ranges
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.attention.tiling import HIDDEN
 
 # Of those whose keys lie in order; tests/parallel/test_kernels_and_masks.py has others.

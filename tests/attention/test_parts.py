@@ -11,9 +11,9 @@ from mosaic_stand_in import H100
 from slow import slow_but_for
 
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, join
+from ulysses_jax.attention.parts import join
 from ulysses_jax.attention.reference import reference_attention
-from ulysses_jax.attention.select import attention_parts
+from ulysses_jax.attention.select import PARTS, attention_parts
 from ulysses_jax.attention.tiling import HIDDEN
 from ulysses_jax.mesh import Device
 

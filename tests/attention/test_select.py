@@ -10,9 +10,9 @@ from ulysses_jax.attention import select
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import cudnn_attention, through_jax_nn
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.attention.select import (
     ATTENTIONS,
+    PARTS,
     Choice,
     attention_parts,
     choose,

@@ -12,8 +12,9 @@ from slow import slow_but_for
 
 from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.exact import exact_attention
-from ulysses_jax.attention.parts import PARTS, Parts, attention_of
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 
 TILES = Parts(
     *(functools.partial(f, block_q=4, block_kv=3) for f in PARTS["blockwise"][:2])

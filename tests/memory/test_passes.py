@@ -10,7 +10,7 @@ import pytest
 
 from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.memory.block_attention import Pieces
 from ulysses_jax.memory.passes import backward, forward
 

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import make_mesh
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, Parts
+from ulysses_jax.attention.parts import Parts
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.parallel.zigzag import zigzag_order

@@ -22,8 +22,9 @@ from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.layouts import fixed
-from ulysses_jax.attention.parts import PARTS, Parts, attention_of
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.parallel.zigzag import zigzag_order
 from ulysses_jax.strategies import num_members
 

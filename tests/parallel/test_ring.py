@@ -37,8 +37,9 @@ from ulysses_jax import ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention import select
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, Parts
+from ulysses_jax.attention.parts import Parts
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.parallel import ring as ring_module
 from ulysses_jax.parallel.bytes import received_bytes
 from ulysses_jax.parallel.hybrid import hybrid

@@ -13,8 +13,9 @@ from slow import slow_but_for
 from ulysses_jax import make_mesh, ulysses_attention
 from ulysses_jax.attend import attend
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import PARTS, Parts
+from ulysses_jax.attention.parts import Parts
 from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.select import PARTS
 
 B, T, H = 2, 16, 4
 TOLERANCE = 2e-5

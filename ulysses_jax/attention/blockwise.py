@@ -5,15 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.by_layout import gradients_by_layout, statistics_by_layout
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.tiling import HIDDEN, Tiles, Tiling, product, tiling_of
-
-# Of a layout's tiles: queries in a call.
-_TOKENS_AT_ONCE = 1024
 
 
 def blockwise_attention(
@@ -46,29 +43,11 @@ def blockwise_attention(
 
     Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
     """
-    return blockwise_attention_with_logsumexp(
-        q, k, v, mask=mask, scale=scale, block_q=block_q, block_kv=block_kv
-    )[0]
-
-
-def blockwise_attention_with_logsumexp(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    mask: Mask,
-    scale: float | None = None,
-    block_q: int = 256,
-    block_kv: int = 512,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """`blockwise_attention`, and the float32 logsumexp of every query's logits.
-
-    Both results have gradients, so that parts of an attention can be merged. The
-    logsumexp of a query that sees no key is `HIDDEN`.
-    """
-    mask.check(q, k)
-    tiling = tiling_of(q, k, scale, block_q, block_kv)
-    return _attend(tiling, q, k, v, jax.tree.map(jnp.asarray, mask))
+    tiles = dict(block_q=block_q, block_kv=block_kv)
+    parts = Parts(
+        partial(blockwise_statistics, **tiles), partial(blockwise_gradients, **tiles)
+    )
+    return attention_of(parts)(q, k, v, mask=mask, scale=scale)
 
 
 def blockwise_statistics(
@@ -81,10 +60,11 @@ def blockwise_statistics(
     block_q: int = 256,
     block_kv: int = 512,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "2 B N T"]]:
-    """As `blockwise_attention_with_logsumexp`, without gradients of its own.
+    """`blockwise_attention` and the float32 logsumexp of every query's logits.
 
-    The logsumexp is the greatest logit and the logarithm of the sum relative to that:
-    as one number it loses the digits of the second where the first is large.
+    It is two that add up to it, the greatest logit and the logarithm of the sum
+    relative to that: as one number it loses the digits of the second where the first is
+    large. Of a query that sees no key it is `HIDDEN`.
     """
     mask.check(q, k)
     tiling = tiling_of(q, k, scale, block_q, block_kv)
@@ -109,29 +89,14 @@ def blockwise_gradients(
     In float32: they are summed over parts before they are rounded.
     """
     tiling = tiling_of(q, k, scale, block_q, block_kv)
-    residuals = (q, k, v, jax.tree.map(jnp.asarray, mask), out, logsumexp)
-    upstream = dout, jnp.zeros_like(logsumexp)
-    return _gradients(tiling, residuals, upstream, (jnp.float32,) * 3)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiling: Tiling, q, k, v, mask):
-    return _forward(tiling, q, k, v, mask)[0]
-
-
-def _forward(tiling: Tiling, q, k, v, mask):
-    out, logsumexp = _statistics(tiling, q, k, v, mask)
-    out = checkpoint_name(out, "attention_out")
-    logsumexp = checkpoint_name(logsumexp.sum(axis=0), "attention_logsumexp")
-    return (out, logsumexp), (q, k, v, mask, out, logsumexp)
+    mask = jax.tree.map(jnp.asarray, mask)
+    return _gradients(tiling, q, k, v, out, logsumexp, dout, mask)
 
 
 def _statistics(tiling: Tiling, q, k, v, mask):
     if mask.layout is not None:
         forward = partial(_statistics, tiling.of(mask.layout.block_tokens))
-        out, logsumexp = statistics_by_layout(
-            forward, q, k, v, mask, tokens_at_once=_TOKENS_AT_ONCE
-        )
+        out, logsumexp = statistics_by_layout(forward, q, k, v, mask)
         return out.astype(q.dtype), logsumexp
     tiles = Tiles(tiling, q, k, mask)
     queries, keys, values = tiles.split_q(q), tiles.split_kv(k), tiles.split_kv(v)
@@ -169,40 +134,19 @@ def _statistics(tiling: Tiling, q, k, v, mask):
     return tiles.join_q(out), jnp.stack([tiles.join_rows(x) for x in logsumexp])
 
 
-def _backward(tiling: Tiling, residuals, upstream):
-    dtypes = tuple(x.dtype for x in residuals[:3])
-    return *_gradients(tiling, residuals, upstream, dtypes), None
-
-
-def _gradients(tiling: Tiling, residuals, upstream, dtypes):
-    q, k, v, mask, out, logsumexp = residuals
-    q_dtype, k_dtype, v_dtype = dtypes
-    dout, dlogsumexp = upstream
+def _gradients(tiling: Tiling, q, k, v, out, logsumexp, dout, mask):
     if mask.layout is not None:
         tiling = tiling.of(mask.layout.block_tokens)
 
         def pull(q, k, v, out, dout, rows, mask):
-            logsumexp, dlogsumexp = rows
-            residuals = (q, k, v, mask, out, logsumexp)
-            return _gradients(tiling, residuals, (dout, dlogsumexp), (jnp.float32,) * 3)
+            (logsumexp,) = rows
+            return _gradients(tiling, q, k, v, out, logsumexp, dout, mask)
 
-        dq, dk, dv = gradients_by_layout(
-            pull,
-            q,
-            k,
-            v,
-            out,
-            dout,
-            (logsumexp, dlogsumexp),
-            mask,
-            tokens_at_once=_TOKENS_AT_ONCE,
-        )
-        return dq.astype(q_dtype), dk.astype(k_dtype), dv.astype(v_dtype)
+        return gradients_by_layout(pull, q, k, v, out, dout, (logsumexp,), mask)
     tiles = Tiles(tiling, q, k, mask)
     # The part of d(logits) that is the same for all keys of a query.
     shared = jnp.einsum("BTNH,BTNH->BNT", dout, out, preferred_element_type=jnp.float32)
-    shared = tiles.split_rows(shared - dlogsumexp)
-    logsumexp = tiles.split_rows(logsumexp)
+    shared, logsumexp = map(tiles.split_rows, (shared, logsumexp))
     queries, douts = tiles.split_q(q), tiles.split_q(dout)
     keys, values = tiles.split_kv(k), tiles.split_kv(v)
 
@@ -235,18 +179,14 @@ def _gradients(tiling: Tiling, residuals, upstream, dtypes):
         # lone tile, and cannot run what comes out: "BF16 x BF16 = F32".
         dkey, dvalue = lax.optimization_barrier((dkey, dvalue))
         dkey, dvalue = jnp.matrix_transpose(dkey), jnp.matrix_transpose(dvalue)
-        return dqueries, (dkey.astype(k_dtype), dvalue.astype(v_dtype))
+        return dqueries, (dkey, dvalue)
 
     dqueries = _vary_like(q, jnp.zeros(queries.shape, jnp.float32))
     blocks = jnp.arange(tiles.num_kv)
     dqueries, (dkeys, dvalues) = lax.scan(
         one_block_of_keys, dqueries, (blocks, keys, values)
     )
-    dq = tiles.join_q(dqueries.astype(q_dtype))
-    return dq, tiles.join_kv(dkeys), tiles.join_kv(dvalues)
-
-
-_attend.defvjp(_forward, _backward)
+    return tiles.join_q(dqueries), tiles.join_kv(dkeys), tiles.join_kv(dvalues)
 
 
 def _nonempty(tiles: Array) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ SCOPE = "attention_by_layout"  # which a plan looks for
 # A step has at most a tile for so many tokens of a block: to add tiles up costs as
 # their number squared, and little beside them.
 TOKENS_A_TILE = 16
+TOKENS_AT_ONCE = 1024
 
 
 def statistics_by_layout(
@@ -30,7 +31,7 @@ def statistics_by_layout(
     v: Float[Array, "B S K H"],
     mask: Mask,
     *,
-    tokens_at_once: int,
+    tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Statistics:
     """Float32 out and logsumexp, of which two add up.
 
@@ -94,7 +95,7 @@ def gradients_by_layout(
     rows: tuple[Float[Array, "B N T"], ...],
     mask: Mask,
     *,
-    tokens_at_once: int,
+    tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> tuple[Array, Array, Array]:
     """Float32 dq, dk, dv of these keys.
 

@@ -9,18 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from ulysses_jax.attention.blockwise import (
-    blockwise_gradients,
-    blockwise_statistics,
-)
 from ulysses_jax.attention.by_layout import gradients_by_layout, statistics_by_layout
-from ulysses_jax.attention.cudnn import (
-    cudnn_attention_with_logsumexp,
-    cudnn_gradients,
-)
 from ulysses_jax.attention.join import Statistics, join
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.mosaic import mosaic_gradients, mosaic_statistics
 
 
 class Parts(NamedTuple):
@@ -57,16 +48,13 @@ class Parts(NamedTuple):
             def of_tiles(q, k, v, mask):
                 return self.statistics(q, k, v, mask=mask, scale=scale)
 
-            return statistics_by_layout(of_tiles, q, k, v, mask, tokens_at_once=1024)
+            return statistics_by_layout(of_tiles, q, k, v, mask)
 
         def gradients(q, k, v, out, logsumexp, dout, *, mask: Mask, scale=None):
             def of_tiles(q, k, v, out, dout, rows, mask):
                 return self.gradients(q, k, v, out, *rows, dout, mask=mask, scale=scale)
 
-            rows = (logsumexp,)
-            return gradients_by_layout(
-                of_tiles, q, k, v, out, dout, rows, mask, tokens_at_once=1024
-            )
+            return gradients_by_layout(of_tiles, q, k, v, out, dout, (logsumexp,), mask)
 
         return self._replace(forward=forward, gradients=gradients)
 
@@ -162,10 +150,3 @@ def _backward(parts: Parts, with_logsumexp: bool, scale, residuals, upstream):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-PARTS = {
-    "cudnn": Parts(cudnn_attention_with_logsumexp, cudnn_gradients),
-    "mosaic": Parts(mosaic_statistics, mosaic_gradients),
-    "blockwise": Parts(blockwise_statistics, blockwise_gradients),
-}

@@ -6,18 +6,34 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
-from ulysses_jax.attention.blockwise import blockwise_attention
+from ulysses_jax.attention.blockwise import (
+    blockwise_attention,
+    blockwise_gradients,
+    blockwise_statistics,
+)
 from ulysses_jax.attention.cudnn import (
     check_cudnn,
     cudnn_attention,
+    cudnn_attention_with_logsumexp,
+    cudnn_gradients,
     cudnn_lacks,
 )
 from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.mosaic import is_installed, mosaic_lacks
-from ulysses_jax.attention.parts import PARTS, Parts, attention_of
+from ulysses_jax.attention.mosaic import (
+    is_installed,
+    mosaic_gradients,
+    mosaic_lacks,
+    mosaic_statistics,
+)
+from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.mesh import Device
 
+PARTS = {
+    "cudnn": Parts(cudnn_attention_with_logsumexp, cudnn_gradients),
+    "mosaic": Parts(mosaic_statistics, mosaic_gradients),
+    "blockwise": Parts(blockwise_statistics, blockwise_gradients),
+}
 # The names that a config may choose; "auto" is the fastest of these.
 ATTENTIONS: dict[str, Callable[..., Array]] = {
     "cudnn": cudnn_attention,

@@ -13,8 +13,8 @@ from ulysses_jax.attention.cudnn import cudnn_lacks, through_jax_nn
 from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_STEP
-from ulysses_jax.attention.parts import PARTS, attention_of
-from ulysses_jax.attention.select import ATTENTIONS, choose
+from ulysses_jax.attention.parts import attention_of
+from ulysses_jax.attention.select import ATTENTIONS, PARTS, choose
 from ulysses_jax.mesh import Device
 
 

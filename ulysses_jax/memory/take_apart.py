@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ulysses_jax import layout
 from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.mask import Mask, Places
-from ulysses_jax.attention.parts import PARTS
-from ulysses_jax.attention.select import attention_parts
+from ulysses_jax.attention.select import PARTS, attention_parts
 from ulysses_jax.config import Memory
 from ulysses_jax.memory.block_attention import Pieces
 from ulysses_jax.mesh import device_of
