@@ -13,7 +13,7 @@ def use(monkeypatch, device=H100) -> None:
     """Puts plain functions in the kernels' place, and calls every mesh's devices so."""
     monkeypatch.setattr(mosaic, "_forward", _forward)
     monkeypatch.setattr(mosaic, "_backward", _backward)
-    monkeypatch.setattr(select, "is_installed", lambda: True)
+    monkeypatch.setattr(select, "tokamax_lacks", lambda: None)
     for module in ("attend", "memory.take_apart"):
         monkeypatch.setattr(f"ulysses_jax.{module}.device_of", lambda mesh: device)
 

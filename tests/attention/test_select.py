@@ -1,12 +1,19 @@
 """Which attention is chosen, and what cuDNN refuses."""
 
+import importlib.metadata
+import sys
+import tomllib
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from attention_cases import PACKED, SHUFFLED
+from files import ROOT
 from mosaic_stand_in import A100, H100
 
-from ulysses_jax.attention import select
+from ulysses_jax.attention import mosaic, select
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import cudnn_attention, through_jax_nn
 from ulysses_jax.attention.mask import Mask
@@ -30,7 +37,7 @@ def shaped(tokens=14, size=64, dtype=BF16):
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(select, "is_installed", lambda: True)
+    monkeypatch.setattr(select, "tokamax_lacks", lambda: None)
 
 
 @pytest.mark.parametrize("device", [H100, A100])
@@ -120,9 +127,70 @@ def test_blockwise_on_other_devices(device):
     ],
 )
 def test_refused_before_anything_is_compiled(monkeypatch, name, device, q, message):
-    monkeypatch.setattr(select, "is_installed", lambda: False)
+    monkeypatch.setattr(select, "tokamax_lacks", lambda: "is not installed")
     with pytest.raises(ValueError, match=message):
         choose(name, device, q, q, Mask(causal=True, **PACKED))
+
+
+TOO_OLD = "needs jax 0.11 or newer, and this is jax 0.10.2"
+OTHER = f"calls kernels as tokamax {mosaic.TOKAMAX} .* this is tokamax 9.9 "
+
+
+def kernel_of_9_9(q, k, v, *, scale):
+    """Another signature than the one that is called."""
+
+
+@pytest.mark.parametrize(
+    "jax_version, kernel, message",
+    [
+        ((0, 10, 2), None, TOO_OLD),
+        ((0, 11, 0), None, OTHER + r"\(ImportError: .*kernel_sm90"),
+        ((0, 11, 0), object(), OTHER + r"\(AttributeError: .*Config"),
+        (
+            (0, 11, 0),
+            SimpleNamespace(
+                Config=SimpleNamespace, flash_attention_kernel=kernel_of_9_9
+            ),
+            OTHER + r"\(TypeError: kernel_of_9_9",
+        ),
+    ],
+)
+def test_another_jax_or_tokamax_is_refused_with_what_to_install(
+    monkeypatch, jax_version, kernel, message
+):
+    package = ModuleType("tokamax._src.ops.attention")
+    package.__spec__ = ModuleSpec("tokamax", None)
+    if kernel is not None:
+        package.pallas_mosaic_gpu_kernel_sm90 = kernel
+    for name in ("tokamax", "tokamax._src", "tokamax._src.ops", package.__name__):
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(jax, "__version_info__", jax_version)
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.9")
+    monkeypatch.setattr(select, "tokamax_lacks", mosaic.tokamax_lacks.__wrapped__)
+    remedy = f"pip install tokamax=={mosaic.TOKAMAX} 'jax.cuda13.>=0.11,<0.13'"
+    q = shaped()
+    for name in ("auto", "mosaic"):
+        with pytest.raises(
+            ValueError, match=f"{message}.*: use Python 3.12 .*{remedy}"
+        ):
+            choose(name, H100, q, q, Mask(causal=True, **PACKED))
+
+
+def test_what_is_to_be_installed_is_the_extra():
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = " ".join(pins["optional-dependencies"]["gpu"])
+    assert f"tokamax=={mosaic.TOKAMAX};" in pins and "<0.13" in pins
+    assert mosaic.LEAST_JAX == (0, 11)
+
+
+def test_what_needs_no_tokamax_imports_none(monkeypatch):
+    """Which takes seconds."""
+    monkeypatch.setattr(select, "tokamax_lacks", pytest.fail)
+    q, packed = shaped(), Mask(causal=True, **PACKED)
+    assert choose("auto", H100, q, q, Mask(causal=True)).name == "cudnn"
+    assert choose("auto", A100, q, q, packed).name == "blockwise"
+    assert choose("auto", CPU, q, q, packed).name == "blockwise"
 
 
 @pytest.mark.parametrize(

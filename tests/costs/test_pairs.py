@@ -88,7 +88,7 @@ H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
 
 
 def test_the_kernel_of_every_kind(monkeypatch):
-    monkeypatch.setattr("ulysses_jax.attention.select.is_installed", lambda: True)
+    monkeypatch.setattr("ulysses_jax.attention.select.tokamax_lacks", lambda: None)
     rows = attention_of_kinds(run(mask_documents=False), H100)
     assert [row["kernel"] for row in rows] == ["cudnn", "cudnn"]
     assert [(row["kind"], row["layers"]) for row in rows] == [
@@ -114,7 +114,7 @@ def test_the_kernel_of_every_kind(monkeypatch):
 
 def test_a_window_goes_by_index_where_rows_are_whole(monkeypatch):
     """Cut into parts it compares positions, which cuDNN does not."""
-    monkeypatch.setattr("ulysses_jax.attention.select.is_installed", lambda: True)
+    monkeypatch.setattr("ulysses_jax.attention.select.tokamax_lacks", lambda: None)
     config = run(mask_documents=False)
     for memory, kernel in (
         (dict(head_chunks=1), "cudnn"),

@@ -216,7 +216,7 @@ def test_an_attention_is_chosen_for_what_it_is_called_on(
         return parts
 
     monkeypatch.setattr(attend_module, "device_of", lambda mesh: H100)
-    monkeypatch.setattr(select, "is_installed", lambda: True)
+    monkeypatch.setattr(select, "tokamax_lacks", lambda: None)
     monkeypatch.setitem(attend_module.BY_BLOCKS, strategy, chosen)
     x = jax.ShapeDtypeStruct((1, tokens, 4, 64), jnp.bfloat16)
     parts = attend(

@@ -1,7 +1,8 @@
 """Flash attention on Hopper GPUs by tokamax's Mosaic kernels: any range of keys."""
 
+import importlib.metadata
 import importlib.util
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 BLOCK_TOKENS, TILES_AT_ONCE = 1024, 16
 BLOCK_STEP = 64  # of the blocks of a layout
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+TOKAMAX, LEAST_JAX = "0.0.17", (0, 11)
 
 
 def mosaic_lacks(device: Device, q: Array, mask: Mask) -> str | None:
@@ -35,8 +37,34 @@ def mosaic_lacks(device: Device, q: Array, mask: Mask) -> str | None:
     return None
 
 
-def is_installed() -> bool:
-    return importlib.util.find_spec("tokamax") is not None
+@cache
+def tokamax_lacks() -> str | None:
+    """Why its kernels cannot be called here, as what follows their name; None where
+    they can.
+
+    It is imported, and its kernels, which are private, are traced on a few tokens.
+    """
+    if importlib.util.find_spec("tokamax") is None:
+        return "is not installed"
+    if jax.__version_info__ < LEAST_JAX:
+        least = ".".join(map(str, LEAST_JAX))
+        return f"needs jax {least} or newer, and this is jax {jax.__version__}"
+
+    def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    q, row = shape(128, 1, 64), shape(1, 128, dtype=jnp.float32)
+    ids = shape(128, dtype=jnp.int32)
+    try:
+        jax.eval_shape(partial(_forward, scale=1.0), q, q, q, ids, ids)
+        jax.eval_shape(partial(_backward, scale=1.0), q, q, q, q, row, q, ids, ids)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        found = importlib.metadata.version("tokamax")
+        return (
+            f"calls kernels as tokamax {TOKAMAX} has them, and this is tokamax {found} "
+            f"({type(error).__name__}: {error})"
+        )
+    return None
 
 
 def mosaic_statistics(

@@ -20,10 +20,11 @@ from ulysses_jax.attention.cudnn import (
 )
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import (
-    is_installed,
+    TOKAMAX,
     mosaic_gradients,
     mosaic_lacks,
     mosaic_statistics,
+    tokamax_lacks,
 )
 from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.reference import reference_attention
@@ -41,8 +42,9 @@ ATTENTIONS: dict[str, Callable[..., Array]] = {
     "blockwise": blockwise_attention,
     "reference": reference_attention,
 }
-_TOKAMAX = (
-    "use Python 3.12 or newer and pip install 'ulysses-jax[gpu]', which brings tokamax"
+_REMEDY = (
+    f"use Python 3.12 or newer and pip install tokamax=={TOKAMAX} "
+    "'jax[cuda13]>=0.11,<0.13'"
 )
 
 
@@ -74,7 +76,7 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
 
     Raises:
       ValueError: a name that there is not; a kernel that this device, dtype or head
-        size does not have, or that is not installed.
+        size does not have, or that the packages here do not (`tokamax_lacks`).
     """
     check_attention(name)
     if name in ("cudnn", "mosaic") and not device.is_gpu:
@@ -83,14 +85,13 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
             "use attention auto (of the function: None), or blockwise"
         )
     if name == "mosaic":
-        lacks = mosaic_lacks(device, q, mask)
-        if lacks:
+        if lacks := mosaic_lacks(device, q, mask):
             raise ValueError(
                 f"attention mosaic has no kernel for {lacks}: use attention auto (of "
                 "the function: None), or blockwise"
             )
-        if not is_installed():
-            raise ValueError(f"attention mosaic is not installed: {_TOKAMAX}")
+        if lacks := tokamax_lacks():
+            raise ValueError(f"attention mosaic {lacks}: {_REMEDY}")
     if name == "cudnn":
         check_cudnn(q, k, mask)
     if name != "auto":
@@ -103,11 +104,11 @@ def choose(name: str, device: Device, q: Array, k: Array, mask: Mask) -> Choice:
     mosaic = mosaic_lacks(device, q, mask)
     if mosaic is not None:
         return Choice("blockwise", f"cuDNN has not {cudnn}, Mosaic not {mosaic}")
-    if not is_installed():
+    if lacks := tokamax_lacks():
         raise ValueError(
-            f"cuDNN has no attention for {cudnn}, and the kernel that has it is not "
-            f"installed: {_TOKAMAX}; or ask for attention blockwise, which is tens of "
-            "times slower on a GPU"
+            f"cuDNN has no attention for {cudnn}, and the kernel that has it {lacks}: "
+            f"{_REMEDY}; or ask for attention blockwise, which is tens of times slower "
+            "on a GPU"
         )
     return Choice("mosaic")
 
