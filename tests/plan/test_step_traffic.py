@@ -7,6 +7,8 @@ from jax.sharding import AxisType
 
 from ulysses_jax import config as configs
 from ulysses_jax import placement
+from ulysses_jax.attention import select
+from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.complete import complete
 from ulysses_jax.costs.targets import TARGETS
 from ulysses_jax.costs.traffic import attention_bytes
@@ -72,6 +74,7 @@ def test_exchange_bytes(changes):
     exchange = row(result, "all-to-all", "seq")
     assert exchange["ratio"] == pytest.approx(1, abs=0.01)
     assert exchange["link"] == "within a host"
+    assert result["kernels"] == {"blockwise": ["forward", "backward"]}
     # By hand, per pass and layer: q and out of N heads, k and v of max(K, P) heads.
     seq, tensor = changes["seq"], changes.get("tensor", 1)
     rows_local = 4 // (changes.get("data", 1) * changes.get("fsdp", 1))
@@ -227,3 +230,13 @@ def test_a_needless_all_gather_is_reported(plant_needless_gather):
     before = row(clean, "all-gather", "fsdp+seq")["bytes"]
     after = row(faulty, "all-gather", "fsdp+seq")["bytes"]
     assert after - before == pytest.approx(96 * 64 * 4 * 7 / 8)
+
+
+def test_an_attention_that_is_not_the_chosen_one_is_reported(monkeypatch):
+    monkeypatch.setitem(select.ATTENTIONS, "blockwise", reference_attention)
+    other = analysed(tiny(fsdp=2, seq=4, memory=dict(remat="none")))
+    assert [row["kernel"] for row in other["attention"]] == ["blockwise"]
+    assert other["kernels"] == {}
+    found = [each for each in other["warnings"] if "attention" in each]
+    for said, way in zip(found, ("backward", "forward"), strict=True):
+        assert f"has not blockwise {way}, which was chosen: its predicted" in said

@@ -12,6 +12,8 @@ from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import Parts, attention_of
 from ulysses_jax.attention.tiling import HIDDEN, Tiles, Tiling, product, tiling_of
 
+SCOPE = "attention_blockwise"  # which a plan looks for
+
 
 def blockwise_attention(
     q: Float[Array, "B T N H"],
@@ -68,7 +70,8 @@ def blockwise_statistics(
     """
     mask.check(q, k)
     tiling = tiling_of(q, k, scale, block_q, block_kv)
-    return _statistics(tiling, q, k, v, jax.tree.map(jnp.asarray, mask))
+    with jax.named_scope(f"{SCOPE}/forward"):
+        return _statistics(tiling, q, k, v, jax.tree.map(jnp.asarray, mask))
 
 
 def blockwise_gradients(
@@ -90,7 +93,8 @@ def blockwise_gradients(
     """
     tiling = tiling_of(q, k, scale, block_q, block_kv)
     mask = jax.tree.map(jnp.asarray, mask)
-    return _gradients(tiling, q, k, v, out, logsumexp, dout, mask)
+    with jax.named_scope(f"{SCOPE}/backward"):
+        return _gradients(tiling, q, k, v, out, logsumexp, dout, mask)
 
 
 def _statistics(tiling: Tiling, q, k, v, mask):

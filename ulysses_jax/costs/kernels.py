@@ -1,15 +1,19 @@
-"""Which kernel attends in the layers of each kind, and how many pairs it computes."""
+"""Which kernel attends in the layers of each kind: chosen, and in a program; and how
+many pairs it computes."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ulysses_jax.attention.blockwise import SCOPE
 from ulysses_jax.attention.layouts import layout_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.mosaic import BLOCK_TOKENS
 from ulysses_jax.attention.select import choose
 from ulysses_jax.config import Config
+from ulysses_jax.costs.flops import BY_LAYOUT, BY_TILES, FORWARD
+from ulysses_jax.costs.hlo import Instruction, Module
 from ulysses_jax.costs.pairs import pairs_of
 from ulysses_jax.mesh import Device
 from ulysses_jax.strategies import num_members
@@ -46,6 +50,52 @@ def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def kernels_in(module: Module) -> dict[str, list[str]]:
+    """The kernels that a program holds, and for which passes, "forward", "backward"."""
+    found: dict[str, set[str]] = {}
+    for computation in module.computations.values():
+        for each in computation.instructions:
+            name, way = _attends(each)
+            if name:
+                found.setdefault(name, set()).add(way)
+    return {name: sorted(ways, reverse=True) for name, ways in found.items()}
+
+
+def others_than_chosen(
+    kernels: list[dict[str, Any]], held: dict[str, list[str]]
+) -> list[str]:
+    """Warnings where a program attends otherwise than `attention_of_kinds` says.
+
+    Args:
+      held: `kernels_in` it.
+    """
+    chosen = {row["kernel"] for row in kernels} - {"reference"}  # of plain products
+    ways = "forward", "backward"
+    wanted = {f"{name} {way}" for name in chosen for way in ways}
+    found = {f"{name} {way}" for name in held for way in held[name]}
+    words = [f"has not {each}, which was chosen" for each in sorted(wanted - found)]
+    words += [f"has {each}, which was not chosen" for each in sorted(found - wanted)]
+    return [
+        f"attention: the program {each}: its predicted seconds are of another kernel"
+        for each in words
+    ]
+
+
+def _attends(each: Instruction) -> tuple[str, str]:
+    """The kernel that an instruction is, or is part of, and its pass; "" for none."""
+    target, name = each.custom_call_target, each.op_name
+    if "fmha" in target:
+        return "cudnn", "backward" if "Backward" in target else "forward"
+    if "mosaic_gpu" in target and FORWARD in name:
+        return "mosaic", "forward"
+    if "mosaic_gpu" in target and (BY_TILES in name or BY_LAYOUT in name):
+        return "mosaic", "backward"
+    for way in ("forward", "backward"):
+        if f"{SCOPE}/{way}" in name:
+            return "blockwise", way
+    return "", ""
 
 
 def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:

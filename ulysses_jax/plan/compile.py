@@ -23,7 +23,11 @@ from ulysses_jax.costs.collectives import (
 from ulysses_jax.costs.flops import attention_flops, matmul_flops
 from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.hlo import parse
-from ulysses_jax.costs.kernels import attention_of_kinds
+from ulysses_jax.costs.kernels import (
+    attention_of_kinds,
+    kernels_in,
+    others_than_chosen,
+)
 from ulysses_jax.costs.pairs import pairs_of
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import traffic, unexpected
@@ -153,9 +157,11 @@ def analyse(
     Returns:
       `mesh`, `num_devices`, `sequence_tokens`, `batch_size`, `compile_seconds`;
       `memory`, `traffic`, `overlap`, `copies`, `host_moves` (see the functions of those
-      names); `attention`, what attends in each kind of layer (`attention_of_kinds`);
-      `attention_flops`, `matmul_flops` (as compiled, recomputation included); and
-      `warnings`: what the program sends beside the formulas, what could not be read.
+      names); `attention`, what attends in each kind of layer (`attention_of_kinds`),
+      and `kernels`, what the program attends with (`kernels_in`); `attention_flops`,
+      `matmul_flops` (as compiled, recomputation included); and
+      `warnings`: what the program sends beside the formulas, or attends with beside the
+      choice; what could not be read.
     """
     config, degrees = program.config, program.degrees
     training = config.training
@@ -166,6 +172,8 @@ def analyse(
     entry = module.computations[module.entry]
     layer_runs = config.model.num_layers * training.accumulation_steps
     rows = traffic(collectives, config)
+    attention = attention_of_kinds(config, program.device)
+    kernels = kernels_in(module)
     moves = host_moves(module)
     movers = {place["name"] for place in moves["places"]}
     return {
@@ -185,7 +193,8 @@ def analyse(
             host_memory_bytes,
         ),
         "traffic": rows,
-        "attention": attention_of_kinds(config, program.device),
+        "attention": attention,
+        "kernels": kernels,
         "overlap": overlap(module, collectives),
         "copies": copies(module, collectives, layer_runs),
         "host_moves": moves,
@@ -196,6 +205,7 @@ def analyse(
             matmul_flops(module, entry, each) for each in entry.instructions
         ),
         "warnings": unexpected(rows)
+        + others_than_chosen(attention, kernels)
         + [
             f"loop {name} runs a number of times that XLA does not know: counted once"
             for name in moving_loops_of_unknown_trips(module, movers)

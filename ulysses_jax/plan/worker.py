@@ -137,6 +137,7 @@ def _digest(request: dict[str, Any]) -> str:
         "nvidia-cudnn-cu13",
         "flax",
         "optax",
+        "tokamax",
     ):
         try:
             parts.append(importlib.metadata.version(package))
