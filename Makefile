@@ -4,6 +4,8 @@
 # make plan    sets up .venv-plan (with the CUDA plugin, 4 GB) and plans Llama-3-8B on 8
 #              H100; another plan: make plan ARGS="--config configs/... --gpus ..."
 # make test-plan   the tests that compile for GPUs
+# make test-kernels  those of the kernels for packed documents, on Python 3.12 or newer
+#              where there is one; it may set up another 4 GB, .venv-kernels
 # make gpu-check  kernels true and fast on this machine's GPU? Uses $(PYTHON) as it is where
 #              its JAX sees a GPU, else .venv-plan; writes docs/measured.md and .json
 # make strategies  benchmarks/strategies.py, with ringattention in .venv-ringattention
@@ -29,11 +31,14 @@ PLAN_PYTHON := $(PYTHON)
 endif
 PLAN_VERSION := $(shell $(PLAN_PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 PLAN_INSTALLED := .venv-plan/installed-for-python-$(PLAN_VERSION)
+# Of the plan's Python: where PYTHON is another one, test-plan has .venv-plan for that.
+KERNELS := $(if $(filter $(VERSION),$(PLAN_VERSION)),.venv-plan,.venv-kernels)
+KERNELS_INSTALLED := .venv-kernels/installed-for-python-$(PLAN_VERSION)
 ARGS ?= --config configs/llama3_8b.yaml --gpus h100:1x8
 # A peer that benchmarks/strategies.py times needs an older JAX.
 PEER_INSTALLED := .venv-ringattention/installed-for-python-$(VERSION)
 
-.PHONY: train test test-all check plan test-plan test-plan-here gpu-check strategies format constraints clean
+.PHONY: train test test-all check plan test-plan test-plan-here test-kernels test-kernels-here gpu-check strategies format constraints clean
 
 train: $(INSTALLED)
 	@echo "== training configs/tiny.yaml: 4 minutes on 2 cores"
@@ -66,6 +71,16 @@ test-plan-here: $(PLAN_INSTALLED)
 	@echo "== tests that compile for GPUs that are not there"
 	.venv-plan/bin/python -m pytest -n 2 -m plan
 
+# tokamax, whose kernels these are, needs Python 3.12 and JAX 0.11.
+test-kernels:
+	@if $(PLAN_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 12))"; \
+	then $(MAKE) --no-print-directory test-kernels-here; \
+	else echo "== no Python 3.12 or newer here: the kernels for packed documents are not tested"; fi
+
+test-kernels-here: $(KERNELS)/installed-for-python-$(PLAN_VERSION)
+	@echo "== tests of the kernels for packed documents, with Python $(PLAN_VERSION)"
+	$(KERNELS)/bin/python -m pytest -n 2 --dist loadfile tests/attention/test_mosaic_kernels.py tests/plan/test_gpu_kernels.py
+
 # A machine with GPUs brings its own JAX, which knows its driver: that one is taken.
 SEES_GPU = $(PYTHON) -c "import jax; jax.devices('gpu')" 2>/dev/null
 gpu-check:
@@ -86,6 +101,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(PLAN_INSTALLED): pyproject.toml constraints.txt
 	$(call make_environment,.venv-plan,.[dev$(comma)gpu],about two minutes and 4 GB,$(PLAN_PYTHON))
+
+$(KERNELS_INSTALLED): pyproject.toml constraints.txt
+	$(call make_environment,.venv-kernels,.[dev$(comma)gpu],about two minutes and 4 GB,$(PLAN_PYTHON))
 
 $(PEER_INSTALLED): benchmarks/ringattention.txt
 	@echo "== setting up .venv-ringattention with $$($(PYTHON) --version): a minute, once"
@@ -116,4 +134,4 @@ constraints: $(INSTALLED)
 	$(IN)uv pip compile --universal --python-version 3.11 --all-extras --no-header --no-annotate pyproject.toml --output-file constraints.txt --upgrade
 
 clean:
-	rm -rf .venv .venv-plan .venv-ringattention .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-plan .venv-kernels .venv-ringattention .jax_cache .pytest_cache .ruff_cache build dist
