@@ -15,9 +15,9 @@ from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.by_layout import _Blocks
 from ulysses_jax.attention.layouts import bigbird, fixed, strided
-from ulysses_jax.attention.mask import Mask
-from ulysses_jax.attention.parts import attention_of
-from ulysses_jax.attention.reference import reference_attention
+from ulysses_jax.attention.mask import Mask, Places
+from ulysses_jax.attention.parts import Parts, attention_of
+from ulysses_jax.attention.reference import dense_mask, reference_attention
 from ulysses_jax.attention.select import PARTS
 from ulysses_jax.costs.flops import matmul_flops
 from ulysses_jax.costs.hlo import parse
@@ -27,6 +27,13 @@ BLOCKS = T // BLOCK
 
 PACKED = both("segment_ids", np.repeat([[1, 2, 3], [1, 1, 2]], (9, 11, 4), axis=1))
 SHUFFLED = both("positions", np.random.default_rng(0).permuted([range(T)] * B, axis=1))
+RESTARTED = both(
+    "positions", [[*range(9), *range(11), *range(4)], [*range(20), *range(4)]]
+)
+STRANGERS = dict(
+    q_segment_ids=np.repeat([[1, 2], [5, 5]], T // 2, axis=1),
+    kv_segment_ids=np.repeat([[1, 2], [6, 7]], T // 2, axis=1),
+)
 FIXED = fixed(BLOCKS, block_tokens=BLOCK, local_blocks=2)
 BY_HEAD = fixed(BLOCKS, block_tokens=BLOCK, local_blocks=2, num_heads=N)
 # Of each head another number of tiles.
@@ -36,6 +43,10 @@ UNEVEN[2] = np.eye(BLOCKS)
 UNEVEN = BlockLayout(UNEVEN, block_tokens=BLOCK)
 RANDOM = np.random.default_rng(1).random((BLOCKS, BLOCKS)) < 0.4
 FULL = BlockLayout(RANDOM | np.eye(BLOCKS, dtype=bool), block_tokens=BLOCK)
+HOLES = BlockLayout(
+    ~np.eye(BLOCKS, k=-1, dtype=bool) & ~np.eye(BLOCKS, k=-3, dtype=bool),
+    block_tokens=BLOCK,
+)
 CROSS = BlockLayout(np.tri(2, BLOCKS, 3), block_tokens=BLOCK)
 
 CASES = {
@@ -47,6 +58,11 @@ CASES = {
     "not causal": dict(layout=FULL),
     "causal over what is not": dict(causal=True, layout=FULL),
     "by head, segments": dict(layout=BY_HEAD, **PACKED),
+    "by head, uneven, documents": dict(causal=True, layout=UNEVEN, **PACKED),
+    "documents, positions, window": dict(
+        causal=True, window=3, layout=FULL, **PACKED, **RESTARTED
+    ),
+    "a row whose keys none sees": dict(layout=FULL, **STRANGERS),
     "window": dict(causal=True, window=6, layout=FIXED),
     "window on both sides": dict(window=6, layout=FULL),
     "positions": dict(causal=True, layout=FULL, **SHUFFLED),
@@ -79,8 +95,14 @@ def problem(case):
 
 
 QUICK = {
-    "blockwise": ("fixed", "by head, uneven", "positions", "cross causal"),
-    "mosaic": ("by head, uneven",),
+    "blockwise": (
+        "by head, uneven",
+        "positions",
+        "cross causal",
+        "documents, positions, window",
+        "a row whose keys none sees",
+    ),
+    "mosaic": ("by head, uneven, documents",),
 }
 
 
@@ -129,6 +151,81 @@ def test_several_tiles_at_once(which):
     want = functools.partial(reference_attention, mask=here)
     arrays = q, k, v, weights
     assert_close(out_and_gradients(attend, *arrays), out_and_gradients(want, *arrays))
+
+
+@pytest.mark.parametrize("keys", [[3, 4, 5], [0, 2, 1]], ids=str)
+def test_a_part_of_a_sequence(keys):
+    """Blocks 3 to 5 of queries, and their own keys, or others, whose order they have
+    from the layout alone, as in layers in pieces."""
+    queries = [3, 4, 5]
+    at_q, at_kv = (
+        np.concatenate([np.arange(BLOCK) + BLOCK * i for i in blocks])
+        for blocks in (queries, keys)
+    )
+    _, arrays = problem("fixed")
+    q, k, v, weights = (x[:, at_q] for x in arrays)
+    k, v = (x[:, at_kv] for x in arrays[1:3])
+    ids = jnp.asarray(PACKED["q_segment_ids"])
+    mask = Mask(
+        causal=True,
+        window=10,
+        q_segment_ids=ids[:, at_q],
+        kv_segment_ids=ids[:, at_kv],
+        layout=HOLES,
+        places=Places(None, *(jnp.asarray([x] * B) for x in (queries, keys))),
+    )
+    seen = HOLES.blocks[:, queries][..., keys]
+    assert not seen.all()
+    whole = Mask(
+        causal=True,
+        window=10,
+        q_segment_ids=ids[:, at_q],
+        kv_segment_ids=ids[:, at_kv],
+        q_positions=jnp.asarray([at_q] * B),
+        kv_positions=jnp.asarray([at_kv] * B),
+        layout=BlockLayout(seen, block_tokens=BLOCK),
+    )
+    attend = functools.partial(blockwise_attention, mask=mask)
+    want = functools.partial(reference_attention, mask=whole)
+    arrays = q, k, v, weights
+    assert_close(out_and_gradients(attend, *arrays), out_and_gradients(want, *arrays))
+    tiles = _Blocks(q, k, mask).tiles()
+    assert int(tiles.number) == holds_a_pair(whole).sum()
+
+
+def holds_a_pair(mask):
+    """bool `[heads, blocks, blocks]`: tiles in which any row of the batch has one."""
+    tokens, keys = mask.layout.num_tokens
+    seen = np.asarray(dense_mask(mask, tokens, keys))
+    seen = seen.reshape(*seen.shape[:2], -1, BLOCK, keys // BLOCK, BLOCK)
+    return seen.any(axis=(0, 3, 5))
+
+
+@pytest.mark.parametrize("layout", [FIXED, UNEVEN], ids=["alike", "by head"])
+def test_tiles_of_documents_that_do_not_meet_are_not_computed(layout):
+    """Those that a query of any row sees, forward and backward, and no others."""
+    mask = Mask(causal=True, layout=layout, **jax.tree.map(jnp.asarray, PACKED))
+    holds = holds_a_pair(mask)
+    assert 0 < holds.sum() < sum(map(len, layout.tiles(causal=True)))
+    _, arrays = problem("fixed")
+    tiles = _Blocks(*arrays[:2], mask).tiles()
+    assert int(tiles.number) == holds.sum()
+    calls = []
+
+    def counted(function):
+        def call(*arrays, mask, scale=None):
+            jax.debug.callback(lambda x: calls.append(len(x)), arrays[0][:, 0, 0, 0])
+            return function(*arrays, mask=mask, scale=scale)
+
+        return call
+
+    forward, gradients = map(counted, PARTS["blockwise"][:2])
+    parts = Parts(forward, gradients).by_layout()
+    attend = functools.partial(attention_of(parts), mask=mask)
+    out_and_gradients(attend, *arrays)
+    jax.effects_barrier()
+    # A tile is a row of a call for every row of the batch.
+    assert sum(calls) == 2 * B * holds.sum()
 
 
 def program_of(layout, mask_options=None):

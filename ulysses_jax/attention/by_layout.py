@@ -1,9 +1,11 @@
 """Block-sparse attention: any flash attention, called on the tiles of a layout.
 
-A tile is a block of queries and a block of keys; only those that the layout has are
-computed, forward and backward. What else a mask says holds inside the tiles.
+A tile is a block of queries and a block of keys; only those that the layout has, and
+that documents and positions leave a visible pair, are computed, forward and backward.
+What else a mask says holds inside the tiles.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +75,7 @@ def statistics_by_layout(
             x.at[i].set(rows) for x, rows in zip(carry, (new, total, out), strict=True)
         )
 
-    with jax.named_scope(SCOPE):
+    with blocks.scope(tiles, at_once):
         highest, total, out = over_tiles(some_tiles, start, tiles, at_once)
     total = jnp.where(total == 0, 1, total)  # of a query without keys
     out = blocks.joined_q(out / jnp.swapaxes(total, 2, 3)[..., None])
@@ -114,13 +116,14 @@ def gradients_by_layout(
         return pull(query, key, value, its_out, its_dout, its_rows, its_mask)
 
     of_rows = (blocks.split(x.transpose(0, 2, 1)[..., None]) for x in rows)
-    with jax.named_scope(SCOPE):
+    at_once = blocks.at_once(tiles, tokens_at_once)
+    with blocks.scope(tiles, at_once):
         dq, dk, dv = sum_gradients(
             pull_tiles,
             (*map(blocks.split, (q, out, dout)), *of_rows),
             (blocks.split(k), blocks.split(v)),
             tiles,
-            blocks.at_once(tiles, tokens_at_once),
+            at_once,
         )
     return blocks.joined_q(dq), blocks.joined_kv(dk), blocks.joined_kv(dv)
 
@@ -169,16 +172,27 @@ class _Blocks:
         most = min(tokens // self.size, self.size // TOKENS_A_TILE, len(tiles.q))
         return max(1, most)
 
-    def tiles(self) -> TileList:
-        """Those that are here, as numbers of blocks.
+    def scope(self, tiles: TileList, at_once: int):
+        """Tells a plan how many steps there would be, in the mean of all parts of a
+        sequence, if nothing but the layout hid tiles."""
+        if isinstance(tiles.number, int):
+            return jax.named_scope(SCOPE)
+        _, all_q, all_kv = self.layout.blocks.shape
+        here = len(tiles.q) * self.num_q * self.num_kv / (all_q * all_kv)
+        steps = math.ceil(here / at_once)
+        return jax.named_scope(f"{SCOPE}/{steps}_steps_of_{self.batch}_rows")
 
-        Where all tokens and heads are here, in order, their number is known.
+    def tiles(self) -> TileList:
+        """Those that are here and may hold a visible pair, as numbers of blocks.
+
+        Where all tokens and heads are here, in order, and there are no documents, their
+        number is known.
         """
-        heads, q_blocks, kv_blocks = self.mask.places
-        by_index = q_blocks is None and self.mask.q_positions is None
+        mask = self.mask
+        heads, q_blocks, kv_blocks = mask.places
+        by_index = q_blocks is None and mask.q_positions is None
         lists = self.layout.tiles(
-            causal=self.mask.causal and by_index,
-            window=self.mask.window if by_index else None,
+            causal=mask.causal and by_index, window=mask.window if by_index else None
         )
         longest = max(map(len, lists))
         table: Any = np.full((len(lists), longest, 2), -1, np.int32)
@@ -191,6 +205,10 @@ class _Blocks:
             _, all_q, all_kv = self.layout.blocks.shape
             q, kv = _here(q, q_blocks[0], all_q), _here(kv, kv_blocks[0], all_kv)
         is_here = (q >= 0) & (kv >= 0)
+        is_known = by_index and mask.q_segment_ids is None
+        if not is_known:
+            bounds = mask.block_bounds(self.size, self.size)
+            is_here = is_here & bounds.tiles(q, kv)
         if self.by_head:
             head = np.arange(len(table))[:, None]
             group = self.num_heads // self.num_kv_heads
@@ -199,7 +217,7 @@ class _Blocks:
             q, kv = (jnp.asarray(x[is_here], jnp.int32) for x in (q, kv))
             return TileList(q, kv, len(q))
         q, kv, is_here = (jnp.asarray(x).reshape(-1) for x in (q, kv, is_here))
-        if q_blocks is None:  # of these heads some have fewer than the longest
+        if is_known:  # of these heads some have fewer than the longest
             return TileList(jnp.where(is_here, q, -1), kv, len(q))
         order = jnp.argsort(~is_here, stable=True)
         return TileList(q[order], kv[order], is_here.sum())

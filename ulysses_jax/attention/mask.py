@@ -199,12 +199,21 @@ class Mask:
         )
 
     def block_bounds(self, q_block: int, kv_block: int) -> "BlockBounds":
-        """Bounds of every block of queries and of keys, to tell empty tiles apart."""
+        """Bounds of every block of queries and of keys, to tell empty tiles apart.
+
+        Where blocks of a layout have places, they are blocks of the layout.
+        """
+
+        def positions(ids, places, block):
+            if ids is not None or places is None:
+                return _bounds(ids, block)
+            return places * block, places * block + block - 1
+
         return BlockBounds(
             causal=self.causal,
             window=self.window,
-            q_positions=_bounds(self.q_positions, q_block),
-            kv_positions=_bounds(self.kv_positions, kv_block),
+            q_positions=positions(self.q_positions, self.places.q_blocks, q_block),
+            kv_positions=positions(self.kv_positions, self.places.kv_blocks, kv_block),
             q_segments=_bounds(self.q_segment_ids, q_block),
             kv_segments=_bounds(self.kv_segment_ids, kv_block),
             q_block=q_block,

@@ -36,6 +36,12 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
         batch, q_tokens, heads, size = q.dims
         products = 2 if FORWARD in each.op_name else 2 + len(each.arrays)
         return products * 2 * batch * q_tokens * k.dims[1] * heads * size
+    steps = re.search(rf"{BY_LAYOUT}/(\d+)_steps_of_(\d+)_rows/while$", each.op_name)
+    if steps and each.opcode == "while" and trip_count(each) is None:
+        trips, rows = map(int, steps.groups())
+        if module.sparse:
+            trips *= module.sparse.layout_fraction(rows)
+        return int(trips * _flops_inside(module, each, attention_flops))
     if BY_TILES in each.op_name and each.opcode == "while":
         # Two kernels on tiles: seven products, of all pairs of a tile.
         blocks, _, block, heads, size = _accumulator(each)

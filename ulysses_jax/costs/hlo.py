@@ -118,6 +118,8 @@ class Module:
     """Loops whose trips XLA does not know: counted once."""
     pairs: Pairs | None = None
     """Of the mask that its attention is given as ranges; None: all pairs are seen."""
+    sparse: Pairs | None = None
+    """Of its layers with a layout of blocks."""
 
     def top_level(self) -> Iterator[tuple[Computation, Instruction]]:
         """Instructions that run by themselves, not inside a fusion or a reduction."""
@@ -134,8 +136,9 @@ class Module:
                     yield computation, each
 
 
-def parse(text: str, pairs: Pairs | None = None) -> Module:
-    """Reads `compiled.as_text()`, of a step whose mask leaves these pairs.
+def parse(text: str, pairs: Pairs | None = None, sparse: Pairs | None = None) -> Module:
+    """Reads `compiled.as_text()`, of a step whose mask leaves these pairs, in layers
+    with a layout `sparse`.
 
     Raises:
       ValueError: no entry computation: not HLO text.
@@ -158,7 +161,7 @@ def parse(text: str, pairs: Pairs | None = None) -> Module:
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY")
     runs, unknown = _count_runs(computations, entry)
-    return Module(entry, computations, runs, unknown, pairs)
+    return Module(entry, computations, runs, unknown, pairs, sparse)
 
 
 def arrays_of(type_text: str) -> tuple[Array, ...]:

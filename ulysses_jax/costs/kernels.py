@@ -108,15 +108,22 @@ def tile_products(config: Config, kernels: list[dict[str, Any]]) -> float:
         if row["kernel"] == "mosaic":
             pairs = pairs_of(config, (row["kind"],))
             visible = pairs.visible(span)
-            if row["kind"] == "sparse":  # forward too; all heads as the longest
-                layout = layout_of(config.model, span)
-                tiles = max(map(len, layout.tiles(causal=True)))
-                beyond = 9 * tiles * layout.block_tokens**2 - 7 * visible
+            if row["kind"] == "sparse":  # forward too
+                tiles = pairs.layout_tiles(rows_at_once(config))
+                beyond = 9 * tiles * config.model.sparse_block_tokens**2 - 7 * visible
             else:
                 tiles = pairs.tiles(-(-span // BLOCK_TOKENS), BLOCK_TOKENS)
                 beyond = 7 * tiles * BLOCK_TOKENS**2 - 5 * visible
             more += row["layers"] * beyond
     return more
+
+
+def rows_at_once(config: Config) -> int:
+    """Rows of a batch that a device attends to together."""
+    training, mesh = config.training, config.mesh
+    assert training.accumulation_steps
+    shares = training.accumulation_steps * mesh.data * mesh.fsdp
+    return training.batch_size // shares
 
 
 def _asked(config: Config, kind: str) -> tuple[Any, Any, Mask]:

@@ -56,6 +56,27 @@ class Pairs:
             total += sum(1 + sums[min(i, reach)] for i in range(num_blocks))
         return total / len(self.layers)
 
+    def layout_tiles(self, rows: int) -> float:
+        """Of layers with a layout, tiles of a head that are computed, in the mean:
+        those that hold a visible pair of at least one of `rows` rows.
+
+        Where rows are one document each head has as many as that with the most.
+        """
+        layout = self._layout
+        if self.document_tokens is None:
+            return max(map(len, layout.tiles(causal=True)))
+        counts = _by_distance(layout)
+        # Of two blocks, the tokens that are nearest to each other.
+        hidden = [
+            1 - self._together(layout.block_tokens * d) for d in range(len(counts) - 1)
+        ]
+        kept = [n * (1 - h**rows) for n, h in zip(counts[1:], hidden, strict=True)]
+        return counts[0] + sum(kept)
+
+    def layout_fraction(self, rows: int) -> float:
+        """`layout_tiles` of those of the head with the most."""
+        return self.layout_tiles(rows) / max(map(len, self._layout.tiles(causal=True)))
+
     def _visible(self, span: int, window: int | None | BlockLayout) -> float:
         if isinstance(window, BlockLayout):
             return self._visible_by_layout(window)
@@ -69,16 +90,25 @@ class Pairs:
 
     def _visible_by_layout(self, layout: BlockLayout) -> float:
         """Of a head, in the mean. A tile is as far away as its first tokens are."""
-        size, lists = layout.block_tokens, layout.tiles(causal=True)
-        tiles = np.concatenate(lists)
-        counts = np.bincount(tiles[:, 0] - tiles[:, 1]) / len(lists)
+        size, counts = layout.block_tokens, _by_distance(layout)
         away = [n * self._together(size * d) for d, n in enumerate(counts)][1:]
         return counts[0] * self._visible(size, None) + sum(away) * size**2
+
+    @property
+    def _layout(self) -> BlockLayout:
+        return next(layer for layer in self.layers if isinstance(layer, BlockLayout))
 
     def _together(self, distance: int) -> float:
         if self.document_tokens is None:
             return 1.0
         return math.exp(-distance / self.document_tokens)
+
+
+def _by_distance(layout: BlockLayout) -> np.ndarray:
+    """How many tiles a head has, in the mean, by how many blocks lie between."""
+    lists = layout.tiles(causal=True)
+    tiles = np.concatenate(lists)
+    return np.bincount(tiles[:, 0] - tiles[:, 1]) / len(lists)
 
 
 def pairs_of(config: Config, kinds: Sequence[str] | None = None) -> Pairs:

@@ -166,8 +166,13 @@ def analyse(
     config, degrees = program.config, program.degrees
     training = config.training
     assert training.accumulation_steps
-    by_ranges = [kind for kind in config.model.kinds() if kind != "sparse"]
-    module = parse(program.text, pairs_of(config, by_ranges) if by_ranges else None)
+    kinds = config.model.kinds()
+    by_ranges = [kind for kind in kinds if kind != "sparse"]
+    module = parse(
+        program.text,
+        pairs_of(config, by_ranges) if by_ranges else None,
+        pairs_of(config, ("sparse",)) if "sparse" in kinds else None,
+    )
     collectives = find_collectives(module, degrees, gpus_per_host)
     entry = module.computations[module.entry]
     layer_runs = config.model.num_layers * training.accumulation_steps
