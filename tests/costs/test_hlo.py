@@ -5,6 +5,7 @@
 import numpy as np
 import pytest
 
+from ulysses_jax.attention.layouts import fixed
 from ulysses_jax.costs.collectives import axes_of, find_collectives, replica_groups
 from ulysses_jax.costs.flops import attention_flops, matmul_flops
 from ulysses_jax.costs.hlo import (
@@ -249,6 +250,19 @@ ENTRY %main (s: s32[]) -> f32[] {{
     entry = module.computations["main"]
     product = 2 * 8 * 128 * 128 * 6 * 16
     assert attention_flops(module, entry, entry.by_name["w"]) == 5 * 9 * product
+    # Among documents the trips are not known, but what they would be without them.
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    scope = 'metadata={op_name="jvp(attention_by_layout/20_steps_of_3_rows)/while"}'
+    layout = fixed(16, block_tokens=128, local_blocks=4)
+    for sparse, share in (
+        (None, 1),
+        (Pairs((layout,)), 1),
+        (Pairs((layout,), 300), Pairs((layout,), 300).layout_fraction(3)),
+    ):
+        module = parse(text.replace(known, scope), sparse=sparse)
+        loop = module.computations["main"].by_name["w"]
+        found = attention_flops(module, module.computations["main"], loop)
+        assert found == int(20 * share * 9 * product)
 
 
 def test_collectives(found):

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax.attention.by_layout import _Blocks
 from ulysses_jax.attention.by_tiles import tiles_of
-from ulysses_jax.attention.layouts import fixed
+from ulysses_jax.attention.layouts import bigbird, fixed
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
 from ulysses_jax.complete import complete
@@ -53,6 +55,25 @@ def test_of_random_documents(mean, window):
     assert pairs.tiles(16, block) == pytest.approx(tiles, rel=0.04)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tiles_of_a_layout(rows):
+    """Computed are those that a query of any of these rows sees."""
+    tokens, block, mean = 512, 16, 60
+    layout = bigbird(tokens // block, block_tokens=block, random_blocks=3, num_heads=2)
+    pairs, longest = Pairs((layout,), mean), max(map(len, layout.tiles(causal=True)))
+    q, k = (jnp.zeros((rows, tokens, n, 4)) for n in (2, 1))
+
+    def number(ids):
+        mask = Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids, layout=layout)
+        return _Blocks(q, k, mask).tiles().number
+
+    ids = jnp.asarray(packed_rows(tokens, mean, 300 * rows)).reshape(300, rows, tokens)
+    counted = np.asarray(jax.jit(jax.vmap(number))(ids)).mean() / 2
+    assert pairs.layout_tiles(rows) == pytest.approx(counted, rel=0.03)
+    assert pairs.layout_fraction(rows) == pairs.layout_tiles(rows) / longest < 0.7
+    assert Pairs((layout,)).layout_tiles(rows) == longest
+
+
 def test_without_documents():
     assert Pairs((None,)).visible(100) == 100 * 100 / 2
     assert Pairs((100,)).visible(1024) == 100 * 1024 - 100 * 100 / 2
@@ -65,9 +86,10 @@ def test_without_documents():
     assert Pairs((None,), 10**9).visible(1000) == pytest.approx(500_000, rel=1e-4)
 
 
-def run(**data):
+def run(model=None, batch_size=8, **data):
     config = configs.Config(
-        model=configs.Model(
+        model=model
+        or configs.Model(
             vocab_size=512,
             width=256,
             num_layers=3,
@@ -77,7 +99,7 @@ def run(**data):
             window=100,
         ),
         data=configs.Data(**data),
-        training=configs.Training(batch_size=8, sequence_tokens=4096),
+        training=configs.Training(batch_size=batch_size, sequence_tokens=4096),
         mesh=configs.Mesh(seq=8),
     )
     config = complete(config, name="run")
@@ -110,6 +132,27 @@ def test_the_kernel_of_every_kind(monkeypatch):
     slow = attention_of_kinds(config, ampere)
     assert {row["kernel"] for row in slow} == {"blockwise"}
     assert all("no Hopper" in row["why"] for row in slow)
+
+
+def test_products_of_a_layouts_tiles(monkeypatch):
+    """Nine of all pairs of a tile, of those that hold a visible pair of two rows."""
+    monkeypatch.setattr("ulysses_jax.attention.select.is_installed", lambda: True)
+    model = configs.Model(
+        vocab_size=512,
+        width=256,
+        num_layers=3,
+        num_heads=8,
+        positions="rope",
+        sparse="longformer",
+    )
+    config = run(model, batch_size=2, document_tokens=512)
+    rows = attention_of_kinds(config, H100)
+    assert [row["kernel"] for row in rows] == ["mosaic"]
+    pairs = pairs_of(config, ("sparse",))
+    assert pairs.layout_tiles(1) < pairs.layout_tiles(2) < pairs.layout_tiles(9)
+    size = config.model.sparse_block_tokens
+    beyond = 9 * pairs.layout_tiles(2) * size**2 - 7 * pairs.visible(4096)
+    assert tile_products(config, rows) == pytest.approx(3 * beyond)
 
 
 def test_a_window_goes_by_index_where_rows_are_whole(monkeypatch):

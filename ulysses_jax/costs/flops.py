@@ -10,6 +10,9 @@ from ulysses_jax.costs.hlo import Computation, Instruction, Module, search, trip
 # (`attention.by_tiles`), and tokamax's forward kernel.
 BY_TILES, FORWARD = "attention_by_tiles", "flash_attention"
 BY_LAYOUT = "attention_by_layout"  # the loop over a layout's tiles
+# Among documents its trips are not known: how many it had without them, and of how
+# many rows. Where it is differentiated the name stands in parentheses.
+STEPS = re.compile(rf"{BY_LAYOUT}/(\d+)_steps_of_(\d+)_rows\)*/while$")
 
 
 def matmul_flops(module: Module, computation: Computation, each: Instruction) -> int:
@@ -36,7 +39,7 @@ def attention_flops(module: Module, computation: Computation, each: Instruction)
         batch, q_tokens, heads, size = q.dims
         products = 2 if FORWARD in each.op_name else 2 + len(each.arrays)
         return products * 2 * batch * q_tokens * k.dims[1] * heads * size
-    steps = re.search(rf"{BY_LAYOUT}/(\d+)_steps_of_(\d+)_rows/while$", each.op_name)
+    steps = STEPS.search(each.op_name)
     if steps and each.opcode == "while" and trip_count(each) is None:
         trips, rows = map(int, steps.groups())
         if module.sparse:
