@@ -11,6 +11,7 @@ alike. temp_bytes are XLA's, of the same program.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -48,12 +49,17 @@ def sparse(tokens: int) -> Mask:
     return Mask(causal=True, layout=layout)
 
 
+def packed_sparse(tokens: int) -> Mask:
+    return dataclasses.replace(packed(tokens), layout=sparse(tokens).layout)
+
+
 DENSE, SINKS = "dense", "sinks"
 MASKS: dict[str, Callable[[int], Mask]] = {
     DENSE: lambda tokens: Mask(causal=True),
     f"window {WINDOW:,}": lambda tokens: Mask(causal=True, window=WINDOW),
     f"documents of {DOCUMENT:,}": packed,
     f"block-sparse, {DENSITY:.1%}": sparse,
+    f"block-sparse, documents of {DOCUMENT:,}": packed_sparse,
     SINKS: lambda tokens: Mask(causal=True),
 }
 
