@@ -1,6 +1,7 @@
 """The check of a GPU, on the CPU: rows, faults that it must see, processes that die."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,11 +9,18 @@ import sys
 import numpy as np
 import pytest
 
+from ulysses_jax.attention.exact import exact_attention
+from ulysses_jax.attention.mosaic import BLOCK_STEP, BLOCK_TOKENS
 from ulysses_jax.attention.reference import dense_mask
 from ulysses_jax.check_gpu import __main__ as command
+from ulysses_jax.check_gpu import errors, steps
 from ulysses_jax.check_gpu.measure import UNTIL, NoMachine, measure
-from ulysses_jax.check_gpu.problems import MASKS
+from ulysses_jax.check_gpu.problems import MASKS, Heads, sinks
+from ulysses_jax.check_gpu.rows import QUICK, Sizes
 from ulysses_jax.check_gpu.tables import BEGIN, END, markdown, page_with
+from ulysses_jax.check_gpu.worker import run
+from ulysses_jax.mesh import Device
+from ulysses_jax.plan.check import bytes_row
 
 # Two masks, and an attention whose scale is 4 % off at head size 16.
 FAULTY = """
@@ -21,7 +29,8 @@ from ulysses_jax.check_gpu import errors, problems, timings, worker
 
 for name in set(problems.MASKS) - {"causal", "packed window", "sinks", "block-sparse"}:
     del problems.MASKS[name]
-errors.SPOT_MASKS = timings.TIMED_MASKS = ("causal",)
+timings.TIMED_MASKS = ("causal",)
+errors.SPOT_MASKS = ("causal", "block-sparse")
 right = problems.ATTENTIONS["blockwise"]
 problems.ATTENTIONS["blockwise"] = partial(right, scale=0.26)
 worker.main()
@@ -55,30 +64,33 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
     assert results["machine"]["card"] == "cpu"
     assert results["machine"]["versions"]["jax"]
     assert {row["table"] for row in results["rows"]} == set(tables.split(","))
-    (sinks,) = of(results, "errors", kernel="blockwise", mask="sinks")
-    assert sinks["status"] == "ok" and 0 < sinks["dsinks"] < 0.008
-    (none,) = of(results, "errors", kernel="jax.nn xla", mask="sinks")
-    assert none["status"] == "skipped" and none["why"] == "it has no sinks"
-    (sparse,) = of(results, "errors", kernel="blockwise", mask="block-sparse")
-    assert sparse["status"] == "FAIL" and sparse["tokens"] == 192
-    (none,) = of(results, "errors", kernel="jax.nn xla", mask="block-sparse")
-    assert none["status"] == "skipped" and "a layout of blocks" in none["why"]
+    for dtype, most in (("bfloat16", 0.008), ("float16", 0.001)):
+        (sinks,) = of(results, "errors", kernel="blockwise", mask="sinks", dtype=dtype)
+        assert sinks["status"] == "ok" and 0 < sinks["dsinks"] < most
+    for none in of(results, "errors", kernel="jax.nn xla", mask="sinks"):
+        assert none["status"] == "skipped" and none["why"] == "it has no sinks"
+    for sparse in of(results, "errors", kernel="blockwise", mask="block-sparse"):
+        assert sparse["status"] == "FAIL" and sparse["tokens"] == 192
+    for none in of(results, "errors", kernel="jax.nn xla", mask="block-sparse"):
+        assert none["status"] == "skipped" and "a layout of blocks" in none["why"]
     wrong = [
         row
         for row in of(results, "errors", kernel="blockwise")
         if row["mask"] != "sinks"  # which goes by another function
     ]
-    assert [row["status"] for row in wrong] == ["FAIL"] * 5
+    assert [row["status"] for row in wrong] == ["FAIL"] * 8
     for row in wrong:
         assert row["why"].startswith("out 0.0") and row["dq"] > 0.008
     right = of(results, "errors", kernel="jax.nn xla", mask="causal")
-    assert [row["status"] for row in right] == ["ok"] * 2
+    assert [row["status"] for row in right] == ["ok"] * 2 + ["skipped"]
     for name in ("out", "dq", "dk", "dv"):
         assert 0 < right[0][name] < 0.005
     for name in ("mosaic", "cudnn"):
         for row in of(results, "errors", kernel=name):
             assert row["status"] == "skipped" and "needs" in row["why"]
-    assert of(results, "spots", kernel="blockwise")[0]["status"] == "FAIL"
+    for mask in ("causal", "block-sparse"):
+        (wrong,) = of(results, "spots", kernel="blockwise", mask=mask)
+        assert wrong["status"] == "FAIL" and wrong["dv"] > 0.005
     assert of(results, "spots", kernel="jax.nn xla")[0]["status"] == "ok"
     assert of(results, "rates")[0]["TFLOP/s"] > 0
     both = of(results, "timings", kernel="blockwise")
@@ -88,8 +100,80 @@ def test_a_wrong_scale_fails_and_the_rest_is_measured(tmp_path, monkeypatch, cap
         flops *= 2 if row["pass"] == "forward" else 7
         assert row["TFLOP/s"] * 1e12 * row["ms"] / 1e3 == pytest.approx(flops)
     out, err = capsys.readouterr()
-    assert "**6 rows FAIL.**" in out and "mosaic, 6 rows skipped: it needs" in out
+    assert "**10 rows FAIL.**" in out and "mosaic, 10 rows skipped: it needs" in out
     assert "FAIL errors blockwise causal" in err
+
+
+def test_a_step_beside_a_wrong_plan_fails(tmp_path, monkeypatch, capsys):
+    """A GPU that held a fifth more than planned: both figures, and exit code 1."""
+
+    def check(config, *, num_steps):
+        rows = [
+            bytes_row("state and batch on a device", 5_000_000, 5_000_000),
+            bytes_row("high-water mark of a device", 8_000_000, 9_600_000),
+            dict(what="a step", planned=1.0, measured=3.0, unit="seconds"),
+        ]
+        plan = {"attention": [], "compile_seconds": 1.0}
+        return {"rows": rows, "plan": plan}
+
+    monkeypatch.setattr(steps, "check", check)
+    rows, said = steps.step_rows(QUICK)[:1], []
+    request = {"done": [], "tables": ["steps"], "until": {"steps": math.inf}}
+    assert run(rows, request, said.append)
+    (_, result) = said
+    machine = dict(card="none", versions={}, driver=None, python="3")
+    results = {
+        "rows": [dict(table="steps", **rows[0].name, **result)],
+        "machine": machine,
+        "started": "2026-01-01",
+        "quick": False,
+    }
+    monkeypatch.setattr(command, "measure", lambda **options: results)
+    assert command.main(["--json", str(tmp_path / "measured.json")]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(" in line]
+    assert [line.split(" | ")[-1] for line in lines] == [
+        "ok |",
+        "**FAIL** high-water mark of a device: planned 8,000,000 bytes, measured "
+        "9,600,000, more than 10% apart |",
+        "ok |",
+    ]
+
+
+CPU, GPU = Device("cpu", "cpu"), Device("gpu", "none")
+
+
+def test_float64_of_a_device_is_numpys():
+    """Which the check takes on a GPU: rows of documents, and sinks."""
+    problem = MASKS["packed"](2, 24, 10)._replace(has_sinks=True)
+    asked = errors._Asked(problem, 2, 24, Heads(4, 2, 8), "float16")
+    found, numpys = errors._exact(asked, GPU), errors._exact(asked, CPU)
+    for a, b in zip(found, numpys, strict=True):
+        assert a.dtype == b.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["packed window", "sinks", "block-sparse"])
+def test_float64_of_spots_is_that_of_all(mask):
+    spots = 0, 63, 64, 200, 319
+    problem = MASKS[mask](1, 320, 100)
+    some = errors._Asked(problem, 1, 320, Heads(2, 1, 8), "bfloat16", spots)
+    inputs = some.inputs()
+    seen = np.asarray(dense_mask(problem.mask, 320, 320)[:, 0])
+    its_sinks = sinks(2) if problem.has_sinks else None
+    want = exact_attention(*map(np.asarray, inputs), seen, sinks=its_sinks)
+    at = list(spots)
+    want = want[0][:, at], want[1][:, at], *want[2:]
+    for a, b in zip(errors._exact(some, CPU), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_have_several_tiles_and_a_part_of_one():
+    tokens = Sizes().error_tokens
+    assert tokens > 2 * BLOCK_TOKENS and tokens % BLOCK_STEP
+    assert Sizes().spot_tokens % BLOCK_TOKENS == 0
+    spots = errors._spots(Sizes().spot_tokens, Sizes().spot_span)
+    assert {511, 512, BLOCK_TOKENS - 1, BLOCK_TOKENS} < set(spots)
+    assert len(spots) == errors.NUM_SPOTS
 
 
 @pytest.mark.slow

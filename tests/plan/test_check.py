@@ -8,6 +8,7 @@ import pytest
 
 from ulysses_jax.config_file import load
 from ulysses_jax.costs.pairs import Pairs
+from ulysses_jax.plan import __main__ as command
 from ulysses_jax.plan import check as check_module
 from ulysses_jax.plan.__main__ import main
 from ulysses_jax.plan.check import check, documents
@@ -52,6 +53,23 @@ def test_the_command(config_file, tmp_path, capsys):
     assert "Planned and measured on 8 x cpu" in out
     assert "state and batch on a device" in out and "1.000" in out
     assert "all-to-all over seq" in out
+
+
+def test_bytes_too_far_apart_end_the_command(config_file, monkeypatch, capsys):
+    rows = [
+        check_module.bytes_row("high-water mark of a device", 1000, measured)
+        for measured in (0, 900, 1100, 899, 1101)
+    ]
+    assert ["why" in row for row in rows] == [False] * 3 + [True] * 2
+    assert "why" not in check_module.bytes_row("growth", 1000, 9000, None)
+    monkeypatch.setattr(command, "check", lambda config: {"rows": rows})
+    monkeypatch.setattr(command, "print_check", lambda found, console: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", str(config_file), "--check", *SMALL])
+    assert str(caught.value).splitlines()[1:] == [
+        "python -m ulysses_jax.plan: high-water mark of a device: planned 1,000 bytes, "
+        "measured 1,101, more than 10% apart"
+    ]
 
 
 @pytest.mark.slow

@@ -138,7 +138,11 @@ def _mosaic_lacks(device: Device, q: Any, k: Any, mask: Mask) -> str | None:
 
 
 def _jax_nn_lacks(device: Device, q: Any, k: Any, mask: Mask) -> str | None:
-    return _cudnn_lacks(Device("gpu", device.kind), q, k, mask)
+    if why := _cudnn_lacks(Device("gpu", device.kind), q, k, mask):
+        return why
+    if not device.is_gpu and q.dtype == jnp.float16:
+        return "jax.nn has no attention in float16 on CPUs"
+    return None
 
 
 def kernels(device: Device) -> dict[str, Kernel]:
@@ -161,19 +165,24 @@ def kernels(device: Device) -> dict[str, Kernel]:
     }
 
 
-def shapes(batch: int, tokens: int, heads: Heads) -> tuple[Any, Any, Any, Any]:
-    """q, k, v and the upstream gradient, bfloat16, as shapes."""
+def shapes(
+    batch: int, tokens: int, heads: Heads, dtype: str = "bfloat16"
+) -> tuple[Any, Any, Any, Any]:
+    """q, k, v and the upstream gradient, as shapes."""
 
     def shape(num_heads):
-        return jax.ShapeDtypeStruct((batch, tokens, num_heads, heads.H), jnp.bfloat16)
+        dims = batch, tokens, num_heads, heads.H
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
 
     return shape(heads.N), shape(heads.K), shape(heads.K), shape(heads.N)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def arrays(batch: int, tokens: int, heads: Heads) -> tuple[Array, ...]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def arrays(
+    batch: int, tokens: int, heads: Heads, dtype: str = "bfloat16"
+) -> tuple[Array, ...]:
     """Standard normal q, k, v and upstream gradient: always the same ones."""
-    like = shapes(batch, tokens, heads)
+    like = shapes(batch, tokens, heads, dtype)
     keys = jax.random.split(jax.random.key(0), len(like))
     return tuple(
         jax.random.normal(key, x.shape, x.dtype)

@@ -35,8 +35,9 @@ class Row:
 class Sizes:
     """Lengths are tokens; a span is a document's, or a window's."""
 
-    error_tokens: int = 1000  # no multiple of a kernel's block
-    error_span: int = 300
+    # Three of `mosaic.BLOCK_TOKENS`, the last not full, and no multiple of any block.
+    error_tokens: int = 2500
+    error_span: int = 700
     error_heads: tuple[Heads, ...] = tuple(Heads(8, 2, size) for size in (128, 64, 256))
     spot_tokens: int = 131_072
     spot_span: int = 40_000

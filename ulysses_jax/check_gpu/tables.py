@@ -41,10 +41,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _note(table: str) -> str:
     if table in ("errors", "spots"):
-        most = ", ".join(f"{name} {TOLERANCES[name]}" for name in NAMES)
+        most = "; ".join(
+            f"{dtype}: {', '.join(f'{name} {each[name]}' for name in NAMES)}"
+            for dtype, each in TOLERANCES.items()
+        )
         return (
-            "Root mean square of the error over that of float64's result, bfloat16; "
-            f"tolerances: {most}."
+            "Root mean square of the error over that of float64's result; tolerances "
+            f"in {most}."
         )
     if table == "timings":
         return "FLOPs of visible pairs alone: 2 products forward, 5 backward."
@@ -100,12 +103,13 @@ def _text(value: Any) -> str:
 
 
 def _step_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for each of what `plan.check` compares."""
+    """A line for each of what `plan.check` compares; those that are apart FAIL."""
     lines = []
     for each in row.get("rows", [{}]):
-        line = {"documents": row["documents"], "status": row["status"]}
-        line |= {"why": row["why"]} if "why" in row else {}
+        line = {"documents": row["documents"]}
         if each:
+            line |= {"status": "FAIL", "why": each["why"]} if "why" in each else {}
+            line.setdefault("status", "ok")
             is_bytes = each["unit"] == "bytes"
             scale, unit = (1e6, "MB") if is_bytes else (1, "s")
             line["what"] = f"{each['what']} ({unit})"
@@ -114,6 +118,8 @@ def _step_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
                 line[name] = f"{each[name] / scale:,.3f}" if known else ""
             ratio = each["planned"] and each["measured"] / each["planned"]
             line["measured / planned"] = f"{ratio:.3f}" if ratio else ""
+        else:
+            line |= {name: row[name] for name in ("status", "why") if name in row}
         lines.append(line)
     return lines
 

@@ -78,6 +78,8 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
         found = check(config)
         print_check(found, console)
         _write(own.json, found)
+        if whys := [row["why"] for row in found["rows"] if "why" in row]:
+            sys.exit("\n".join(f"{PROGRAM}: {why}" for why in whys))
         return
     if own.gpus is None:
         raise ValueError(

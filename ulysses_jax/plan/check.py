@@ -22,6 +22,10 @@ from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 
 
+# How far a device's bytes may be from the plan's, of the plan's.
+BYTES_APART = 0.1
+
+
 @allow_promotion()
 def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
     """Compiles a run for this machine's devices, runs some steps of it, and compares.
@@ -31,7 +35,8 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
 
     Returns:
       `device`, `plan` (as `compile.analyse`), and `rows` of `what`, `planned`,
-      `measured`, `unit`: the bytes of state and batch on a device; the high-water mark
+      `measured`, `unit`, and `why` where bytes of a device are further apart than
+      `BYTES_APART`: the bytes of state and batch on a device; the high-water mark
       of a device's memory (where the backend tells it, as on GPUs; on CPU devices the
       growth of the process is shared out over them); the step's seconds (predicted only
       for a GPU of `TARGETS`).
@@ -83,25 +88,17 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
             seconds.append(time.monotonic() - started)
     after = _high_water(mesh)
     predicted = predict(config, target, plan)["step_seconds"] if target else None
+    is_cpu = device.platform == "cpu"
+    planned = plan["memory"]["device_bytes"]
     return {
         "device": f"{device.platform}: {device.device_kind}",
         "num_devices": mesh.size,
         "plan": plan,
         "rows": [
-            {
-                "what": "state and batch on a device",
-                "planned": stats["argument_size"],
-                "measured": held,
-                "unit": "bytes",
-            },
-            {
-                "what": "high-water mark of a device"
-                if device.platform != "cpu"
-                else "growth of the process, a device",
-                "planned": plan["memory"]["device_bytes"],
-                "measured": after if device.platform != "cpu" else after - before,
-                "unit": "bytes",
-            },
+            bytes_row("state and batch on a device", stats["argument_size"], held),
+            bytes_row("growth of the process, a device", planned, after - before, None)
+            if is_cpu
+            else bytes_row("high-water mark of a device", planned, after),
             {
                 "what": "a step",
                 "planned": predicted,
@@ -110,6 +107,18 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
             },
         ],
     }
+
+
+def bytes_row(
+    what: str, planned: int, measured: int, apart: float | None = BYTES_APART
+) -> dict[str, Any]:
+    """A row of `check`, with `why` where they are further apart than this part of what
+    was planned. None: any; a device that measures nothing says 0."""
+    row = {"what": what, "planned": planned, "measured": measured, "unit": "bytes"}
+    if apart is None or not measured or abs(measured - planned) <= apart * planned:
+        return row
+    why = f"{what}: planned {planned:,} bytes, measured {measured:,}"
+    return row | {"why": f"{why}, more than {apart:.0%} apart"}
 
 
 def _high_water(mesh: Mesh) -> int:
