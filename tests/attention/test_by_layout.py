@@ -101,7 +101,6 @@ QUICK = {
         "positions",
         "cross causal",
         "documents, positions, window",
-        "a row whose keys none sees",
     ),
     "mosaic": ("by head, uneven, documents",),
 }

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import mosaic_stand_in
 import numpy as np
 import pytest
 from memory_cases import (
@@ -13,12 +14,15 @@ from memory_cases import (
     assert_same,
     compiled,
     loss_and_gradients,
+    make_batch,
     make_config,
     mesh_of,
     plain,
 )
 from slow import slow_but_for
 
+from ulysses_jax.attention import mosaic
+from ulysses_jax.attention.parts import PARTS
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
 from ulysses_jax.weights.gathered import Gathered
@@ -122,6 +126,62 @@ def test_in_bfloat16():
     got, want = loss_and_gradients(config), plain("llama", "one device")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.square(a - b).mean() < np.square(0.05 * b).mean()
+
+
+def num_attended(size, shares):
+    """Pairs of a block of queries and one of keys, from the first that holds a key of a
+    document of theirs to their own, in any row of a device's, over these shares of the
+    batch."""
+    ids = make_batch(56, packed=True)["segment_ids"]
+    holds = (ids[:, :, None] == ids[:, None]).reshape(shares, -1, 56, 56).any(axis=1)
+    holds = holds.reshape(shares, 56 // size, size, 56 // size, size).any(axis=(2, 4))
+    return (1 + np.arange(56 // size) - holds.argmax(axis=2)).sum()
+
+
+@pytest.mark.parametrize(
+    "degrees, options, window",
+    [
+        (dict(data=2, seq=4), {}, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ({}, {}, None),
+                (dict(seq=2, tensor=2), dict(head_chunks=2), None),
+                (dict(seq=2), dict(remat="attention"), 8),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_documents_through_hoppers_kernels(monkeypatch, degrees, options, window):
+    """With plain functions in their place; blocks that hold none of the documents of a
+    block of queries are passed over."""
+    model = dict(window=window)
+    want = plain("llama", "data 2, seq 4")
+    if window:
+        want = loss_and_gradients(make_config("llama", model=model, remat="none"))
+    mosaic_stand_in.use(monkeypatch)
+    monkeypatch.setattr(mosaic, "DTYPES", (jnp.float32,))
+    monkeypatch.setattr(mosaic, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(mosaic, "TILES_AT_ONCE", 2)
+    kernel, calls = PARTS["mosaic"], []
+
+    def gradients(*arrays, mask, scale):
+        jax.debug.callback(lambda x: calls.append(x), arrays[0][0, 0, 0, 0])
+        return kernel.gradients(*arrays, mask=mask, scale=scale)
+
+    monkeypatch.setitem(PARTS, "mosaic", kernel._replace(gradients=gradients))
+    options = dict(sequence_chunk_tokens=7, **options)
+    config = make_config("llama", degrees, model=model, **options)
+    assert_same(loss_and_gradients(config), want)
+    jax.effects_barrier()
+    if not window:
+        shares = degrees.get("data", 1)
+        attended = num_attended(7, shares)
+        assert attended < shares * 8 * 9 / 2
+        devices = math.prod(degrees.values())
+        times = devices // shares * options.get("head_chunks", 1)
+        assert len(calls) == 2 * times * attended  # in two layers
 
 
 def wide(tokens, **memory):

@@ -33,7 +33,8 @@ class Pieces(NamedTuple):
     with_sinks: `f(statistics, sinks)`, of the result over all keys.
     sinks_gradient: `f(sinks, out, logsumexp, dout)` of a piece, given out and logsumexp
       with sinks: `[n]`, or None where there are none.
-    first_block: `f(q_block) -> kv_block`, the first that a query of it sees.
+    first_block: `f(q_block) -> kv_block`, the first that a query of it sees, of any
+      row: its own, or one before.
     key_slots: the slice of K' that each group reads.
     chunk_tokens: of a row, of attention; divides its tokens.
     tile_tokens: of all rows of a chunk together, of finish; at most.

@@ -108,12 +108,6 @@ class _Chunks:
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-    def first_seen(self, q_block: Array) -> Array | int:
-        """The first block of which a query of this one sees a key."""
-        if self.window is None:
-            return 0
-        return jnp.maximum((q_block * self.size - self.window + 1) // self.size, 0)
-
     def mask(
         self,
         rows: int,
@@ -210,6 +204,12 @@ def take_apart(
         layout_of_blocks,
     )
     by_head = layout_of_blocks is not None and layout_of_blocks.num_heads > 1
+    seen_blocks = Mask(
+        causal=True,
+        window=attention.window,
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+    ).block_bounds(blocks.size, blocks.size)
 
     def exchange(x: Float[Array, "B t N H"]) -> Float[Array, "P B t n H"]:
         return blocks.split(heads.there(x))
@@ -256,6 +256,10 @@ def take_apart(
         device = device_of(get_abstract_mesh())
         return attention_parts(model.attention, device, q, k, seen), seen
 
+    def first_block(q_block):
+        kv_blocks = jnp.arange(tokens * degree // blocks.size)
+        return jnp.argmax(seen_blocks.tiles(q_block, kv_blocks))
+
     def statistics(q, k, v, *where):
         attention, seen = parts(q, k, *where)
         return attention.statistics(q, k, v, mask=seen, scale=model.attention_scale)
@@ -277,7 +281,7 @@ def take_apart(
         join=alike.join,
         with_sinks=alike.with_sinks,
         sinks_gradient=alike.sinks_gradient,
-        first_block=blocks.first_seen,
+        first_block=first_block,
         key_slots=heads.key_slots,
         chunk_tokens=chunk_tokens,
         tile_tokens=memory.mlp_tile_tokens or chunk_tokens * rows,
