@@ -21,7 +21,6 @@ from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
 
-
 # How far a device's bytes may be from the plan's, of the plan's.
 BYTES_APART = 0.1
 
