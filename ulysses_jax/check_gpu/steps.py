@@ -54,8 +54,7 @@ def config_of(sizes: Sizes, span: int | None) -> Config:
 def _measure(sizes: Sizes, span: int | None, _: None) -> dict[str, Any]:
     """Planned and measured, by what: bytes of the state, high-water mark, seconds.
 
-    Bytes
-    that are too far apart FAIL; seconds are a prediction, which is shown.
+    Bytes that are too far apart FAIL; seconds are a prediction, which is shown.
     """
     config = config_of(sizes, span)
     try:
