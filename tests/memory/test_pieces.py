@@ -22,7 +22,7 @@ from memory_cases import (
 from slow import slow_but_for
 
 from ulysses_jax.attention import mosaic
-from ulysses_jax.attention.parts import PARTS
+from ulysses_jax.attention.select import PARTS
 from ulysses_jax.training.state import abstract_state
 from ulysses_jax.training.step import abstract_batch, make_train_step
 from ulysses_jax.weights.gathered import Gathered
