@@ -24,8 +24,8 @@ from shared_programs import shared_programs as shared_programs
 from ulysses_jax import train
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents
-from ulysses_jax.data.rows import read_bytes
 from ulysses_jax.data.split import split
+from ulysses_jax.data.stream import read_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
@@ -590,13 +590,13 @@ import sys
 sys.path.insert(0, {root!r})
 import jax
 {prelude}
-import ulysses_jax.data.rows as rows
-read_bytes, num_bytes = rows.read_bytes, 0
+import ulysses_jax.data.stream as stream
+read_bytes, num_bytes = stream.read_bytes, 0
 def counted(document, offset, count):
     global num_bytes
     num_bytes += count
     return read_bytes(document, offset, count)
-rows.read_bytes = counted
+stream.read_bytes = counted
 from ulysses_jax.train import main
 main(sys.argv[1:])
 print("bytes read:", num_bytes, "processes:", jax.process_count())

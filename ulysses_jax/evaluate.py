@@ -5,9 +5,11 @@ import json
 import time
 from collections.abc import Sequence
 
-from ulysses_jax.data.ids import IdRows
+from ulysses_jax.data.ids import data_of, hold
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.stream import ByteStream
 from ulysses_jax.data.tokenizer import Folder
+from ulysses_jax.data.tokens import TokenStream
 from ulysses_jax.inference.evaluate import evaluate
 from ulysses_jax.inference.opening import (
     add_model_options,
@@ -37,15 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(source.tokenizer, Folder):
             # A run has learned to end a document; a folder's loss is of its text.
             ends = source.tokenizer.ends if is_run_folder(source.folder) else ()
-            rows = IdRows(
-                documents,
-                options.tokens,
-                source.tokenizer,
-                mask_documents=masks,
-                end=next(iter(ends), None),
-            )
+            end = next(iter(ends), None)
+            held = hold(map(data_of, documents), source.tokenizer, end)
+            stream = TokenStream(held)
         else:
-            rows = Rows(documents, options.tokens, mask_documents=masks)
+            stream = ByteStream(documents)
+        rows = Rows(stream, options.tokens, mask_documents=masks)
         say(
             f"{len(documents):,} files, {rows.num_tokens:,} tokens, {len(rows):,} rows "
             f"of {options.tokens:,}; {shape[0]} rows at a time"

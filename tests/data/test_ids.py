@@ -6,8 +6,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from ulysses_jax.data.corpus import Document
-from ulysses_jax.data.ids import IdRows
+from ulysses_jax.data.ids import data_of, hold
+from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.tokenizer import IGNORED, Folder
+from ulysses_jax.data.tokens import TokenStream
 
 WORDS = {word: number for number, word in enumerate("abcdefgh")}
 
@@ -28,7 +30,8 @@ def document(folder, name, text):
 def test_no_id_is_added_and_none_is_lost(tmp_path, tokenizer):
     texts = ["a b c", "   ", "d", "e f g h a"]
     documents = [document(tmp_path, str(i), text) for i, text in enumerate(texts)]
-    rows = IdRows(documents, 4, tokenizer, mask_documents=True)
+    tokens = hold(map(data_of, documents), tokenizer, None)
+    rows = Rows(TokenStream(tokens), 4, mask_documents=True)
     assert (rows.num_tokens, len(rows)) == (9, 3)
     read = [rows.read(row, 0, 5) for row in range(3)]
     want = {
@@ -47,5 +50,5 @@ def test_no_id_is_added_and_none_is_lost(tmp_path, tokenizer):
 
 
 def test_no_token_at_all(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="makes no token of 1 files"):
-        IdRows([document(tmp_path, "0", "  ")], 4, tokenizer, mask_documents=False)
+    with pytest.raises(ValueError, match="makes no token of 1 documents"):
+        hold([b"  "], tokenizer, None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import ulysses_jax.data.rows
+import ulysses_jax.data.stream
 from ulysses_jax.data.corpus import Document
 from ulysses_jax.data.loader import (
     batches,
@@ -22,6 +22,7 @@ from ulysses_jax.data.loader import (
     validation_batches,
 )
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.stream import ByteStream
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.parallel.zigzag import zigzag_order, zigzag_ranges
 
@@ -43,7 +44,7 @@ def make_rows(folder, *, num_documents=9, sequence_tokens=16, mask_documents=Tru
         value += len(content)
         (folder / str(i)).write_bytes(content)
         documents.append(Document(str(i), folder / str(i), len(content)))
-    return Rows(documents, sequence_tokens, mask_documents=mask_documents)
+    return Rows(ByteStream(documents), sequence_tokens, mask_documents=mask_documents)
 
 
 def take(rows, num, *, degrees, shape=(2, 8, 16), **kwargs):
@@ -221,7 +222,7 @@ def test_a_process_reads_its_boxes_and_no_more(
     assert boxes == expected
 
     num_bytes = []
-    original = ulysses_jax.data.rows.read_bytes
+    original = ulysses_jax.data.stream.read_bytes
 
     def counted(document, offset, count):
         num_bytes.append(count)
@@ -230,7 +231,7 @@ def test_a_process_reads_its_boxes_and_no_more(
     rows = make_rows(tmp_path)
     order = np.random.default_rng(0).integers(0, len(rows), shape[:2])
     whole = read_box(rows, order, ((0, 2), (0, 8), (0, 16)))
-    monkeypatch.setattr(ulysses_jax.data.rows, "read_bytes", counted)
+    monkeypatch.setattr(ulysses_jax.data.stream, "read_bytes", counted)
     for box in boxes:
         where = tuple(slice(*bounds) for bounds in box)
         num_bytes.clear()
@@ -294,9 +295,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.data.loader import batches
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.stream import ByteStream
 from ulysses_jax.mesh import make_mesh
 
-rows = Rows(find_documents(sys.argv[1]).documents, 1 << 16, mask_documents=True)
+stream = ByteStream(find_documents(sys.argv[1]).documents)
+rows = Rows(stream, 1 << 16, mask_documents=True)
 sharding = NamedSharding(make_mesh(data=8), PartitionSpec(None, "data"))
 stream = batches(rows, (1, 8, 1 << 16), sharding, seed=0)
 next(stream)

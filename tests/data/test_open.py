@@ -36,9 +36,12 @@ def folder(tmp_path):
 def test_a_folder_becomes_rows_of_both_parts(folder):
     data = open_data(make_config(folder))
     assert data.validation is not None
-    assert len(data.train.documents) == 8 and len(data.validation.documents) == 2
+    assert (
+        len(data.train.stream.documents) == 8
+        and len(data.validation.stream.documents) == 2
+    )
     train, validation = (
-        {document.name for document in rows.documents}
+        {document.name for document in rows.stream.documents}
         for rows in (data.train, data.validation)
     )
     assert len(train | validation) == 10
@@ -58,9 +61,9 @@ def test_the_default_is_the_standard_library():
 
 def test_the_seed_orders_training_and_leaves_validation_alone(folder):
     a, b = (open_data(make_config(folder, run=Run(seed=s))) for s in (0, 1))
-    assert a.train.documents != b.train.documents
+    assert a.train.stream.documents != b.train.stream.documents
     assert a.validation and b.validation
-    assert a.validation.documents == b.validation.documents
+    assert a.validation.stream.documents == b.validation.stream.documents
 
 
 def test_no_validation_and_no_mask(folder):

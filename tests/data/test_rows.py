@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-import ulysses_jax.data.rows
+import ulysses_jax.data.stream
 from ulysses_jax.data.corpus import Document
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.stream import ByteStream
 from ulysses_jax.data.tokenizer import (
     END_OF_DOCUMENT,
     IGNORED,
@@ -68,7 +69,9 @@ def test_every_range_of_every_row(tmp_path, sequence_tokens, seed, mask_document
     contents = random_contents(seed)
     padded = sequence_tokens + 3
     rows = Rows(
-        corpus(tmp_path, contents), sequence_tokens, mask_documents=mask_documents
+        ByteStream(corpus(tmp_path, contents)),
+        sequence_tokens,
+        mask_documents=mask_documents,
     )
     expected = walk(contents, sequence_tokens, padded, mask_documents)
     assert len(rows) == len(expected)
@@ -92,7 +95,9 @@ def test_the_rows_hold_every_byte(tmp_path, sequence_tokens):
         b"\n",
         b"x" * 1000,
     ]
-    rows = Rows(corpus(tmp_path, contents), sequence_tokens, mask_documents=True)
+    rows = Rows(
+        ByteStream(corpus(tmp_path, contents)), sequence_tokens, mask_documents=True
+    )
     tokens, segments = (
         np.concatenate([rows.read(i, 0, sequence_tokens)[n] for i in range(len(rows))])
         for n in ("tokens", "segment_ids")
@@ -107,14 +112,14 @@ def test_the_rows_hold_every_byte(tmp_path, sequence_tokens):
 
 def test_every_token_but_a_documents_first_is_a_label_once(tmp_path):
     contents = random_contents(3)
-    rows = Rows(corpus(tmp_path, contents), 8, mask_documents=True)
+    rows = Rows(ByteStream(corpus(tmp_path, contents)), 8, mask_documents=True)
     labels = np.concatenate([rows.read(i, 0, 8)["labels"] for i in range(len(rows))])
     expected = [[*content[1:], END_OF_DOCUMENT] for content in contents]
     assert labels[labels != IGNORED].tolist() == sum(expected, [])
 
 
 def test_rows_past_the_end_are_padding(tmp_path):
-    rows = Rows(corpus(tmp_path, [b"abc"]), 4, mask_documents=True)
+    rows = Rows(ByteStream(corpus(tmp_path, [b"abc"])), 4, mask_documents=True)
     assert len(rows) == 1
     for row in (1, 2, 10**12):
         read = rows.read(row, 0, 5)
@@ -130,7 +135,7 @@ def test_offsets_past_31_bits(tmp_path):
         file.write(b"abc")
     (tmp_path / "after").write_bytes(b"de")
     documents = [Document("a", path, size), Document("b", tmp_path / "after", 2)]
-    rows = Rows(documents, 2**21, mask_documents=True)
+    rows = Rows(ByteStream(documents), 2**21, mask_documents=True)
     number, start = divmod(size - 3, 2**21)
     read = rows.read(number, start, start + 8)
     assert read["tokens"].tolist() == [*b"abc", 256, *b"de", 256, 0]
@@ -151,15 +156,15 @@ def test_offsets_past_31_bits(tmp_path):
 
 def test_reads_only_the_bytes_of_the_range(tmp_path, monkeypatch):
     reads = []
-    original = ulysses_jax.data.rows.read_bytes
+    original = ulysses_jax.data.stream.read_bytes
 
     def counted(document, offset, count):
         reads.append((document.name, offset, count))
         return original(document, offset, count)
 
-    monkeypatch.setattr(ulysses_jax.data.rows, "read_bytes", counted)
+    monkeypatch.setattr(ulysses_jax.data.stream, "read_bytes", counted)
     contents = [b"a" * 10, b"b" * 1000, b"c" * 10]
-    rows = Rows(corpus(tmp_path, contents), 500, mask_documents=True)
+    rows = Rows(ByteStream(corpus(tmp_path, contents)), 500, mask_documents=True)
     for (row, start, stop), expected in {
         (0, 0, 5): [("0", 0, 6)],
         (0, 5, 11): [("0", 5, 5)],  # the label of a document's end takes no read
@@ -184,7 +189,7 @@ def test_reads_only_the_bytes_of_the_range(tmp_path, monkeypatch):
     ],
 )
 def test_a_file_that_changed_is_an_error(tmp_path, change, message):
-    rows = Rows(corpus(tmp_path, [b"x" * 10]), 4, mask_documents=True)
+    rows = Rows(ByteStream(corpus(tmp_path, [b"x" * 10])), 4, mask_documents=True)
     rows.read(0, 0, 4)
     change(tmp_path / "0")
     with pytest.raises(ValueError, match=message):
@@ -193,8 +198,8 @@ def test_a_file_that_changed_is_an_error(tmp_path, change, message):
 
 def test_short_reads_are_continued_and_a_sudden_end_is_an_error(tmp_path, monkeypatch):
     contents = [bytes(range(100))]
-    rows = Rows(corpus(tmp_path, contents), 100, mask_documents=True)
-    pread = ulysses_jax.data.rows.os.pread
+    rows = Rows(ByteStream(corpus(tmp_path, contents)), 100, mask_documents=True)
+    pread = ulysses_jax.data.stream.os.pread
     monkeypatch.setattr("os.pread", lambda fd, n, offset: pread(fd, min(n, 7), offset))
     assert rows.read(0, 0, 100)["tokens"].tolist() == list(range(100))
     monkeypatch.setattr(

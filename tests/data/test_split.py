@@ -4,8 +4,8 @@ import pytest
 from corpus_cases import names, write
 
 from ulysses_jax.data.corpus import Document, find_documents
-from ulysses_jax.data.rows import read_bytes
 from ulysses_jax.data.split import fingerprint, shuffled, split
+from ulysses_jax.data.stream import read_bytes
 
 
 def named(num, size=1):

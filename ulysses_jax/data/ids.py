@@ -1,60 +1,49 @@
-"""Documents as a folder's tokenizer has them: their ids, held in memory."""
+"""A document's text as ids of its tokenizer."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from ulysses_jax.data.corpus import Document
-from ulysses_jax.data.rows import Rows, read_bytes
-from ulysses_jax.data.tokenizer import Folder
+from ulysses_jax.data.stream import read_bytes
+from ulysses_jax.data.tokenizer import Bytes, Tokenizer
+from ulysses_jax.data.tokens import HeldTokens
+
+
+def data_of(document: Document) -> bytes:
+    return read_bytes(document, 0, document.size)
 
 
 def text_of(document: Document) -> str:
     """A document's text; a letter that is not UTF-8 is its sign."""
-    return read_bytes(document, 0, document.size).decode(errors="replace")
+    return data_of(document).decode(errors="replace")
 
 
-class IdRows(Rows):
-    """As `Rows`, of documents that end where their ids do, or with an id that ends
-    them.
+def ids_of(data: bytes, tokenizer: Tokenizer, end: int | None) -> Int[np.ndarray, "n"]:
+    """Of a text in UTF-8; a letter that is not is its sign, or as bytes itself.
 
     Args:
-      end: added to each document that does not end with it; None: nothing is.
-
-    Cost: the text is tokenised at once, and 4 bytes a token are held.
+      end: added where the ids do not end with it; None: nothing is.
     """
+    if isinstance(tokenizer, Bytes):
+        ids = np.frombuffer(data, np.uint8).astype(np.uint16)
+    else:
+        ids = np.array(tokenizer.encode(data.decode(errors="replace")), np.uint32)
+    if end is None or (len(ids) and ids[-1] == end):
+        return ids
+    return np.append(ids, np.array(end, ids.dtype))
 
-    def __init__(
-        self,
-        documents: Sequence[Document],
-        sequence_tokens: int,
-        tokenizer: Folder,
-        *,
-        mask_documents: bool,
-        end: int | None = None,
-    ):
-        self._ids = []
-        for each in documents:
-            ids = tokenizer.encode(text_of(each))
-            if end is not None and ids[-1:] != [end]:
-                ids.append(end)
-            if ids:
-                self._ids.append(np.array(ids, np.int32))
-        if not self._ids:
-            raise ValueError(
-                f"the tokenizer makes no token of {len(documents)} files: give others"
-            )
-        kept: Any = self._ids
-        super().__init__(kept, sequence_tokens, mask_documents=mask_documents)
 
-    def _length(self, document: Any) -> int:
-        return document.size
+def hold(data: Iterable[bytes], tokenizer: Tokenizer, end: int | None) -> HeldTokens:
+    """Tokenises documents at once, into memory.
 
-    def _tokens(self, document: int, first: int, last: int) -> Int32[np.ndarray, "n"]:
-        start, stop = int(self._starts[document]), document + 1
-        while self._ends[stop - 1] < last:
-            stop += 1
-        ids = np.concatenate(self._ids[document:stop])
-        return ids[first - start : last - start]
+    Raises:
+      ValueError: none has a token.
+    """
+    tokens = HeldTokens(ids_of(each, tokenizer, end) for each in data)
+    if not len(tokens.ends):
+        raise ValueError(
+            f"the tokenizer makes no token of {tokens.num_empty} documents: give others"
+        )
+    return tokens

@@ -13,10 +13,12 @@ from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
 from ulysses_jax.data.corpus import Document, find_documents, root_of
-from ulysses_jax.data.ids import IdRows
+from ulysses_jax.data.ids import data_of, hold
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.split import fingerprint, shuffled, split
+from ulysses_jax.data.stream import ByteStream
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary, tokenizer_of
+from ulysses_jax.data.tokens import TokenStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,13 @@ def _open(config: Config) -> RunData:
     train_documents, validation_documents = split(documents, data.validation_fraction)
 
     def rows(documents: list[Document]) -> Rows:
-        tokens, masks = training.sequence_tokens, data.mask_documents
         if isinstance(tokenizer, Bytes):
-            return Rows(documents, tokens, mask_documents=masks)
-        end = next(iter(tokenizer.ends), None)
-        return IdRows(documents, tokens, tokenizer, mask_documents=masks, end=end)
+            stream = ByteStream(documents)
+        else:
+            end = next(iter(tokenizer.ends), None)
+            stream = TokenStream(hold(map(data_of, documents), tokenizer, end))
+        tokens, masks = training.sequence_tokens, data.mask_documents
+        return Rows(stream, tokens, mask_documents=masks)
 
     train = rows(shuffled(train_documents, config.run.seed))
     validation = rows(validation_documents) if validation_documents else None
@@ -172,7 +176,7 @@ def _sizes(train: Rows, validation: Rows | None) -> str:
     parts = {"train": train} | ({"validation": validation} if validation else {})
     total = sum(rows.num_tokens for rows in parts.values())
     return "; ".join(
-        f"{name} {counted(len(rows.documents), 'file')}, "
+        f"{name} {counted(len(rows.stream.ends), 'file')}, "
         f"{counted(rows.num_tokens, 'token')}"
         + (f" ({rows.num_tokens / total:.1%})" if name == "validation" else "")
         for name, rows in parts.items()
