@@ -27,7 +27,11 @@ class Run:
 @dataclass(frozen=True)
 class Data:
     files: str = "stdlib"
-    """A folder, a glob, a file, or "stdlib": the running Python's own source text."""
+    """A folder, a glob or a file, of text, JSON lines (.jsonl, .jsonl.gz, .json.gz) or
+    tables (.parquet, .arrow); a folder that `python -m ulysses_jax.data prepare` wrote;
+    or "stdlib": the running Python's own source text."""
+    text_field: str = "text"
+    """The field of JSON lines, or column of tables, that holds the text."""
     validation_fraction: float = 0.05
     """Of the bytes, as whole files and the end of one."""
     mask_documents: bool = True

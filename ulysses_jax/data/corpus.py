@@ -11,9 +11,19 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from ulysses_jax.data.datasets_folder import of_datasets
 from ulysses_jax.run_folder import is_run_folder
+
+Kind = Literal["text", "lines", "parquet", "arrow"]
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".jsonl.gz": "lines",
+    ".json.gz": "lines",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 _SNIFFED_BYTES = 8192
 # Of UTF-16 and UTF-32, whose letters hold NUL bytes.
@@ -41,6 +51,14 @@ class Document:
     after: int = 0
 
 
+def kind_of(name: str) -> Kind:
+    """How a file is read, by the end of its name."""
+    for end, kind in _KINDS.items():
+        if name.lower().endswith(end):
+            return kind
+    return "text"
+
+
 class Corpus(NamedTuple):
     documents: list[Document]
     """At least one; none is empty."""
@@ -54,7 +72,8 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
     A folder gives all files below it that are not hidden, behind links too; each folder
     is read once. Of a folder or a glob, files that look binary (a NUL byte in their
     first 8 KiB, and no byte order mark) are left out, with a note; a file named by
-    itself, and the standard library, are taken as they are.
+    itself, the standard library, and what `kind_of` knows, are taken as they are. Of a
+    folder that `datasets` saved, only the files that it lists.
 
     Args:
       files: "stdlib" for the source text of the running Python's standard library, a
@@ -92,10 +111,14 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
             f"data.files {files!r} gives no file (looked in {Path.cwd()}): give a "
             'folder, a glob or a file that exists, or "stdlib"'
         )
+    candidates, unlisted = of_datasets(candidates)
     with ThreadPoolExecutor(_THREADS) as pool:
         opened = list(pool.map(_open_once, candidates.values()))
     found = [
-        (Document(name, path, size), has_nul and not may_be_binary)
+        (
+            Document(name, path, size),
+            has_nul and not may_be_binary and kind_of(name) == "text",
+        )
         for (name, path), (size, has_nul) in zip(
             candidates.items(), opened, strict=True
         )
@@ -106,6 +129,11 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
     notes = []
     if runs:
         notes.append(f"what runs wrote, in {_some(runs)}")
+    if unlisted:
+        notes.append(
+            f"{_count(unlisted)} that no state.json of a dataset lists: "
+            f"{_some(unlisted)}"
+        )
     if empty:
         notes.append(f"{_count(empty)} of 0 bytes: {_some(empty)}")
     if binary:

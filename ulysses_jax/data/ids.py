@@ -21,11 +21,14 @@ def text_of(document: Document) -> str:
 
 
 def ids_of(data: bytes, tokenizer: Tokenizer, end: int | None) -> Int[np.ndarray, "n"]:
-    """Of a text in UTF-8; a letter that is not is its sign, or as bytes itself.
+    """Of a text in UTF-8; a letter that is not is its sign, or as bytes itself. No text
+    has no ids.
 
     Args:
       end: added where the ids do not end with it; None: nothing is.
     """
+    if not data:
+        return np.zeros(0, np.uint16)
     if isinstance(tokenizer, Bytes):
         ids = np.frombuffer(data, np.uint8).astype(np.uint16)
     else:

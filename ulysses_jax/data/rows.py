@@ -82,7 +82,7 @@ class Rows:
         )
         ends = self.stream.ends[low : high + 1]
         before = self.stream.ends[low - 1] if low else 0
-        starts = np.concatenate([[before], ends[:-1]])
+        starts = np.append(before, ends[:-1])
 
         # One token more, for the last label, if it is of the same document.
         label_stop = min(last + 1, int(ends[-1]))
