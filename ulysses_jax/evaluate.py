@@ -5,20 +5,16 @@ import json
 import time
 from collections.abc import Sequence
 
-from ulysses_jax.data.ids import data_of, hold
 from ulysses_jax.data.rows import Rows
-from ulysses_jax.data.stream import ByteStream
-from ulysses_jax.data.tokenizer import Folder
-from ulysses_jax.data.tokens import TokenStream
 from ulysses_jax.inference.evaluate import evaluate
 from ulysses_jax.inference.opening import (
     add_model_options,
     add_result_options,
     batch_shape,
-    documents_of,
     mesh_of,
     say,
     source_of,
+    stream_of,
     write_whole,
 )
 from ulysses_jax.inference.picture import draw_by_position
@@ -35,19 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ends_in_words(PROGRAM), mesh_of(options) as mesh, ends_with_the_others():
         source = source_of(options.model)
         shape = batch_shape(source.model, options.tokens, options.batch_size, mesh)
-        documents, masks = documents_of(options.data), options.mask_documents
-        if isinstance(source.tokenizer, Folder):
-            # A run has learned to end a document; a folder's loss is of its text.
-            ends = source.tokenizer.ends if is_run_folder(source.folder) else ()
-            end = next(iter(ends), None)
-            held = hold(map(data_of, documents), source.tokenizer, end)
-            stream = TokenStream(held)
-        else:
-            stream = ByteStream(documents)
+        # A run has learned to end a document; a folder's loss is of its text.
+        ends = is_run_folder(source.folder)
+        stream = stream_of(options, source.tokenizer, ends=ends)
+        masks = options.mask_documents
         rows = Rows(stream, options.tokens, mask_documents=masks)
         say(
-            f"{len(documents):,} files, {rows.num_tokens:,} tokens, {len(rows):,} rows "
-            f"of {options.tokens:,}; {shape[0]} rows at a time"
+            f"{len(stream.ends):,} documents, {rows.num_tokens:,} tokens, "
+            f"{len(rows):,} rows of {options.tokens:,}; {shape[0]} rows at a time"
         )
         said = time.monotonic()
 
@@ -85,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="FILES",
-        help="folder, glob, file or stdlib",
+        help="folder, glob, file or stdlib, or what was prepared",
     )
     add("--tokens", type=int, default=2048, metavar="T", help="of a row; default: 2048")
     add(

@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ulysses_jax.data.ids import text_of
 from ulysses_jax.inference.needles import Haystack, bare, filler
 from ulysses_jax.inference.opening import (
     add_model_options,
     add_result_options,
     batch_shape,
-    documents_of,
     mesh_of,
     say,
     source_of,
+    text_of_data,
     write_whole,
 )
 from ulysses_jax.inference.picture import draw_recall
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.data is None:
             hay = filler(source.tokenizer)
         else:
-            text = "\n".join(map(text_of, documents_of(options.data)))
+            text = text_of_data(options)
             hay = np.array(bare(source.tokenizer, text), np.int32)
         haystack = Haystack(
             source.tokenizer, hay, options.needles, ask_all=options.ask == "all"

@@ -1,8 +1,8 @@
 """A run's data by its config, and what a resumed run must find again."""
 
 import dataclasses
-import hashlib
 import itertools
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
-from ulysses_jax.data.corpus import Document, find_documents, root_of
-from ulysses_jax.data.ids import data_of, hold
+from ulysses_jax.data.corpus import find_documents, kind_of, root_of
+from ulysses_jax.data.prepared import PreparedTokens, fingerprint_of, is_prepared
 from ulysses_jax.data.rows import Rows
-from ulysses_jax.data.split import fingerprint, shuffled, split
-from ulysses_jax.data.stream import ByteStream
-from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary, tokenizer_of
-from ulysses_jax.data.tokens import TokenStream
+from ulysses_jax.data.run_tokenizer import (
+    digest_of,
+    tokenizer_of_prepared,
+    tokenizer_of_run,
+)
+from ulysses_jax.data.split import fingerprint
+from ulysses_jax.data.streams import held_records, streams_of_text, streams_of_tokens
+from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +48,17 @@ def open_data(config: Config) -> RunData:
     """Finds the corpus and lays out its rows; on several processes, on all of them.
 
     Tokens are those of the tokenizer of `model.from`, where that folder has one, else
-    bytes. Once a run has begun its own folder has a copy.
+    of the prepared folder that it reads, else bytes. Once a run has begun its own
+    folder has a copy.
 
     Raises:
       ValueError: the vocabulary is too small, the corpus is missing, empty, unreadable
-        or too small to part, or is not the same on every process.
+        or too small to part, was prepared with another tokenizer, or is not the same on
+        every process.
 
-    Cost: opens every file once, and reads 8 KiB of it; where tokens are no bytes,
-    every process tokenises all files, and holds 4 bytes a token (`data.ids`).
+    Cost: of text as bytes it opens every file once, and reads 8 KiB of it. Of a
+    prepared folder it reads and holds 8 bytes a document. Else every process tokenises
+    all files, and holds 4 bytes a token.
     """
     if jax.process_count() == 1:
         return _open(config)
@@ -111,30 +118,46 @@ def _free_folder(config: Config, *, of_other_files: bool) -> Path:
 
 
 def _open(config: Config) -> RunData:
-    tokenizer = _tokenizer(config)
-    check_vocabulary(config.model.vocab_size, tokenizer)
     data, training = config.data, config.training
-    documents, notes = find_documents(data.files, config.run.folder)
-    train_documents, validation_documents = split(documents, data.validation_fraction)
-
-    def rows(documents: list[Document]) -> Rows:
-        if isinstance(tokenizer, Bytes):
-            stream = ByteStream(documents)
+    path = Path(os.path.expanduser(data.files))
+    if is_prepared(path):
+        tokens = PreparedTokens(path)
+        tokenizer = tokenizer_of_prepared(config, tokens.index, path)
+        meta = {"fingerprint": fingerprint_of(path)}
+        streams = streams_of_tokens(
+            tokens, data.validation_fraction, config.run.seed, meta
+        )
+        notes = _skipped(tokens.index["skipped"])
+    else:
+        tokenizer, _ = tokenizer_of_run(config)
+        documents, notes = find_documents(data.files, config.run.folder)
+        check_vocabulary(config.model.vocab_size, tokenizer)
+        if all(kind_of(each.name) == "text" for each in documents):
+            streams = streams_of_text(
+                documents, tokenizer, data.validation_fraction, config.run.seed
+            )
         else:
-            end = next(iter(tokenizer.ends), None)
-            stream = TokenStream(hold(map(data_of, documents), tokenizer, end))
-        tokens, masks = training.sequence_tokens, data.mask_documents
-        return Rows(stream, tokens, mask_documents=masks)
-
-    train = rows(shuffled(train_documents, config.run.seed))
-    validation = rows(validation_documents) if validation_documents else None
-    notes.insert(0, f"data.files {data.files!r}: {_sizes(train, validation)}")
-    notes[1:1] = [
-        f"of {part.name} the last {part.size:,} bytes validate, the {part.before:,} "
-        "before them train"
-        for part in validation_documents
-        if part.before
-    ]
+            held = held_records(documents, tokenizer, data.text_field)
+            meta = {
+                "number of files": len(documents),
+                "fingerprint": fingerprint(documents),
+                "data.text_field": data.text_field,
+            }
+            streams = streams_of_tokens(
+                held, data.validation_fraction, config.run.seed, meta
+            )
+            notes += _skipped(held.num_empty)
+            notes.append(
+                "every start reads and tokenises all of it, on each process: python -m "
+                "ulysses_jax.data prepare does so once"
+            )
+    tokens, masks = training.sequence_tokens, data.mask_documents
+    train = Rows(streams.train, tokens, mask_documents=masks)
+    validation = None
+    if streams.validation is not None:
+        validation = Rows(streams.validation, tokens, mask_documents=masks)
+    sizes = _sizes(train, validation, streams.what)
+    notes = [f"data.files {data.files!r}: {sizes}", *streams.notes, *notes]
     if len(train) < training.batch_size:
         notes.append(
             f"the {train.num_tokens:,} training tokens are {len(train):,} rows of "
@@ -147,36 +170,28 @@ def _open(config: Config) -> RunData:
         "training.sequence_tokens": training.sequence_tokens,
         "data.mask_documents": data.mask_documents,
         "data.validation_fraction": data.validation_fraction,
-        "bytes that validate": sum(part.size for part in validation_documents),
-        "number of files": len(documents),
-        "bytes": sum(document.size for document in documents),
-        "fingerprint": fingerprint([*train_documents, *validation_documents]),
+        **streams.meta,
     }
     if not isinstance(tokenizer, Bytes):
         notes.append(f"tokens: of {tokenizer.path}")
-        digest = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
-        meta |= {"tokenizer": digest, "tokens that end": list(tokenizer.ends)}
+        meta |= {
+            "tokenizer": digest_of(tokenizer),
+            "tokens that end": list(tokenizer.ends),
+        }
     return RunData(train, validation, notes, tokenizer, meta)
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    """Of the run's own folder, where it has saved a step, else of where it starts
-    from."""
-    own = config.run.folder
-    began = own is not None and any(Path(own, "checkpoints").glob("[0-9]*"))
-    for folder in (own if began else None, config.run.after, config.model.from_):
-        if folder is not None:
-            tokenizer = tokenizer_of(Path(folder))
-            if not isinstance(tokenizer, Bytes):
-                return tokenizer
-    return Bytes()
+def _skipped(number: int) -> list[str]:
+    if not number:
+        return []
+    return [f"skipped {counted(number, 'document')} without text"]
 
 
-def _sizes(train: Rows, validation: Rows | None) -> str:
+def _sizes(train: Rows, validation: Rows | None, what: str) -> str:
     parts = {"train": train} | ({"validation": validation} if validation else {})
     total = sum(rows.num_tokens for rows in parts.values())
     return "; ".join(
-        f"{name} {counted(len(rows.stream.ends), 'file')}, "
+        f"{name} {counted(len(rows.stream.ends), what)}, "
         f"{counted(rows.num_tokens, 'token')}"
         + (f" ({rows.num_tokens / total:.1%})" if name == "validation" else "")
         for name, rows in parts.items()
@@ -204,6 +219,6 @@ def _check_same_everywhere(mine: str | None) -> None:
     if other:
         raise ValueError(
             f"the files of data.files differ between process 0 and processes {other} "
-            f"of {len(digests)}, in names or sizes: give all the same files (the "
-            "standard library differs between Python versions)"
+            f"of {len(digests)}, in names or sizes, or as prepared: give all the "
+            "same files (the standard library differs between Python versions)"
         )

@@ -16,7 +16,11 @@ from jax.sharding import AxisType, Mesh
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Model, Training
 from ulysses_jax.config_file import load
-from ulysses_jax.data.corpus import Document, find_documents
+from ulysses_jax.data.corpus import find_documents
+from ulysses_jax.data.prepared import is_prepared
+from ulysses_jax.data.sources import records
+from ulysses_jax.data.stream import Stream
+from ulysses_jax.data.streams import whole_stream
 from ulysses_jax.data.tokenizer import Tokenizer, check_vocabulary, tokenizer_of
 from ulysses_jax.distributed import start_distributed
 from ulysses_jax.families.config_json import source_model
@@ -51,6 +55,12 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, metavar="B", help="rows at a time")
     add("--json", type=Path, metavar="FILE", help="write the result")
     add("--png", type=Path, metavar="FILE", help="draw it")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="of JSON lines, or a table's column, in --data; default: text",
+    )
 
 
 @contextlib.contextmanager
@@ -153,19 +163,53 @@ def batch_shape(
     return rows, padded
 
 
-def documents_of(files: str) -> list[Document]:
-    """Those of `--data`; says what was left out.
+def stream_of(
+    options: argparse.Namespace, tokenizer: Tokenizer, *, ends: bool
+) -> Stream:
+    """The documents of `--data`; says what was left out.
+
+    Args:
+      ends: whether a document's ids, where these are no bytes, end with the
+        tokenizer's own for it.
 
     Raises:
       ValueError: nothing there that can be read.
     """
-    try:
-        documents, notes = find_documents(files)
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.files", "--data")) from None
+    with _as_options():
+        field = options.text_field
+        stream, notes = whole_stream(options.data, tokenizer, field, ends=ends)
     for note in notes:
         say(note.replace("data.files", "--data"))
-    return documents
+    return stream
+
+
+def text_of_data(options: argparse.Namespace) -> str:
+    """All documents of `--data` as one text; says what was left out.
+
+    Raises:
+      ValueError: nothing there that can be read; tokens that were prepared.
+    """
+    if is_prepared(Path(options.data)):
+        raise ValueError(
+            f"--data {options.data} holds tokens, not text: give the files that it was "
+            "prepared from"
+        )
+    with _as_options():
+        files, notes = find_documents(options.data)
+        found = [each.data for each in records(files, options.text_field)]
+    for note in notes:
+        say(note.replace("data.files", "--data"))
+    return "\n".join(data.decode(errors="replace") for data in found)
+
+
+@contextlib.contextmanager
+def _as_options() -> Iterator[None]:
+    """A run's fields are said as the options here."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error).replace("data.files", "--data")
+        raise ValueError(said.replace("data.text_field", "--text-field")) from None
 
 
 def say(line: str) -> None:

@@ -22,7 +22,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.costs.targets import TARGETS, parse_gpus
-from ulysses_jax.data.corpus import find_documents
+from ulysses_jax.data.streams import document_ends
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
 from ulysses_jax.plan.longest import longest
@@ -146,10 +146,8 @@ def _with_documents_of_data(config: Config) -> Config:
             "data.mask_documents is false: leave one of them out"
         )
     span = config.training.sequence_tokens
-    found = find_documents(config.data.files, config.run.folder).documents
     start = pairs = 0
-    for document in found:
-        stop = start + document.size + 1  # its end has a token, too
+    for stop in document_ends(config).tolist():
         while start < stop:
             part = min(stop, (start // span + 1) * span) - start
             pairs += part**2 / 2
