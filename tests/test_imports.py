@@ -41,7 +41,7 @@ ALLOWED = {
     "parallel": BASE,
     "attention": BASE,
     "placement": BASE | {"parallel"},
-    "data": BASE | {"parallel", "run_folder"},
+    "data": BASE | {"parallel", "run_folder", "config_file"},
     "attend": ATTENTION,
     "api": ATTENTION | {"attend", "ids"},
     "flax_attention": ATTENTION | {"api"},
