@@ -1,0 +1,382 @@
+"""Tokens prepared once: the same bytes however they were made, and read in part."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus_cases import write
+from source_cases import TEXTS, json_lines, write_every_kind, write_parquet
+from word_tokenizer import END, write_tokenizer
+
+from ulysses_jax.data import shards
+from ulysses_jax.data.corpus import find_documents
+from ulysses_jax.data.ids import hold
+from ulysses_jax.data.loader import read_box
+from ulysses_jax.data.prepare import prepare
+from ulysses_jax.data.prepared import PreparedTokens, faults, is_prepared, read_index
+from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.sources import records
+from ulysses_jax.data.tokenizer import Bytes, tokenizer_of
+from ulysses_jax.data.tokens import TokenStream
+
+
+@pytest.fixture
+def words(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tokenizer(folder)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def all_ids(tokens):
+    return [
+        np.asarray(tokens.ids(start, stop)).tolist()
+        for start, stop in zip([0, *tokens.ends[:-1]], tokens.ends, strict=True)
+    ]
+
+
+def write_texts(folder, num=40):
+    """Two files of many short documents, some of them empty."""
+    rng = np.random.default_rng(0)
+    words = ["a", "long", "text", "?"]
+    texts = [
+        " ".join(rng.choice(words, rng.integers(0, 9)).tolist()) for _ in range(num)
+    ]
+    write(folder, {"a.jsonl": json_lines(texts[: num // 2]), "t.txt": b"a long text"})
+    write_parquet(folder / "b.parquet", texts[num // 2 :])
+    return texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_what_is_prepared_is_what_the_tokenizer_makes(tmp_path, words, tokenizer):
+    write_every_kind(tmp_path / "in", TEXTS)
+    write(tmp_path / "in", {"z.txt": b"a \xff long"})
+    folder = None if tokenizer == "bytes" else words
+    made = Bytes() if folder is None else tokenizer_of(folder)
+    said = []
+    index = prepare(
+        str(tmp_path / "in"), tmp_path / "out", folder, shard_tokens=9, say=said.append
+    )
+    tokens = PreparedTokens(tmp_path / "out")
+    expected = [[*made.encode(t), made.ends[0]] for t in 7 * TEXTS if t]
+    last = b"a \xff long" if folder is None else "a \ufffd long"
+    expected.append([*last, 256] if folder is None else [*made.encode(last), END])
+    assert all_ids(tokens) == expected
+    assert index["documents"] == len(expected) and index["skipped"] == 7
+    assert index["tokens"] == sum(map(len, expected)) == tokens.ends[-1]
+    assert len(index["shards"]) > 3 and index["dtype"] == "uint16"
+    assert index["num_ids"] == made.num_ids and index["ends"] == list(made.ends)
+    for first, last in ((0, 1), (3, 40), (8, 9), (9, 9)):
+        flat = sum(expected, [])[first:last]
+        assert first == last or tokens.ids(first, last).tolist() == flat
+    # The folder has its tokenizer, and says the same as the one in memory.
+    assert type(tokenizer_of(tmp_path / "out")) is type(made)
+    assert tokenizer_of(tmp_path / "out").ends == made.ends
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert (
+        not [n for n in names if n.endswith(".part")] and "unfinished.json" not in names
+    )
+    found = find_documents(str(tmp_path / "in")).documents
+    data = (record.data for record in records(found, "text"))
+    held = hold(data, made, made.ends[0])
+    assert all_ids(held) == expected and held.num_empty == 7
+
+
+def test_neither_processes_nor_an_end_in_the_middle_change_a_byte(tmp_path, words):
+    """Ended after every shard, and in the middle of one; a shard that is lost or
+    spoilt meanwhile is made again."""
+    write_texts(tmp_path / "in")
+    files, options = str(tmp_path / "in"), dict(shard_tokens=20)
+    prepare(files, tmp_path / "whole", words, **options)
+    whole = contents(tmp_path / "whole")
+    assert len(whole) > 10
+    prepare(files, tmp_path / "two", words, num_workers=2, **options)
+    assert contents(tmp_path / "two") == whole
+
+    parts = tmp_path / "parts"
+    said = []
+    for number in range(20):
+        with ended_at_shard(number), contextlib.suppress(Ended):
+            prepare(files, parts, words, say=said.append, **options)
+            break
+        assert not (parts / "index.json").exists() and is_prepared(parts)
+        with pytest.raises(ValueError, match="parts is not prepared to its end: the"):
+            PreparedTokens(parts)
+        if number == 3:
+            (parts / "ids-00001.bin").write_bytes(b"lost")
+        if number == 5:
+            data = bytearray((parts / "ends-00002.bin").read_bytes())
+            data[0] ^= 1
+            (parts / "ends-00002.bin").write_bytes(data)
+    assert contents(parts) == whole
+    again = [line for line in said if "made again" in line]
+    assert "ids-00001.bin has 4 bytes, and had" in again[0]
+    assert "ends-00002.bin is not what was written" in again[1]
+
+
+class Ended(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def ended_at_shard(number):
+    """As by kill -9: what was open stays as it is on the disk."""
+    add = shards.Shard.add
+
+    def end(self, ids, counts):
+        add(self, ids, counts)
+        if self._number >= number and self.num_tokens > 10:
+            raise Ended
+
+    def leave(self):
+        for file in self._files.values():
+            file._file.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.Shard, "add", end)
+        patch.setattr(shards.Shard, "drop", leave)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9(tmp_path, words, workers):
+    """The program itself, ended again and again; no process stays behind."""
+    texts = ["a long text ? " * 400] * 600
+    write(tmp_path, {"a.jsonl": json_lines(texts)})
+    options = ["--shard-tokens", "100000", "--workers", str(workers)]
+    line = ["prepare", "--files", str(tmp_path / "a.jsonl"), "--tokenizer", str(words)]
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "whole", words, shard_tokens=100_000)
+    killed = 0
+    for _ in range(40):
+        process = start(*line, "--to", str(tmp_path / "parts"), *options)
+        begun = time.monotonic()
+        before = len(list((tmp_path / "parts").glob("ids-*.bin")))
+        while process.poll() is None and time.monotonic() - begun < 60:
+            if len(list((tmp_path / "parts").glob("ids-*.bin"))) > before + 1:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(0.005)
+        process.communicate()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and killed > 1
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    time.sleep(1)
+    assert str(tmp_path) not in commands()
+
+
+def commands():
+    """Of all processes that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found.append(os.fsdecode(path.read_bytes()))
+    return "".join(found)
+
+
+def start(*argv):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ulysses_jax.data", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_other_work_is_not_mixed_in(tmp_path, words):
+    write_texts(tmp_path / "in")
+    files, out = str(tmp_path / "in"), tmp_path / "out"
+    with ended_at_shard(1), contextlib.suppress(Ended):
+        prepare(files, out, words, shard_tokens=20)
+    for changes, message in (
+        (dict(tokenizer_folder=None), "num_ids was 6, is 257; tokenizer was '.*bytes"),
+        (dict(text_field="body"), "text_field was 'text', is 'body'"),
+        (dict(shard_tokens=21), "shard_tokens was 20, is 21"),
+    ):
+        options = dict(tokenizer_folder=words, shard_tokens=20) | changes
+        with pytest.raises(ValueError, match=f"out was begun with other .*{message}"):
+            prepare(files, out, **options)
+    write(tmp_path / "in", {"more.txt": b"a"})
+    with pytest.raises(
+        ValueError, match=r"begun with other arguments or files \(files"
+    ):
+        prepare(files, out, words, shard_tokens=20)
+    (tmp_path / "in" / "more.txt").unlink()
+    prepare(files, out, words, shard_tokens=20)
+    before = contents(out)
+    said = []
+    prepare(files, out, words, shard_tokens=20, say=said.append)
+    assert contents(out) == before and said == [f"{out} is prepared already"]
+    with pytest.raises(ValueError, match="begun with other"):
+        prepare(files, out, None, shard_tokens=20)
+    with pytest.raises(ValueError, match="--to .* holds a.jsonl: give a new folder"):
+        prepare(f"{files}/t.txt", tmp_path / "in", words)
+    with pytest.raises(ValueError, match="t.txt is a file: give a folder"):
+        prepare(files, tmp_path / "in" / "t.txt", words)
+
+
+def test_one_at_a_time(tmp_path, words):
+    write_texts(tmp_path / "in")
+    files, out = str(tmp_path / "in"), tmp_path / "out"
+
+    def second(*_):
+        with pytest.raises(ValueError, match="another process is preparing --to"):
+            prepare(files, out, words)
+        raise Ended
+
+    with pytest.raises(Ended):
+        prepare(files, out, words, on_progress=second)
+    prepare(files, out, words)
+
+
+def test_a_folder_inside_of_its_files(tmp_path, words):
+    """What it writes is none of what it reads, also when it goes on."""
+    write_texts(tmp_path / "in")
+    files, out = str(tmp_path / "in"), tmp_path / "in" / "out"
+    with ended_at_shard(1), contextlib.suppress(Ended):
+        prepare(files, out, words, shard_tokens=20)
+    index = prepare(files, out, words, shard_tokens=20)
+    assert [each["name"] for each in index["files"]] == [
+        "a.jsonl",
+        "b.parquet",
+        "t.txt",
+    ]
+
+
+def test_refusals(tmp_path, words):
+    write(tmp_path / "in", {"a.jsonl": json_lines(["", ""]), "b.jsonl": b"{}\n"})
+    with pytest.raises(ValueError, match="none of 2 documents has a token"):
+        prepare(str(tmp_path / "in" / "a.jsonl"), tmp_path / "out", words)
+    with pytest.raises(ValueError, match="b.jsonl:1 has no field 'text'"):
+        prepare(str(tmp_path / "in"), tmp_path / "out2", words, num_workers=2)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none has no tokenizer.json: give a folder"):
+        prepare(str(tmp_path / "in"), tmp_path / "out3", tmp_path / "none")
+    with pytest.raises(ValueError, match="--workers 0: give 1 or more"):
+        prepare(str(tmp_path / "in"), tmp_path / "out3", None, num_workers=0)
+
+
+@pytest.fixture
+def prepared(tmp_path, words):
+    write_texts(tmp_path / "in")
+    prepare(str(tmp_path / "in"), tmp_path / "out", words, shard_tokens=50)
+    return tmp_path / "out"
+
+
+def test_a_shard_that_is_not_as_it_was(prepared):
+    index = read_index(prepared)
+    good = (prepared / "ids-00001.bin").read_bytes()
+    assert [faults(prepared, index, shard) for shard in range(3)] == [[], [], []]
+    (prepared / "ids-00001.bin").write_bytes(good[:-1])
+    with pytest.raises(ValueError, match=r"ids-00001.bin has \d+ bytes, and had"):
+        PreparedTokens(prepared)
+    (prepared / "ids-00001.bin").unlink()
+    with pytest.raises(ValueError, match="ids-00001.bin is missing, and had"):
+        PreparedTokens(prepared)
+    (prepared / "ids-00001.bin").write_bytes(good[:-1] + b"\x07")
+    PreparedTokens(prepared)
+    (fault,) = faults(prepared, index, 1)
+    assert "ids-00001.bin is not what was written: its sha256" in fault
+    (prepared / "ids-00001.bin").write_bytes(good)
+    tokens = PreparedTokens(prepared)
+    tokens.ids(0, 1)
+    (prepared / "ids-00000.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="ids-00000.bin has 0 bytes, and had"):
+        tokens.ids(1, 2)
+    data = (prepared / "ends-00002.bin").read_bytes()
+    (prepared / "ends-00002.bin").write_bytes(data[:-1] + b"\1")
+    shutil.copy(prepared / "ids-00001.bin", prepared / "ids-00000.bin")
+    with pytest.raises(ValueError, match="(ends-00002.bin|ids-00000.bin)"):
+        PreparedTokens(prepared)
+
+
+def test_an_index_of_another_version(prepared):
+    index = json.loads((prepared / "index.json").read_text())
+    (prepared / "index.json").write_text(json.dumps(index | {"version": 2}))
+    with pytest.raises(ValueError, match="version 2, and version 1 is read here"):
+        PreparedTokens(prepared)
+    (prepared / "index.json").write_text('{"format"')
+    with pytest.raises(ValueError, match="index.json is broken: prepare the files"):
+        PreparedTokens(prepared)
+
+
+class EveryOther:
+    """Two ids a letter, of which the first counts where the letter is an a."""
+
+    def __call__(self, data):
+        letters = np.frombuffer(data, np.uint8)
+        ids = np.repeat(letters, 2).astype(np.uint16)
+        counts = np.zeros(len(ids), bool)
+        counts[::2] = letters == ord("a")
+        return ids, counts
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tokens_that_do_not_count_are_no_labels(tmp_path, workers):
+    texts = ["abac", "b", "aaaaa", "cab"]
+    write(tmp_path, {"a.jsonl": json_lines(texts)})
+    prepare(
+        str(tmp_path / "a.jsonl"),
+        tmp_path / "out",
+        shard_tokens=9,
+        encoder=EveryOther(),
+        with_counts=True,
+        num_workers=workers,
+    )
+    assert len(read_index(tmp_path / "out")["shards"]) == 3
+    tokens = PreparedTokens(tmp_path / "out")
+    ids = sum(([ord(c), ord(c)] for text in texts for c in text), [])
+    counts = [c and i == 97 for i, c in zip(ids, [True, False] * 13, strict=True)]
+    for first in range(len(ids)):
+        for last in range(first + 1, len(ids) + 1):
+            found = tokens.counts(first, last)
+            assert found is not None and found.tolist() == counts[first:last]
+    rows = Rows(TokenStream(tokens), 5, mask_documents=True)
+    starts = {0, 8, 10, 20}
+    for row in range(len(rows)):
+        labels = rows.read(row, 0, 5)["labels"].tolist()
+        after = [row * 5 + i + 1 for i in range(5)]
+        assert labels == [
+            ids[i] if i < len(ids) and i not in starts and counts[i] else -1
+            for i in after
+        ]
+
+
+@pytest.mark.parametrize("num_documents", [1, 300])
+def test_eight_processes_read_an_eighth_each(tmp_path, num_documents):
+    """Of one batch [A, B, T] of 1M tokens a row; and what they read is the whole's."""
+    total, span, shape = 2**22, 2**20, (2, 2)
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.choice(total, num_documents - 1, replace=False))
+    data = rng.integers(32, 127, total, np.uint8).tobytes()
+    pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+    folder = tmp_path / "in"
+    write(folder, {f"{i:03d}.txt": piece for i, piece in enumerate(pieces) if piece})
+    prepare(str(folder), tmp_path / "out", shard_tokens=2**21)
+    tokens = PreparedTokens(tmp_path / "out")
+    rows = Rows(TokenStream(tokens), span, mask_documents=True)
+    numbers = np.arange(4).reshape(shape)
+    whole = read_box(rows, numbers, ((0, 2), (0, 2), (0, span)))
+    one = tokens.num_read_bytes
+    assert one >= 2 * 4 * (span - 1)
+    for part in range(8):
+        tokens.num_read_bytes = 0
+        where = (part * span // 8, (part + 1) * span // 8)
+        box = read_box(rows, numbers, ((0, 2), (0, 2), where))
+        assert abs(tokens.num_read_bytes / one - 1 / 8) <= 0.05 / 8
+        for name, values in box.items():
+            np.testing.assert_array_equal(values, whole[name][..., slice(*where)])
