@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from ulysses_jax.config import Config, Data, Model, Run, Training
 from ulysses_jax.config_file import load_from_command_line
-from ulysses_jax.data.open import open_data
+from ulysses_jax.data.open import counted, open_data
 from ulysses_jax.data.prepare import SHARD_TOKENS, prepare
 from ulysses_jax.data.prepared import faults, read_index
 from ulysses_jax.data.row_text import draw, lines_of, segments_of
@@ -65,9 +66,9 @@ def _prepare(options: argparse.Namespace) -> None:
         )
     skipped = index["skipped"]
     print(
-        f"{options.to}: {index['documents']:,} documents, {index['tokens']:,} tokens "
-        f"of {index['dtype']}, {len(index['shards'])} shards"
-        + (f"; skipped {skipped:,} documents without text" if skipped else "")
+        f"{options.to}: {_sizes(index)} of {index['dtype']}, "
+        f"{counted(len(index['shards']), 'shard')}"
+        + (f"; skipped {counted(skipped, 'document')} without text" if skipped else "")
         + f"; {time.monotonic() - started:.0f} s"
     )
 
@@ -102,8 +103,8 @@ def _verify(options: argparse.Namespace) -> None:
     if wrong:
         raise ValueError("; ".join(wrong))
     print(
-        f"{options.folder}: {len(index['shards'])} shards are as they were written, "
-        f"{index['documents']:,} documents, {index['tokens']:,} tokens"
+        f"{options.folder}: {counted(len(index['shards']), 'shard')}, as written: "
+        f"{_sizes(index)}"
     )
 
 
@@ -153,6 +154,11 @@ def _config(options: argparse.Namespace) -> Config:
         ),
         training=Training(sequence_tokens=options.sequence_tokens, batch_size=1),
     )
+
+
+def _sizes(index: dict[str, Any]) -> str:
+    documents, tokens = index["documents"], index["tokens"]
+    return f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
 
 
 def _as_options(line: str) -> str:
