@@ -35,9 +35,8 @@ def test_from_lines_to_a_row(here, capsys):
     inspect = "inspect --files out --sequence-tokens 6 --validation-fraction 0"
     seen = ""
     for row in range(3):
-        main([*inspect.split(), "--row", str(row), "--png", f"{row}.png"])
+        main([*inspect.split(), "--row", str(row)])
         seen += capsys.readouterr().out
-        assert (here / f"{row}.png").read_bytes().startswith(b"\x89PNG")
     assert "row 0 of 3 of training" in seen
     assert "skipped 1 document without text" in seen
     # A document's first token, and a row's, is no label; padding is said.
@@ -46,7 +45,8 @@ def test_from_lines_to_a_row(here, capsys):
     assert "tokens 2 to 5: padding" in seen
     for word in ("a long text", "long long long", "text ?"):
         assert word.split()[-1] in seen
-    main([*inspect.split()[:-1], "0.3", "--validation"])
+    main([*inspect.split()[:-1], "0.3", "--validation", "--png", "row.png"])
+    assert (here / "row.png").read_bytes().startswith(b"\x89PNG")
     assert "of validation" in capsys.readouterr().out
 
 

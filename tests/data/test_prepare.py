@@ -94,7 +94,9 @@ def test_what_is_prepared_is_what_the_tokenizer_makes(tmp_path, words, tokenizer
     assert all_ids(held) == expected and held.num_empty == 7
 
 
-def test_neither_processes_nor_an_end_in_the_middle_change_a_byte(tmp_path, words):
+def test_neither_processes_nor_an_end_in_the_middle_change_a_byte(
+    tmp_path, words, monkeypatch
+):
     """Ended after every shard, and in the middle of one; a shard that is lost or
     spoilt meanwhile is made again."""
     write_texts(tmp_path / "in")
@@ -102,6 +104,7 @@ def test_neither_processes_nor_an_end_in_the_middle_change_a_byte(tmp_path, word
     prepare(files, tmp_path / "whole", words, **options)
     whole = contents(tmp_path / "whole")
     assert len(whole) > 10
+    monkeypatch.setattr("ulysses_jax.data.workers._CHUNK_RECORDS", 3)
     prepare(files, tmp_path / "two", words, num_workers=2, **options)
     assert contents(tmp_path / "two") == whole
 
