@@ -4,14 +4,15 @@
 
 The standard library's source as JSON lines, each file three times (--quick: once), and
 a BPE of 8,192 ids learned from it. Each row is a process of its own, with what it takes
-to start Python and JAX. `peak` is its largest resident memory; those of the processes
-that tokenise are not in it. `read` is of ids, by one process of eight that hold an
+to start Python and JAX. `peak` is its largest resident memory. `of CPU` is with
+the processes that it starts, and shows what other work on the machine does not. `read` is of ids, by one process of eight that hold an
 eighth of the tokens of every row of a batch [1, 2, T], as a share of what one process
 reads. Files lie in the page cache.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def rows(copies: int, span: int) -> list[dict[str, Any]]:
         found = []
         for tokenizer, workers in (("bytes", 1), (model, 1), (model, 2)):
             to = folder / f"{Path(tokenizer).name}-{workers}"
-            started = time.perf_counter()
+            started, cpu_before = time.perf_counter(), cpu_seconds()
             line = f"prepare --files {file} --tokenizer {tokenizer} --to {to}"
             run("-m", "ulysses_jax.data", *line.split(), "--workers", workers)
             seconds = time.perf_counter() - started
@@ -90,14 +91,23 @@ def rows(copies: int, span: int) -> list[dict[str, Any]]:
                 {
                     "what": f"{what}, {'bytes' if tokenizer == 'bytes' else 'BPE'}",
                     "seconds": seconds,
+                    "cpu_seconds": cpu_seconds() - cpu_before,
                     "tokens": index["tokens"],
                     "file_bytes": file.stat().st_size,
                 }
             )
         for what, files in (("JSON lines", file), ("prepared", folder / "model-2")):
+            cpu_before = cpu_seconds()
             row = json.loads(run("-c", _START, files, model, span))
+            row["cpu_seconds"] = cpu_seconds() - cpu_before
             found.append({"what": f"start of a run: {what}, BPE", **row})
         return found
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(*words: Any) -> str:
@@ -111,13 +121,22 @@ def run(*words: Any) -> str:
 
 def print_table(found: list[dict[str, Any]]) -> None:
     table = Table(title="Tokens prepared, and read")
-    for name in ("what", "seconds", "M tokens", "M tokens/s", "peak GiB", "read"):
+    for name in (
+        "what",
+        "seconds",
+        "of CPU",
+        "M tokens",
+        "M tokens/s",
+        "peak GiB",
+        "read",
+    ):
         table.add_column(name, justify="left" if name == "what" else "right")
     for row in found:
         shares = row.get("read_shares")
         table.add_row(
             row["what"],
             f"{row['seconds']:.2f}",
+            f"{row['cpu_seconds']:.1f}",
             f"{row['tokens'] / 1e6:.1f}",
             f"{row['tokens'] / 1e6 / row['seconds']:.2f}",
             f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else "",

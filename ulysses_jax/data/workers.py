@@ -133,7 +133,7 @@ def _encode(
     encoder: Encoder, documents: list[bytes], dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     found = [encoder(each) for each in documents]
-    ids = np.concatenate([each for each, _ in found]).astype(dtype)
+    ids = np.concatenate([each for each, _ in found]).astype(dtype, copy=False)
     ends = np.cumsum([len(each) for each, _ in found])
     counts = [each for _, each in found if each is not None]
     return ids, ends, np.concatenate(counts) if counts else None
