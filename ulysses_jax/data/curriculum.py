@@ -1,4 +1,4 @@
-"""Which length a step has, and which rows of it: a function of the seed and the step."""
+"""Which length a step has, and which rows of it: by the seed and the step alone."""
 
 import hashlib
 from functools import lru_cache

@@ -29,6 +29,14 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def encode_with_places(
+        self, text: str, *, around: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and where in the text each stands: (start, stop) in characters."""
+        letters = [len(letter.encode()) for letter in text]
+        places = [(i, i + 1) for i, num in enumerate(letters) for _ in range(num)]
+        return self.encode(text), places
+
     def copy_to(self, folder: Path) -> None:
         """So that `tokenizer_of(folder)` is this one: it has no other."""
         for name in (_FILE, _ENDS):
@@ -64,6 +72,14 @@ class Folder:
     def encode(self, text: str) -> list[int]:
         """With what the tokenizer puts around a text, such as a token to begin with."""
         return self._own.encode(text).ids
+
+    def encode_with_places(
+        self, text: str, *, around: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """As of `Bytes`; what is put around a text (around: it is) stands nowhere:
+        (0, 0)."""
+        encoding = self._own.encode(text, add_special_tokens=around)
+        return encoding.ids, encoding.offsets
 
     def copy_to(self, folder: Path) -> None:
         """So that `tokenizer_of(folder)` is this one."""

@@ -1,0 +1,213 @@
+"""Examples as ids, and which of them the loss asks for: of a chat, the answers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from ulysses_jax.data.tokenizer import Bytes, Tokenizer
+
+if TYPE_CHECKING:
+    from ulysses_jax.data.chat_template import ChatTemplate
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+KINDS = (("messages",), ("prompt", "completion"), ("text",))
+
+
+class Counted(NamedTuple):
+    """A document's tokens.
+
+    Attributes:
+      counts: whether the loss asks for a token: it is a label.
+    """
+
+    ids: Int32[np.ndarray, "n"]
+    counts: Bool[np.ndarray, "n"]
+
+
+def read_examples(path: Path) -> Iterator[tuple[Any, str]]:
+    """The objects of a file of JSON lines, each with its file and line.
+
+    Raises:
+      ValueError: a line that is no JSON.
+    """
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line), f"{path}:{number}"
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}:{number} is no JSON: {error}: mend the line, or take "
+                        "it out"
+                    ) from None
+
+
+class Encoder:
+    """Examples to tokens. An example has
+
+    - `messages`, a list of {role, content}, and perhaps `tools`: as the folder's chat
+      template writes them. What counts is what the assistant says: {% generation %}
+      blocks where the template has them; else what it writes behind the prompt for an
+      answer, up to the sign that ends it.
+    - `prompt` and `completion`: one text. The completion counts, and the id that ends
+      it.
+    - `text`, of which all counts, and the id that ends it.
+
+    A token counts where one of its letters does.
+
+    Args:
+      tokenizer: of a folder, whose chat template it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._template: ChatTemplate | None = None
+
+    def encode(self, example: Any, where: str) -> Counted:
+        """Raises ValueError, which names `where`: what is no example, or a template
+        that raises or whose answers cannot be told."""
+        kind = _kind(example, where)
+        if kind == ("messages",):
+            try:
+                text, spans = self._conversation(example)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            counted = self._counted(text, spans, around=False)
+            if not counted.counts.any():
+                raise ValueError(
+                    f"{where}: nothing in it is an answer to learn: give it a message "
+                    "of role assistant with content, or take it out"
+                )
+            return counted
+        parts = [example[name] for name in kind]
+        if not all(isinstance(part, str) for part in parts) or not parts[-1]:
+            raise ValueError(
+                f"{where}: {' and '.join(kind)} must be text, and {kind[-1]} not "
+                "empty: mend the line, or give messages"
+            )
+        text = "".join(parts)
+        start = len(text) - len(parts[-1])
+        counted = self._counted(text, [(start, len(text))], around=True)
+        return self._ended(counted)
+
+    def _counted(
+        self, text: str, spans: list[tuple[int, int]], *, around: bool
+    ) -> Counted:
+        ids, places = self._tokenizer.encode_with_places(text, around=around)
+        is_answer = np.zeros(len(text) + 1, np.int64)
+        for start, stop in spans:
+            is_answer[start:stop] = 1
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_answer)])
+        first, last = np.array(places, np.int64).reshape(-1, 2).T
+        return Counted(np.array(ids, np.int32), before[last] > before[first])
+
+    def _ended(self, counted: Counted) -> Counted:
+        ends = self._tokenizer.ends
+        ids, counts = counted
+        if ends and ids[-1] not in ends:
+            ids = np.append(ids, np.int32(ends[0]))
+            counts = np.append(counts, True)
+        elif ends:
+            counts[-1] = True  # the tokenizer's own, which stands nowhere in the text
+        return Counted(ids, counts)
+
+    def _conversation(self, example: dict) -> tuple[str, list[tuple[int, int]]]:
+        messages, tools = example["messages"], example.get("tools")
+        _check_messages(messages)
+        template = self._chat_template()
+        text, answers = template.render(messages, tools=tools)
+        if template.marks_answers:
+            return text, answers
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked = messages[:i], messages[: i + 1]
+                before = template.render(
+                    asked[0], tools=tools, add_generation_prompt=True
+                ).text
+                after = template.render(asked[1], tools=tools).text
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ValueError(
+                        f"{template.path} writes message {i + 1} in another way when "
+                        "others follow or when it is asked for, so that the answer "
+                        "cannot be told from the rest: put {% generation %} and "
+                        "{% endgeneration %} around what the assistant says there"
+                    )
+                spans.append((len(before), _answer_stop(after, message)))
+        return text, spans
+
+    def _chat_template(self) -> "ChatTemplate":
+        if self._template is None:
+            if isinstance(self._tokenizer, Bytes):
+                raise ValueError(
+                    "messages need a chat template, and bytes have none: start from a "
+                    "folder with a tokenizer (model.from), or give prompt and "
+                    "completion"
+                )
+            try:
+                from ulysses_jax.data.chat_template import ChatTemplate
+            except ImportError:
+                raise ValueError(
+                    "a chat template is Jinja: pip install 'ulysses-jax[data]'"
+                ) from None
+            self._template = ChatTemplate(self._tokenizer.path.parent)
+        return self._template
+
+
+def _answer_stop(text: str, message: dict) -> int:
+    """Where an answer that ends a text ends: with its sign, if it has one, and without
+    the white space that the template writes behind that."""
+    content, stripped = message.get("content"), text.rstrip()
+    has_sign = not (
+        isinstance(content, str)
+        and content.strip()
+        and stripped.endswith(content.rstrip())
+    )
+    return len(stripped) if has_sign else len(text)
+
+
+def _kind(example: Any, where: str) -> tuple[str, ...]:
+    kinds = " or ".join(" and ".join(kind) for kind in KINDS)
+    if not isinstance(example, dict):
+        raise ValueError(
+            f"{where}: a line must be an object with {kinds}, and is a "
+            f"{type(example).__name__}"
+        )
+    found = [kind for kind in KINDS if all(name in example for name in kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{where}: a line must have {kinds}, one of these, and has "
+            f"{', '.join(example) or 'nothing'}"
+        )
+    return found[0]
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"messages must be a list of {{role, content}}, and is {_short(messages)}"
+        )
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(
+                f"message {i} must be {{role, content}}, and is {_short(message)}"
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"message {i} has role {_short(message['role'])}: use one of "
+                f"{', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str | list | None):
+            raise ValueError(
+                f"the content of message {i} must be text, and is "
+                f"{_short(message['content'])}"
+            )
+
+
+def _short(value: Any) -> str:
+    found = repr(value)
+    return found if len(found) <= 60 else f"{found[:60]}..."
