@@ -18,11 +18,15 @@ import tempfile
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 FOLDER = Path(__file__).with_name("chat_fixtures")
 
 CHATML = """{% for message in messages %}
+    {% if loop.first and message['role'] != 'system' %}
+<|im_start|>system
+By default.<|im_end|>
+    {% endif %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -50,6 +54,7 @@ CHATML_MARKED = """{%- if tools %}
         {%- endgeneration %}
         {{- '\\n' }}
     {%- else %}
+        {{- message.name + ': ' if message.name is defined }}
         {{- message.content + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -142,6 +147,10 @@ def train_tokenizer() -> tokenizers.Tokenizer:
     )
     texts = [json.dumps(each, ensure_ascii=False) for each in (SYSTEM, CALLS, TOOLS)]
     made.train_from_iterator([*texts, *SHAPES.values()], trainer)
+    begin = made.token_to_id("<s>")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
     return made
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_chat_fixtures import SHAPES
+from tokenizers import processors
 
 from ulysses_jax.data.chat_template import ChatTemplate
 from ulysses_jax.data.chats import Encoder, read_examples
@@ -110,9 +111,15 @@ def test_pairs_and_texts(folder):
     encoder = Encoder(Folder(folder))
     pair = encoder.encode(dict(prompt="2 + 3 =", completion=" 5"), "here")
     assert counted_text(encoder, pair) == [" 5</s>"]
-    assert pair.ids[-1] == 1 and pair.counts[-1]
+    assert pair.ids[0] == 0 and pair.ids[-1] == 1
     text = encoder.encode(dict(text="2 + 3</s>"), "here")
-    assert text.ids[-2:].tolist().count(1) == 1 and text.counts.all()
+    assert text.ids[-2:].tolist().count(1) == 1
+    assert text.counts.tolist() == [False] + [True] * (len(text.ids) - 1)
+    encoder._tokenizer._own.post_processor = processors.TemplateProcessing(
+        "$A </s>", None, [("</s>", 1)]
+    )
+    pair = encoder.encode(dict(prompt="2 + 3 =", completion=" 5"), "here")
+    assert counted_text(encoder, pair) == [" 5</s>"]
     counted = Encoder(Bytes()).encode(dict(prompt="aé", completion="éb"), "here")
     assert counted.ids.tolist() == [*"aéé".encode(), ord("b"), END_OF_DOCUMENT]
     assert counted.counts.tolist() == [False] * 3 + [True] * 4
@@ -160,6 +167,11 @@ SLOW = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfo
 BRANCHES = (
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
 )
+# An answer loses its thoughts when another message follows.
+THOUGHTS = (
+    "{% for m in messages %}{{ m.role }}:{% if loop.last and m.role == 'assistant' %}"
+    "(thinks){% endif %}{{ m.content }}\n{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +196,14 @@ BRANCHES = (
         (SLOW, "does not end within 33,792 calls and loops"),
         (
             "{% macro f() %}{% generation %}b{% endgeneration %}{% endmacro %}"
-            "aa{{ f() }}{% set x %}c{% generation %}d{% endgeneration %}{% endset %}{{ x }}",
+            "aa{{ f() }}{% set x %}c{% generation %}d{% endgeneration %}{% endset %}"
+            "{{ x }}",
             "generation block within a macro or a filter",
         ),
-        # The first answer loses its thoughts when another message follows.
+        (THOUGHTS, r"writes message 2 in another way .* put {% generation %} and"),
         (
-            "{% for m in messages %}{{ m.role }}:"
-            "{% if loop.last %}(thinks){% endif %}{{ m.content }}\n{% endfor %}",
-            r"writes message 2 in another way .* put {% generation %} and",
+            THOUGHTS.replace(" and m.role == 'assistant'", ""),
+            "writes message 2 in another way when others follow or when it is asked",
         ),
     ],
 )

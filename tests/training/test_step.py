@@ -12,6 +12,8 @@ import run_cases
 from run_cases import (
     BATCH,
     NUM_VALID,
+    B,
+    T,
     V,
     compiled,
     first_state,
@@ -240,6 +242,26 @@ def test_a_batch_without_labels_changes_nothing_but_the_step():
     before = first_state("grouped").parameters
     jax.tree.map(np.testing.assert_array_equal, state.parameters, before)
     assert int(state.step) == 1
+
+
+def test_answers_alone_weigh_the_same_on_every_mesh():
+    """One answer a row, a token long or half a row: of 4 shards most have none."""
+    labels = np.full((B, T), IGNORED, np.int32)
+    for row, length in enumerate((1, 1, 1, 2, 3, 7, 11, 16)):
+        labels[row, row : row + length] = BATCH["tokens"][row, row : row + length]
+    found = []
+    for degrees in (ONE, MESHES["data 2, seq 4"]):
+        config, mesh = make_config("grouped", degrees), mesh_of(**degrees)
+        with jax.set_mesh(mesh):
+            batch = put_batch(mesh, config)
+            batch["labels"] = jax.device_put(
+                labels.reshape(batch["labels"].shape), batch["labels"].sharding
+            )
+            state = put_state(first_state("grouped"), config, mesh)
+            _, metrics = compiled(config)(state, batch)
+        found.append([float(metrics[name]) for name in ("loss", "gradient_norm")])
+    assert found[0][1] > 0.1
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-6)
 
 
 @pytest.mark.parametrize(
