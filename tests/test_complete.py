@@ -6,7 +6,7 @@ import pytest
 
 from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete, complete_model
-from ulysses_jax.config import Config, Memory, Model, Rope, Training
+from ulysses_jax.config import Config, Data, Memory, Mesh, Model, Rope, Training
 
 
 def small(**fields):
@@ -162,3 +162,14 @@ def test_every_section_is_checked_as_a_file_s_is():
     run = Config(memory=Memory(offload=offload))  # pyright: ignore
     assert complete(run, name="x").memory.offload == ("inputs",)
     assert complete(complete(run, name="x"), name="y") == complete(run, name="x")
+
+
+def test_rows_that_are_all_the_same_work_are_not_dealt():
+    alike = Data(mask_documents=False, balance=True)
+    with pytest.raises(ValueError, match="balance deals rows .* leave one of them out"):
+        complete(Config(data=alike), name="test")
+    placed = complete(
+        Config(data=Data(balance=True), mesh=Mesh(data=2, fsdp=4)), name="test"
+    )
+    assert placed.balanced_groups() == 8
+    assert dataclasses.replace(placed, data=Data()).balanced_groups() == 1

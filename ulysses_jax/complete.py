@@ -50,6 +50,11 @@ def complete(config: Config, *, name: str) -> Config:
             f"model.max_positions {model.max_positions} is less than "
             f"training.sequence_tokens {training.sequence_tokens}: raise it"
         )
+    if config.data.balance and not config.data.mask_documents:
+        raise ValueError(
+            "data.balance deals rows by their documents, and data.mask_documents is "
+            "false, so that all rows are the same work: leave one of them out"
+        )
     _check_memory(config.memory, model, training)
     run = dataclasses.replace(config.run, folder=_folder(config.run.folder, name))
     return dataclasses.replace(config, model=model, run=run)

@@ -11,7 +11,7 @@ from make_chat_fixtures import SHAPES
 from tokenizers import processors
 
 from ulysses_jax.data.chat_template import ChatTemplate
-from ulysses_jax.data.chats import Encoder, read_examples
+from ulysses_jax.data.chats import ExampleEncoder, read_examples
 from ulysses_jax.data.tokenizer import END_OF_DOCUMENT, Bytes, Folder
 
 FIXTURES = Path(__file__).with_name("chat_fixtures")
@@ -32,7 +32,7 @@ def folder(tmp_path):
 def of_template(folder):
     def make(template):
         (folder / "chat_template.jinja").write_text(template)
-        return Encoder(Folder(folder))
+        return ExampleEncoder(Folder(folder))
 
     return make
 
@@ -108,7 +108,7 @@ def test_a_template_in_the_config(folder):
 
 
 def test_pairs_and_texts(folder):
-    encoder = Encoder(Folder(folder))
+    encoder = ExampleEncoder(Folder(folder))
     pair = encoder.encode(dict(prompt="2 + 3 =", completion=" 5"), "here")
     assert counted_text(encoder, pair) == [" 5</s>"]
     assert pair.ids[0] == 0 and pair.ids[-1] == 1
@@ -120,7 +120,7 @@ def test_pairs_and_texts(folder):
     )
     pair = encoder.encode(dict(prompt="2 + 3 =", completion=" 5"), "here")
     assert counted_text(encoder, pair) == [" 5</s>"]
-    counted = Encoder(Bytes()).encode(dict(prompt="aé", completion="éb"), "here")
+    counted = ExampleEncoder(Bytes()).encode(dict(prompt="aé", completion="éb"), "here")
     assert counted.ids.tolist() == [*"aéé".encode(), ord("b"), END_OF_DOCUMENT]
     assert counted.counts.tolist() == [False] * 3 + [True] * 4
 
@@ -219,7 +219,7 @@ def test_no_template(folder):
         (Bytes(), "a:1: messages need a chat template, and bytes have none: start"),
     ):
         with pytest.raises(ValueError, match=message):
-            Encoder(tokenizer).encode(dict(messages=CHAT), "a:1")
+            ExampleEncoder(tokenizer).encode(dict(messages=CHAT), "a:1")
     (folder / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
         ChatTemplate(folder)
@@ -229,7 +229,7 @@ def test_without_jinja(folder, monkeypatch):
     monkeypatch.delitem(sys.modules, "ulysses_jax.data.chat_template")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"a:1: .*pip install 'ulysses-jax\[data\]'"):
-        Encoder(Folder(folder)).encode(dict(messages=CHAT), "a:1")
+        ExampleEncoder(Folder(folder)).encode(dict(messages=CHAT), "a:1")
 
 
 def test_the_day_is_what_strftime_now_says(folder):

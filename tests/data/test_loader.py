@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ulysses_jax.data.stream
+from ulysses_jax.data.balance import deal, work
 from ulysses_jax.data.corpus import Document
 from ulysses_jax.data.loader import (
     batches,
@@ -87,6 +88,33 @@ def test_every_mesh_and_every_accumulation_sees_the_same_batches(tmp_path):
     accumulated = take(rows, 4, degrees=MESHES[0], shape=(1, 16, 16))
     flat = [{n: v.reshape(1, 16, 16) for n, v in batch.items()} for batch in first]
     assert_equal(accumulated, flat)
+
+
+def test_balanced_rows_are_those_of_the_step_dealt_by_their_work(tmp_path):
+    rows = make_rows(tmp_path)
+    by_tokens = {
+        tuple(rows.read(i, 0, 16)["tokens"].tolist()): work(rows.lengths(i))
+        for i in range(len(rows))
+    }
+
+    def works(batch):
+        return [[by_tokens[tuple(row)] for row in part] for part in batch["tokens"]]
+
+    plain = take(rows, 4, degrees=dict(data=4, seq=2))
+    balanced = take(rows, 4, degrees=dict(data=4, seq=2), balanced_groups=4)
+    before = after = 0.0
+    for was, now in zip(plain, balanced, strict=True):
+        order = deal(np.ravel(works(was)), 2, 4)
+        for name, values in was.items():
+            np.testing.assert_array_equal(now[name], values.reshape(16, 16)[order])
+        groups = [np.reshape(works(each), (2, 4, 2)).sum(2) for each in (was, now)]
+        before, after = (
+            total + each.max(axis=1).sum()
+            for total, each in zip((before, after), groups, strict=True)
+        )
+    assert after < 0.95 * before
+    one = take(rows, 4, degrees=dict(seq=8), balanced_groups=1)
+    assert_equal(one, plain)
 
 
 @pytest.mark.parametrize("step", [1, 3, 10])

@@ -73,6 +73,27 @@ def test_no_validation_and_no_mask(folder):
     assert data.train.names == ("tokens", "labels", "positions")
 
 
+def test_whole_documents_in_both_parts(folder):
+    whole = Data(files=str(folder), validation_fraction=0.2, packing="whole")
+    training = Training(sequence_tokens=80, batch_size=2)
+    config = make_config(folder, data=whole, training=training)
+    data = open_data(config)
+    assert data.validation is not None
+    for rows in (data.train, data.validation):
+        assert [len(rows.lengths(i)) for i in range(len(rows))] == [2] * len(rows)
+        assert sum(rows.lengths(i).sum() for i in range(len(rows))) == rows.num_tokens
+    padding = f"{1 - data.train.num_tokens / 320:.2%} padding; 0 documents longer"
+    assert f"packing whole: 4 rows of 80 tokens, {padding}" in " ".join(data.notes)
+    # What an older run or one of a stream has, it has still.
+    stream = make_config(folder, training=training)
+    assert "data.packing" not in open_data(stream).meta
+    with pytest.raises(ValueError, match="data.packing was absent, is whole"):
+        refuse_other_data(open_data(stream).meta, data.meta)
+    short = Training(sequence_tokens=33, batch_size=2)
+    notes = open_data(make_config(folder, data=whole, training=short)).notes
+    assert "documents longer than a row, split" in " ".join(notes)
+
+
 def test_a_small_corpus_is_said_to_be_small(folder):
     training = Training(sequence_tokens=1000, batch_size=8)
     notes = open_data(make_config(folder, training=training)).notes

@@ -36,6 +36,12 @@ class Data:
     """Of the bytes, as whole files and the end of one."""
     mask_documents: bool = True
     """Documents packed into one sequence do not see each other."""
+    packing: Literal["stream", "whole"] = "stream"
+    """stream: rows are cut from documents laid end to end. whole: a row has whole
+    documents, and padding; only one that is longer than a row is split."""
+    balance: bool = False
+    """Each step's rows are dealt to (data, fsdp) so that attention's work is the same:
+    which rows a step has stays, which device has them follows from the mesh."""
     document_tokens: int | None = None
     """The mean length of a document, by which the plan counts attention's work; null:
     as if a sequence were one."""
@@ -139,6 +145,11 @@ class Config:
         """Of a placed config: over how many members a row's tokens lie in zigzag order
         (`parallel.zigzag.zigzag_ranges`); 1: they lie in the sequence's own."""
         return self._members() if self.model.zigzag else 1
+
+    def balanced_groups(self) -> int:
+        """Of a placed config: over how many groups of devices rows are dealt by their
+        work (`data.balance.deal`); 1: they stay in order."""
+        return self.mesh.data * self.mesh.fsdp if self.data.balance else 1
 
     def _members(self) -> int:
         """Over how many members attention goes block by block."""

@@ -46,7 +46,7 @@ def read_examples(path: Path) -> Iterator[tuple[Any, str]]:
                     ) from None
 
 
-class Encoder:
+class ExampleEncoder:
     """Examples to tokens. An example has
 
     - `messages`, a list of {role, content}, and perhaps `tools`: as the folder's chat

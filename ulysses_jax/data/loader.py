@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int32
 
+from ulysses_jax.data.balance import deal, work
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.parallel.zigzag import zigzag_ranges
 
@@ -28,6 +29,7 @@ def batches(
     seed: int,
     start_step: int = 0,
     zigzag_members: int = 1,
+    balanced_groups: int = 1,
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """Training batches without end, from any step on.
 
@@ -44,6 +46,8 @@ def batches(
       start_step: the first batch's number, reached at no cost.
       zigzag_members: over how many members the tokens of a row lie in zigzag order
         (`parallel.zigzag.zigzag_ranges`); 1: in the sequence's own.
+      balanced_groups: over how many groups of devices a batch's rows are dealt by their
+        work (`data.balance`), which sets their order in it; 1: they stay in order.
 
     Returns:
       An iterator of int32 global arrays `[A, B, T]` by `rows.names`. `close()` it, or
@@ -53,7 +57,9 @@ def batches(
     """
     order = grain.MapDataset.range(len(rows)).shuffle(_seed(seed)).repeat()
     steps = range(start_step, len(order) // math.prod(shape[:2]))
-    return _read_ahead(order, steps, rows, shape, sharding, zigzag_members)
+    return _read_ahead(
+        order, steps, rows, shape, sharding, zigzag_members, balanced_groups
+    )
 
 
 def validation_batches(
@@ -123,6 +129,7 @@ def _read_ahead(
     shape: tuple[int, int, int],
     sharding: jax.sharding.Sharding,
     zigzag_members: int,
+    balanced_groups: int = 1,
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """Batches `steps`, where batch n is the rows order[n A B], ... of `order`."""
     boxes = {
@@ -133,7 +140,11 @@ def _read_ahead(
 
     def read(step: int) -> dict[str, jax.Array]:
         numbers = [order[i] for i in range(step * size, (step + 1) * size)]
-        numbers = np.array(numbers, np.int64).reshape(shape[:2])
+        numbers = np.array(numbers, np.int64)
+        if balanced_groups > 1:
+            works = [work(rows.lengths(int(number))) for number in numbers]
+            numbers = numbers[deal(works, shape[0], balanced_groups)]
+        numbers = numbers.reshape(shape[:2])
         pieces = {
             box: read_box(rows, numbers, box, ranges) for box, ranges in boxes.items()
         }

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
 from ulysses_jax.data.corpus import find_documents, kind_of, root_of
+from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.prepared import PreparedTokens, fingerprint_of, is_prepared
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.run_tokenizer import (
@@ -21,6 +22,7 @@ from ulysses_jax.data.run_tokenizer import (
     tokenizer_of_run,
 )
 from ulysses_jax.data.split import fingerprint
+from ulysses_jax.data.stream import Stream
 from ulysses_jax.data.streams import held_records, streams_of_text, streams_of_tokens
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary
 
@@ -151,13 +153,19 @@ def _open(config: Config) -> RunData:
                 "every start reads and tokenises all of it, on each process: python -m "
                 "ulysses_jax.data prepare does so once"
             )
-    tokens, masks = training.sequence_tokens, data.mask_documents
-    train = Rows(streams.train, tokens, mask_documents=masks)
-    validation = None
-    if streams.validation is not None:
-        validation = Rows(streams.validation, tokens, mask_documents=masks)
+
+    def rows(stream: Stream) -> Rows:
+        kind = PackedRows if data.packing == "whole" else Rows
+        return kind(
+            stream, training.sequence_tokens, mask_documents=data.mask_documents
+        )
+
+    train = rows(streams.train)
+    validation = None if streams.validation is None else rows(streams.validation)
     sizes = _sizes(train, validation, streams.what)
     notes = [f"data.files {data.files!r}: {sizes}", *streams.notes, *notes]
+    if isinstance(train, PackedRows):
+        notes.append(_packed(train))
     if len(train) < training.batch_size:
         notes.append(
             f"the {train.num_tokens:,} training tokens are {len(train):,} rows of "
@@ -172,6 +180,8 @@ def _open(config: Config) -> RunData:
         "data.validation_fraction": data.validation_fraction,
         **streams.meta,
     }
+    if data.packing != "stream":
+        meta["data.packing"] = data.packing
     if not isinstance(tokenizer, Bytes):
         notes.append(f"tokens: of {tokenizer.path}")
         meta |= {
@@ -179,6 +189,15 @@ def _open(config: Config) -> RunData:
             "tokens that end": list(tokenizer.ends),
         }
     return RunData(train, validation, notes, tokenizer, meta)
+
+
+def _packed(rows: PackedRows) -> str:
+    split = rows.packing.num_split
+    return (
+        f"data.packing whole: {counted(len(rows), 'row')} of {rows.sequence_tokens:,} "
+        f"tokens, {rows.padding:.2%} padding; {counted(split, 'document')} longer than "
+        "a row, split"
+    )
 
 
 def _skipped(number: int) -> list[str]:

@@ -37,7 +37,7 @@ def segments_of(rows: Rows, row: int) -> list[Segment]:
     read = rows.read(row, 0, rows.sequence_tokens)
     ids = read.get("segment_ids")
     if ids is None:
-        used = min(rows.num_tokens - row * rows.sequence_tokens, rows.sequence_tokens)
+        used = rows.lengths(row).sum()
         ids = (np.arange(rows.sequence_tokens) < used).astype(np.int32)
     counts = np.append(False, read["labels"][:-1] != IGNORED)
     borders = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from ulysses_jax.data.stream import Stream
 from ulysses_jax.data.tokenizer import IGNORED
@@ -71,8 +71,7 @@ class Rows:
         row_stop = min(row_start + self.sequence_tokens, self.num_tokens)
         first = row_start + start
         last = max(first, min(row_start + stop, row_stop))
-        arrays = {name: np.zeros(stop - start, np.int32) for name in self.names}
-        arrays["labels"][:] = IGNORED
+        arrays = self._padding(stop - start)
         if first == last:
             return arrays
 
@@ -84,17 +83,9 @@ class Rows:
         before = self.stream.ends[low - 1] if low else 0
         starts = np.append(before, ends[:-1])
 
-        # One token more, for the last label, if it is of the same document.
-        label_stop = min(last + 1, int(ends[-1]))
-        tokens = self.stream.read(first, label_stop)
-        arrays["tokens"][here] = tokens[here]
-        labels = tokens[1:]
-        counts = self.stream.counts(first + 1, label_stop)
-        if counts is not None:
-            labels = np.where(counts, labels, IGNORED)
-        arrays["labels"][: len(labels)] = labels
-        arrays["labels"][ends[ends <= last] - 1 - first] = IGNORED
-
+        arrays["tokens"][here], arrays["labels"][here] = self._labelled(
+            first, last, ends
+        )
         offsets = np.arange(first - row_start, last - row_start, dtype=np.int32)
         if not self.mask_documents:
             arrays["positions"][here] = offsets
@@ -105,3 +96,37 @@ class Rows:
         segments = np.arange(low, high + 1) - row_document + 1
         arrays["segment_ids"][here] = np.repeat(segments.astype(np.int32), lengths)
         return arrays
+
+    def lengths(self, row: int) -> Int64[np.ndarray, "documents"]:
+        """Of the row's documents, in tokens; where they see each other, of all."""
+        first = row * self.sequence_tokens
+        last = min(first + self.sequence_tokens, self.num_tokens)
+        if first >= last:
+            return np.zeros(0, np.int64)
+        if not self.mask_documents:
+            return np.array([last - first])
+        low, high = np.searchsorted(self.stream.ends, [first, last - 1], side="right")
+        inside = self.stream.ends[low:high]
+        return np.diff(np.concatenate([[first], inside, [last]]))
+
+    def _padding(self, num: int) -> dict[str, Int32[np.ndarray, "n"]]:
+        arrays = {name: np.zeros(num, np.int32) for name in self.names}
+        arrays["labels"][:] = IGNORED
+        return arrays
+
+    def _labelled(
+        self, first: int, last: int, ends: Int64[np.ndarray, "documents"]
+    ) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
+        """The stream's tokens [first, last), which are of the documents with these
+        ends, and their labels."""
+        # One token more, for the last label, if it is of the same document.
+        label_stop = min(last + 1, int(ends[-1]))
+        tokens = self.stream.read(first, label_stop)
+        following = tokens[1:]
+        counts = self.stream.counts(first + 1, label_stop)
+        if counts is not None:
+            following = np.where(counts, following, IGNORED)
+        labels = np.full(last - first, IGNORED, np.int32)
+        labels[: len(following)] = following
+        labels[ends[ends <= last] - 1 - first] = IGNORED
+        return tokens[: last - first], labels

@@ -233,6 +233,7 @@ def run_once(
             seed=config.run.seed,
             start_step=first_step,
             zigzag_members=members,
+            balanced_groups=config.balanced_groups(),
         )
 
         def validation_loss() -> float | None:

@@ -1,0 +1,98 @@
+"""Rows of whole documents against a plain walk over every token."""
+
+import numpy as np
+import pytest
+
+from ulysses_jax.data.packed_rows import PackedRows
+from ulysses_jax.data.packing import pack
+from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.tokenizer import IGNORED
+
+
+class Held:
+    """A stream of tokens that are their own places."""
+
+    def __init__(self, lengths, counts=None):
+        self.ends = np.cumsum(lengths)
+        self._counts = counts
+
+    def read(self, first, last):
+        return np.arange(first, last, dtype=np.int32) + 1
+
+    def counts(self, first, last):
+        return None if self._counts is None else self._counts[first:last]
+
+
+def walk(stream, rows, padded_tokens, mask_documents, counts):
+    """All rows, a token at a time."""
+    packing = rows.packing
+    starts = stream.ends - np.diff(stream.ends, prepend=0)
+    found = []
+    for number in range(len(rows)):
+        row, segment = [], 0
+        for piece in range(packing.bounds[number], packing.bounds[number + 1]):
+            document, segment = packing.document[piece], segment + 1
+            for i in range(packing.first[piece], packing.last[piece]):
+                token = starts[document] + i
+                is_label = token + 1 < stream.ends[document] and counts[token + 1]
+                position = i - packing.first[piece] if mask_documents else len(row)
+                label = token + 2 if is_label else IGNORED
+                row.append((token + 1, label, position, segment))
+        row += [(0, IGNORED, 0, 0)] * (padded_tokens - len(row))
+        names = ("tokens", "labels", "positions", "segment_ids")[: 3 + mask_documents]
+        columns = [list(map(int, values)) for values in zip(*row, strict=True)]
+        found.append(dict(zip(names, columns, strict=False)))
+    return found
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+@pytest.mark.parametrize("sequence_tokens, all_count", [(1, 1), (7, 0), (16, 1)])
+def test_every_range_of_every_row(sequence_tokens, all_count, mask_documents):
+    lengths = np.random.default_rng(0).integers(1, 20, 12)
+    counts = np.random.default_rng(1).random(lengths.sum()) < (1 if all_count else 0.6)
+    stream = Held(lengths, None if all_count else counts)
+    rows = PackedRows(stream, sequence_tokens, mask_documents=mask_documents)
+    padded = sequence_tokens + 3
+    expected = walk(stream, rows, padded, mask_documents, counts)
+    assert len(rows) == len(expected) == len(pack(lengths, sequence_tokens))
+    for number, row in enumerate(expected):
+        for start in range(padded + 1):
+            for stop in range(start, padded + 1):
+                read = rows.read(number, start, stop)
+                assert {n: v.tolist() for n, v in read.items()} == {
+                    name: values[start:stop] for name, values in row.items()
+                }
+                assert all(values.dtype == np.int32 for values in read.values())
+    past = rows.read(len(rows), 0, padded)
+    assert (past.pop("labels") == IGNORED).all()
+    assert all((values == 0).all() for values in past.values())
+
+
+@pytest.mark.parametrize("kind", [Rows, PackedRows])
+def test_every_token_but_a_documents_first_is_a_label_once(kind):
+    stream = Held(np.random.default_rng(2).integers(1, 40, 20))
+    rows = kind(stream, 16, mask_documents=True)
+    read = [rows.read(i, 0, 16) for i in range(len(rows))]
+    labels = np.concatenate([each["labels"] for each in read])
+    firsts = np.append(0, stream.ends[:-1]) + 1
+    expected = np.setdiff1d(np.arange(1, stream.ends[-1] + 1), firsts)
+    assert sorted(labels[labels != IGNORED]) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", [Rows, PackedRows])
+def test_lengths_are_those_of_the_rows_segments(kind):
+    stream = Held(np.random.default_rng(3).integers(1, 40, 20))
+    masked, whole = (kind(stream, 16, mask_documents=masks) for masks in (True, False))
+    for row in range(len(masked) + 1):
+        segments = masked.read(row, 0, 16)["segment_ids"]
+        counted = np.bincount(segments, minlength=1)[1:]
+        assert masked.lengths(row).tolist() == counted.tolist()
+        assert whole.lengths(row).sum() == counted.sum()
+        assert len(whole.lengths(row)) == (row < len(whole))
+
+
+def test_the_part_that_is_padding():
+    rows = PackedRows(Held([3, 3, 9]), 4, mask_documents=True)
+    lengths = [rows.lengths(i).tolist() for i in range(len(rows))]
+    assert lengths == [[4], [4], [3], [3, 1]]
+    assert rows.padding == 1 / 16
