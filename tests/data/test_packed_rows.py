@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from ulysses_jax.attention.mask import Mask
+from ulysses_jax.attention.ranges import key_ranges
 from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.packing import pack
 from ulysses_jax.data.rows import Rows
@@ -96,3 +98,27 @@ def test_the_part_that_is_padding():
     lengths = [rows.lengths(i).tolist() for i in range(len(rows))]
     assert lengths == [[4], [4], [3], [3, 1]]
     assert rows.padding == 1 / 16
+
+
+def test_padding_sees_padding_alone():
+    """Of a row's padding each token sees all, of documents none."""
+    rows = PackedRows(Held([6, 5, 3, 2]), 8, mask_documents=True)
+    batch = [rows.read(i, 0, 10) for i in range(len(rows))]
+    segments, positions = (
+        np.stack([read[name] for read in batch])
+        for name in ("segment_ids", "positions")
+    )
+    mask = Mask(
+        causal=True,
+        q_segment_ids=segments,
+        kv_segment_ids=segments,
+        q_positions=positions,
+        kv_positions=positions,
+    )
+    ranges = key_ranges(mask, len(rows), 10, 10)
+    assert np.asarray(ranges.in_order).all()
+    pairs = np.asarray(ranges.stop - ranges.start).sum(axis=1)
+    for row, found in enumerate(pairs):
+        lengths = rows.lengths(row)
+        padding = 10 - lengths.sum()
+        assert found == sum(n * (n + 1) // 2 for n in lengths) + padding**2
