@@ -4,9 +4,9 @@
 
 Of a corpus that a run reads, with bytes as tokens. Cuts: of documents, by ends of
 rows. Pairs of padding: of a query and a key that attention computes for padding, by
-those of documents. Balance: how many times as long attention's part of a step takes as if all of 8
-groups of devices had the same work, in the mean over steps and in the worst of them:
-the sum over microbatches of the most that a group has, by their mean.
+those of documents. Balance: how many times as long attention's part of a step takes as
+if all of 8 groups of devices had the same work, in the mean over steps and in the worst
+of them: the sum over microbatches of the most that a group has, by their mean.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ulysses_jax.config import Config, Data, Model, Run, Training
 from ulysses_jax.config_file import load_from_command_line
+from ulysses_jax.data.chats import ExampleEncoder
 from ulysses_jax.data.open import counted, open_data
 from ulysses_jax.data.prepare import SHARD_TOKENS, prepare
 from ulysses_jax.data.prepared import faults, read_index
@@ -52,13 +53,16 @@ def main(argv: Sequence[str]) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     is_bytes = options.tokenizer == "bytes" and not Path("bytes").is_dir()
+    folder = None if is_bytes else Path(options.tokenizer)
     started = time.monotonic()
     with _shown() as show:
         index = prepare(
             options.files,
             options.to,
-            None if is_bytes else Path(options.tokenizer),
-            text_field=options.text_field,
+            folder,
+            text_field=None if options.chats else options.text_field,
+            encoder=ExampleEncoder(folder) if options.chats else None,
+            with_counts=options.chats,
             num_workers=options.workers,
             shard_tokens=options.shard_tokens,
             on_progress=show,
@@ -194,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="FOLDER|bytes",
         help="a folder with a tokenizer.json, such as the model's; or bytes",
+    )
+    add(
+        "--chats",
+        action="store_true",
+        help="JSON lines of messages, or of prompt and completion: the loss asks for "
+        "the answers",
     )
     add("--to", required=True, type=Path, metavar="DIR", help="a new folder")
     add(

@@ -1,14 +1,14 @@
 """Examples as ids, and which of them the loss asks for: of a chat, the answers."""
 
+import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from ulysses_jax.data.tokenizer import Bytes, Tokenizer
+from ulysses_jax.data.tokenizer import Bytes, Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
     from ulysses_jax.data.chat_template import ChatTemplate
@@ -28,26 +28,8 @@ class Counted(NamedTuple):
     counts: Bool[np.ndarray, "n"]
 
 
-def read_examples(path: Path) -> Iterator[tuple[Any, str]]:
-    """The objects of a file of JSON lines, each with its file and line.
-
-    Raises:
-      ValueError: a line that is no JSON.
-    """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line), f"{path}:{number}"
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}:{number} is no JSON: {error}: mend the line, or take "
-                        "it out"
-                    ) from None
-
-
 class ExampleEncoder:
-    """Examples to tokens. An example has
+    """Examples, a JSON object each, to tokens: a `data.workers.Encoder`. One has
 
     - `messages`, a list of {role, content}, and perhaps `tools`: as the folder's chat
       template writes them. What counts is what the assistant says: {% generation %}
@@ -60,33 +42,78 @@ class ExampleEncoder:
     A token counts where one of its letters does.
 
     Args:
-      tokenizer: of a folder, whose chat template it is.
+      folder: that has the tokenizer, and its chat template; None: bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+        self._own: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
-    def encode(self, example: Any, where: str) -> Counted:
-        """Raises ValueError, which names `where`: what is no example, or a template
-        that raises or whose answers cannot be told."""
-        kind = _kind(example, where)
-        if kind == ("messages",):
+    def __call__(self, data: bytes) -> Counted:
+        """Raises ValueError: as `encode`, or no JSON."""
+        try:
+            example = json.loads(data.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"this is no JSON: {error}: mend the line, or take it out"
+            ) from None
+        return self.encode(example)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder, "_own": None, "_template": None}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._own is None:
+            self._own = Bytes() if self._folder is None else tokenizer_of(self._folder)
+        return self._own
+
+    @property
+    def template(self) -> "ChatTemplate":
+        """Raises ValueError: there is none, or no Jinja to read it."""
+        if self._template is None:
+            if self._folder is None or isinstance(self.tokenizer, Bytes):
+                raise ValueError(
+                    "messages need a chat template, and bytes have none: take a "
+                    "folder's tokenizer, or give prompt and completion"
+                )
             try:
-                text, spans = self._conversation(example)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            counted = self._counted(text, spans, around=False)
+                from ulysses_jax.data.chat_template import ChatTemplate
+            except ImportError:
+                raise ValueError(
+                    "a chat template is Jinja: pip install 'ulysses-jax[data]'"
+                ) from None
+            self._template = ChatTemplate(self._folder)
+        return self._template
+
+    def template_digest(self) -> str | None:
+        """Of what decides how messages are written; None: nothing does, they are
+        refused."""
+        if self._folder is None:
+            return None
+        digest = hashlib.sha256()
+        for name in ("chat_template.jinja", "tokenizer_config.json"):
+            path = self._folder / name
+            digest.update(path.read_bytes() if path.is_file() else b"none")
+        return digest.hexdigest()
+
+    def encode(self, example: Any) -> Counted:
+        """Raises ValueError: what is no example, or a template that raises or whose
+        answers cannot be told."""
+        kind = _kind(example)
+        if kind == ("messages",):
+            counted = self._counted(*self._conversation(example), around=False)
             if not counted.counts.any():
                 raise ValueError(
-                    f"{where}: nothing in it is an answer to learn: give it a message "
-                    "of role assistant with content, or take it out"
+                    "nothing in it is an answer to learn: give it a message of role "
+                    "assistant with content, or take it out"
                 )
             return counted
         parts = [example[name] for name in kind]
         if not all(isinstance(part, str) for part in parts) or not parts[-1]:
             raise ValueError(
-                f"{where}: {' and '.join(kind)} must be text, and {kind[-1]} not "
+                f"{' and '.join(kind)} must be text, and {kind[-1]} not "
                 "empty: mend the line, or give messages"
             )
         text = "".join(parts)
@@ -97,7 +124,7 @@ class ExampleEncoder:
     def _counted(
         self, text: str, spans: list[tuple[int, int]], *, around: bool
     ) -> Counted:
-        ids, places = self._tokenizer.encode_with_places(text, around=around)
+        ids, places = self.tokenizer.encode_with_places(text, around=around)
         is_answer = np.zeros(len(text) + 1, np.int64)
         for start, stop in spans:
             is_answer[start:stop] = 1
@@ -106,7 +133,7 @@ class ExampleEncoder:
         return Counted(np.array(ids, np.int32), before[last] > before[first])
 
     def _ended(self, counted: Counted) -> Counted:
-        ends = self._tokenizer.ends
+        ends = self.tokenizer.ends
         ids, counts = counted
         if ends and ids[-1] not in ends:
             ids = np.append(ids, np.int32(ends[0]))
@@ -118,7 +145,7 @@ class ExampleEncoder:
     def _conversation(self, example: dict) -> tuple[str, list[tuple[int, int]]]:
         messages, tools = example["messages"], example.get("tools")
         _check_messages(messages)
-        template = self._chat_template()
+        template = self.template
         text, answers = template.render(messages, tools=tools)
         if template.marks_answers:
             return text, answers
@@ -140,23 +167,6 @@ class ExampleEncoder:
                 spans.append((len(before), _answer_stop(after, message)))
         return text, spans
 
-    def _chat_template(self) -> "ChatTemplate":
-        if self._template is None:
-            if isinstance(self._tokenizer, Bytes):
-                raise ValueError(
-                    "messages need a chat template, and bytes have none: start from a "
-                    "folder with a tokenizer (model.from), or give prompt and "
-                    "completion"
-                )
-            try:
-                from ulysses_jax.data.chat_template import ChatTemplate
-            except ImportError:
-                raise ValueError(
-                    "a chat template is Jinja: pip install 'ulysses-jax[data]'"
-                ) from None
-            self._template = ChatTemplate(self._tokenizer.path.parent)
-        return self._template
-
 
 def _answer_stop(text: str, message: dict) -> int:
     """Where an answer that ends a text ends: with its sign, if it has one, and without
@@ -170,17 +180,16 @@ def _answer_stop(text: str, message: dict) -> int:
     return len(stripped) if has_sign else len(text)
 
 
-def _kind(example: Any, where: str) -> tuple[str, ...]:
+def _kind(example: Any) -> tuple[str, ...]:
     kinds = " or ".join(" and ".join(kind) for kind in KINDS)
     if not isinstance(example, dict):
         raise ValueError(
-            f"{where}: a line must be an object with {kinds}, and is a "
-            f"{type(example).__name__}"
+            f"a line must be an object with {kinds}, and is a {type(example).__name__}"
         )
     found = [kind for kind in KINDS if all(name in example for name in kind)]
     if len(found) != 1:
         raise ValueError(
-            f"{where}: a line must have {kinds}, one of these, and has "
+            f"a line must have {kinds}, one of these, and has "
             f"{', '.join(example) or 'nothing'}"
         )
     return found[0]

@@ -19,8 +19,11 @@ MARK = b"\xef\xbb\xbf"
 """What some programs begin UTF-8 with; it is no text."""
 
 
-def read(file: Document, text_field: str, skip: int) -> Iterator[Read]:
+def read(file: Document, text_field: str | None, skip: int) -> Iterator[Read]:
     """The lines after `skip`; blank ones are none, a null or "" is an empty document.
+
+    Args:
+      text_field: None: a document is the whole line, unread.
 
     Raises:
       ValueError: names the file and the line.
@@ -40,7 +43,9 @@ def read(file: Document, text_field: str, skip: int) -> Iterator[Read]:
                 if number == 1:
                     line = line.removeprefix(MARK)
                 if number > skip and line.strip():
-                    data = _text(line, text_field, f"{file.path}:{number}")
+                    data = line
+                    if text_field is not None:
+                        data = _text(line, text_field, f"{file.path}:{number}")
                     yield number, data, raw.tell() / file.size
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ulysses_jax.data.chats import ExampleEncoder
 from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.data.prepared import (
     FORMAT,
@@ -21,9 +22,9 @@ from ulysses_jax.data.prepared import (
 )
 from ulysses_jax.data.run_tokenizer import digest_of
 from ulysses_jax.data.shards import Shard, write_json
-from ulysses_jax.data.sources import records
+from ulysses_jax.data.sources import name_of, records
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, tokenizer_of
-from ulysses_jax.data.workers import Encoded, Encoder, TextEncoder, encoded
+from ulysses_jax.data.workers import Encoded, Encoder, Refused, TextEncoder, encoded
 
 SHARD_TOKENS = 2**28
 
@@ -36,7 +37,7 @@ def prepare(
     to: Path,
     tokenizer_folder: Path | None = None,
     *,
-    text_field: str = "text",
+    text_field: str | None = "text",
     num_workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
     encoder: Encoder | None = None,
@@ -53,7 +54,7 @@ def prepare(
       files: as `data.files` of a run.
       to: a new folder, or one that was begun with the same arguments.
       tokenizer_folder: that has a tokenizer.json; None: bytes.
-      text_field: of JSON lines and tables.
+      text_field: of JSON lines and tables; None: a document is a whole line of JSON.
       num_workers: processes that tokenise.
       shard_tokens: a shard ends with the document that reaches them.
       encoder: of a document's data; None: of text, by the tokenizer.
@@ -93,12 +94,14 @@ def prepare(
             {"name": _printable(each.name), "bytes": each.size} for each in found
         ],
     }
+    if isinstance(encoder, ExampleEncoder):
+        job["chat_template"] = encoder.template_digest()
     for note in notes:
         say(note)
     with _alone_in(to):
         if (to / INDEX).exists():
             index = read_index(to)
-            _refuse_other_job({name: index[name] for name in job}, job, to)
+            _refuse_other_job({name: index.get(name) for name in job}, job, to)
             say(f"{to} is prepared already")
             return index
         done = _begun(to, job, say)
@@ -112,10 +115,14 @@ def prepare(
             np.dtype(job["dtype"]),
             num_workers,
         )
-        with contextlib.closing(stream):
-            for shard in _shards(stream, to, job, done, on_progress):
-                done.append(shard)
-                write_json(to / UNFINISHED, {"job": job, "shards": done})
+        try:
+            with contextlib.closing(stream):
+                for shard in _shards(stream, to, job, done, on_progress):
+                    done.append(shard)
+                    write_json(to / UNFINISHED, {"job": job, "shards": done})
+        except Refused as refused:
+            file, number = refused.place
+            raise ValueError(f"{name_of(found[file], number)}: {refused}") from None
         index = job | {
             name: sum(shard[name] for shard in done)
             for name in ("documents", "tokens", "skipped")

@@ -25,13 +25,14 @@ class Record(NamedTuple):
 
 
 def records(
-    files: Sequence[Document], text_field: str, after: tuple[int, int] = (0, 0)
+    files: Sequence[Document], text_field: str | None, after: tuple[int, int] = (0, 0)
 ) -> Iterator[Record]:
     """The documents of all files, in the files' order; also those without text.
 
     Args:
       files: whole.
-      text_field: of JSON lines and tables, the field or column that holds the text.
+      text_field: of JSON lines and tables, the field or column that holds the text;
+        None: whole lines, and nothing but JSON lines.
       after: (file, number) of the record that the first one follows.
 
     Raises:
@@ -43,6 +44,16 @@ def records(
     start, skip = after
     for place in range(start, len(files)):
         file = files[place]
+        if text_field is None:
+            if kind_of(file.name) != "lines":
+                raise ValueError(
+                    f"{file.path} is no JSON lines, and examples are objects a line: "
+                    "give .jsonl, .jsonl.gz or .json.gz alone"
+                )
+            for number, data, share in json_lines.read(file, None, skip):
+                yield Record(place, number, data, share)
+            skip = 0
+            continue
         for number, data, share in _READERS[kind_of(file.name)](file, text_field, skip):
             yield Record(place, number, data, share)
         skip = 0

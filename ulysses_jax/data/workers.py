@@ -1,5 +1,6 @@
 """Documents encoded by several processes, in their own order."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -55,6 +56,21 @@ class TextEncoder:
         return {"_folder": self._folder, "_tokenizer": None}
 
 
+class Refused(ValueError):
+    """What an encoder says of a document.
+
+    Attributes:
+      place: in its chunk; of what `encoded` raises (file, number).
+    """
+
+    def __init__(self, place, words: str):
+        super().__init__(place, words)
+        self.place, self.words = place, words
+
+    def __str__(self) -> str:
+        return self.words
+
+
 class Encoded(NamedTuple):
     """What became of some records, one after another."""
 
@@ -76,6 +92,7 @@ def encoded(
       num_workers: 1: this process alone.
 
     Raises:
+      Refused: the encoder raised a ValueError.
       ValueError: a process was ended from outside, as where memory is short.
 
     Cost: at most 2 chunks a process are under way; a chunk is 1 MiB or one document.
@@ -83,7 +100,9 @@ def encoded(
     chunks = _chunks(records)
     if num_workers == 1:
         for chunk in chunks:
-            yield _joined(chunk, *_encode(encoder, [r.data for r in chunk], dtype))
+            with _named(chunk):
+                found = _encode(encoder, [r.data for r in chunk], dtype)
+            yield _joined(chunk, *found)
         return
     under_way: deque[tuple[list[Record], Future]] = deque()
     pool = ProcessPoolExecutor(
@@ -93,11 +112,9 @@ def encoded(
         for chunk in chunks:
             under_way.append((chunk, pool.submit(_work, [r.data for r in chunk])))
             if len(under_way) >= 2 * num_workers:
-                done, future = under_way.popleft()
-                yield _joined(done, *future.result())
+                yield _finished(*under_way.popleft())
         while under_way:
-            done, future = under_way.popleft()
-            yield _joined(done, *future.result())
+            yield _finished(*under_way.popleft())
     except BrokenProcessPool:
         raise ValueError(
             f"one of {num_workers} processes that tokenise was ended from outside, as "
@@ -119,6 +136,21 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
+def _finished(chunk: list[Record], future: Future) -> Encoded:
+    with _named(chunk):
+        found = future.result()
+    return _joined(chunk, *found)
+
+
+@contextlib.contextmanager
+def _named(chunk: list[Record]) -> Iterator[None]:
+    try:
+        yield
+    except Refused as refused:
+        record = chunk[refused.place]
+        raise Refused((record.file, record.number), refused.words) from None
+
+
 def _joined(
     chunk: list[Record],
     ids: Int[np.ndarray, "n"],
@@ -132,7 +164,12 @@ def _joined(
 def _encode(
     encoder: Encoder, documents: list[bytes], dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    found = [encoder(each) for each in documents]
+    found = []
+    for place, each in enumerate(documents):
+        try:
+            found.append(encoder(each))
+        except ValueError as error:
+            raise Refused(place, str(error)) from None
     ids = np.concatenate([each for each, _ in found]).astype(dtype, copy=False)
     ends = np.cumsum([len(each) for each, _ in found])
     counts = [each for _, each in found if each is not None]

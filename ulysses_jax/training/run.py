@@ -252,7 +252,7 @@ def run_once(
                 if stopping.is_set():
                     return None  # who waits to end this run may not wait for long
                 total, count = total + float(part), count + int(tokens)
-            return total / count
+            return total / max(count, 1)  # of answers, a part may have none
 
         validates = data.validation is not None and training.validation_batches > 0
         every = training.validation_interval_steps or training.num_steps
