@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_chat_fixtures import SHAPES
-from tokenizers import processors
+from tokenizers import normalizers, processors
 
 from ulysses_jax.data.chat_template import ChatTemplate
 from ulysses_jax.data.chats import ExampleEncoder
@@ -121,6 +121,9 @@ def test_pairs_and_texts(folder):
     )
     pair = encoder.encode(dict(prompt="2 + 3 =", completion=" 5"))
     assert counted_text(encoder, pair) == [" 5</s>"]
+    encoder.tokenizer._own.normalizer = normalizers.Strip()
+    encoder.tokenizer._own.post_processor = processors.ByteLevel()
+    assert encoder.encode(dict(text=" ")).ids.tolist() == [1]
     counted = ExampleEncoder(None).encode(dict(prompt="aé", completion="éb"))
     assert counted.ids.tolist() == [*"aéé".encode(), ord("b"), END_OF_DOCUMENT]
     assert counted.counts.tolist() == [False] * 3 + [True] * 4
@@ -154,6 +157,7 @@ def test_a_line_of_json(folder, of_template):
         (dict(prompt="a", completion=""), "must be text, and completion not empty"),
         (dict(prompt=CHAT, completion=CHAT), "prompt and completion must be text"),
         (dict(text=3), "text must be text"),
+        (dict(text="a\ud800"), "half of a pair of surrogates .'.ud800'., which is no"),
     ],
 )
 def test_what_is_no_example(of_template, example, message):

@@ -52,7 +52,7 @@ class ChatTemplate:
         )
         config = _read_config(config_path)
         if own.is_file():
-            self.path, source = own, own.read_text()
+            self.path, source = own, own.read_text(encoding="utf-8")
         else:
             self.path, source = config_path, _default(config.get("chat_template"))
         if not isinstance(source, str):

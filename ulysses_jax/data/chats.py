@@ -124,6 +124,13 @@ class ExampleEncoder:
     def _counted(
         self, text: str, spans: list[tuple[int, int]], *, around: bool
     ) -> Counted:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"it has half of a pair of surrogates ({text[error.start]!r}), which "
+                "is no letter: mend the line, or take it out"
+            ) from None
         ids, places = self.tokenizer.encode_with_places(text, around=around)
         is_answer = np.zeros(len(text) + 1, np.int64)
         for start, stop in spans:
@@ -135,11 +142,11 @@ class ExampleEncoder:
     def _ended(self, counted: Counted) -> Counted:
         ends = self.tokenizer.ends
         ids, counts = counted
-        if ends and ids[-1] not in ends:
+        if len(ids) and ids[-1] in ends:
+            counts[-1] = True  # the tokenizer's own, which stands nowhere in the text
+        elif ends:
             ids = np.append(ids, np.int32(ends[0]))
             counts = np.append(counts, True)
-        elif ends:
-            counts[-1] = True  # the tokenizer's own, which stands nowhere in the text
         return Counted(ids, counts)
 
     def _conversation(self, example: dict) -> tuple[str, list[tuple[int, int]]]:
