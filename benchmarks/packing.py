@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/packing.py [--files FILES] [--json FILE] [--quick]
 
 Of a corpus that a run reads, with bytes as tokens. Cuts: of documents, by ends of
-rows. Pairs of padding: of a query and a key that attention computes for padding, by
-those of documents. Balance: how many times as long attention's part of a step takes as
-if all of 8 groups of devices had the same work, in the mean over steps and in the worst
-of them: the sum over microbatches of the most that a group has, by their mean.
+rows. Pairs of padding: what attention would compute if a row's padding saw itself, by
+those of documents; a run's does not. Balance: how many times as long attention's part
+of a step takes as if all of 8 groups of devices had the same work, in the mean over
+steps and in the worst of them: the sum over microbatches of the most that a group has,
+by their mean.
 """
 
 import argparse
@@ -45,7 +46,6 @@ def packing_row(rows: Rows, seconds: float) -> dict[str, Any]:
         "rows": len(rows),
         "padding": float(padding.sum() / (len(rows) * rows.sequence_tokens)),
         "of the last row": float(padding[-1] / rows.sequence_tokens),
-        # Every padding token sees all of the row's.
         "pairs of padding": float((padding.astype(float) ** 2).sum() / pairs),
         "cuts": int(cut)
         if packing is None

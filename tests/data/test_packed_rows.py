@@ -9,6 +9,7 @@ from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.packing import pack
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.tokenizer import IGNORED
+from ulysses_jax.training.model import padding_apart
 
 
 class Held:
@@ -100,14 +101,17 @@ def test_the_part_that_is_padding():
     assert rows.padding == 1 / 16
 
 
-def test_padding_sees_padding_alone():
-    """Of a row's padding each token sees all, of documents none."""
+@pytest.mark.parametrize("is_run", [False, True])
+def test_padding_sees_padding_alone(is_run):
+    """Of a row's padding each token sees all, of documents none; in a run, itself."""
     rows = PackedRows(Held([6, 5, 3, 2]), 8, mask_documents=True)
-    batch = [rows.read(i, 0, 10) for i in range(len(rows))]
+    batch = [rows.read(i, 0, 10) for i in range(len(rows) + 1)]
     segments, positions = (
         np.stack([read[name] for read in batch])
         for name in ("segment_ids", "positions")
     )
+    if is_run:
+        segments = padding_apart(segments)
     mask = Mask(
         causal=True,
         q_segment_ids=segments,
@@ -115,10 +119,11 @@ def test_padding_sees_padding_alone():
         q_positions=positions,
         kv_positions=positions,
     )
-    ranges = key_ranges(mask, len(rows), 10, 10)
+    ranges = key_ranges(mask, len(batch), 10, 10)
     assert np.asarray(ranges.in_order).all()
     pairs = np.asarray(ranges.stop - ranges.start).sum(axis=1)
     for row, found in enumerate(pairs):
         lengths = rows.lengths(row)
         padding = 10 - lengths.sum()
-        assert found == sum(n * (n + 1) // 2 for n in lengths) + padding**2
+        expected = padding if is_run else padding**2
+        assert found == sum(n * (n + 1) // 2 for n in lengths) + expected

@@ -8,10 +8,12 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
 from ulysses_jax.config import Config, Memory, Run
@@ -163,6 +165,16 @@ def model_of(
     return nnx.merge(graph, state)
 
 
+def padding_apart(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
+    """A run's padding, whose id is 0, as segments of a token each: ids that rise, below
+    all others. So a kernel that passes over hidden keys has one pair a token of it."""
+    if segment_ids is None:
+        return None
+    place = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    place = layout.lay(place, activation("BT", layout.axes()))
+    return jnp.where(segment_ids == 0, jnp.iinfo(jnp.int32).min + place, segment_ids)
+
+
 def features_and_head(
     model: Any, batch: dict[str, Array], memory: Memory
 ) -> tuple[Float[Array, "B T D"], Weight]:
@@ -173,7 +185,10 @@ def features_and_head(
     """
     ids = batch["tokens"], batch["positions"], batch.get("segment_ids")
     if isinstance(model, Transformer):
-        return model.features(*ids, run=Saving(memory)), model.head
+        tokens, positions, segment_ids = ids
+        segment_ids = padding_apart(segment_ids)
+        x = model.features(tokens, positions, segment_ids, run=Saving(memory))
+        return x, model.head
     module, values = unbind(model)
     head = head_of(model)
 
