@@ -4,10 +4,10 @@
 
 The standard library's source as JSON lines, each file three times (--quick: once), and
 a BPE of 8,192 ids learned from it. Each row is a process of its own, with what it takes
-to start Python and JAX. `peak` is its largest resident memory. `of CPU` is with
-the processes that it starts, and shows what other work on the machine does not. `read` is of ids, by one process of eight that hold an
-eighth of the tokens of every row of a batch [1, 2, T], as a share of what one process
-reads. Files lie in the page cache.
+to start Python and JAX. `peak` is its largest resident memory. `of CPU` is with the
+processes that it starts; other work on the machine does not change it much. `read` is
+of ids, by one process of eight that hold an eighth of the tokens of every row of a
+batch [1, 2, T], as a share of what one process reads. Files lie in the page cache.
 """
 
 import argparse

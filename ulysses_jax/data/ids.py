@@ -15,11 +15,6 @@ def data_of(document: Document) -> bytes:
     return read_bytes(document, 0, document.size)
 
 
-def text_of(document: Document) -> str:
-    """A document's text; a letter that is not UTF-8 is its sign."""
-    return data_of(document).decode(errors="replace")
-
-
 def ids_of(data: bytes, tokenizer: Tokenizer, end: int | None) -> Int[np.ndarray, "n"]:
     """Of a text in UTF-8; a letter that is not is its sign, or as bytes itself. No text
     has no ids.
