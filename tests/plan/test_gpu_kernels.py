@@ -19,11 +19,16 @@ H100 = TARGETS["h100"]
 TOKENS = 65536
 CASES = {
     "documents": {},
-    "a window": dict(window=4096, pattern=("window",)),
     "a window and sinks in every second layer": dict(
         window=4096, pattern=("window", "full"), sinks=True
     ),
-    "heads of 256": dict(num_heads=8, num_kv_heads=8, head_size=256),
+    "a window, heads of 256": dict(
+        window=4096,
+        pattern=("window",),
+        num_heads=8,
+        num_kv_heads=8,
+        head_size=256,
+    ),
 }
 
 
