@@ -59,6 +59,11 @@ def records(
         skip = 0
 
 
+def name_of(file: Document, number: int) -> str:
+    """`books.jsonl:17`; of a text file its name."""
+    return file.name if kind_of(file.name) == "text" else f"{file.name}:{number}"
+
+
 def _whole(file: Document, text_field: str, skip: int) -> Iterator[json_lines.Read]:
     if skip:
         return
