@@ -1,10 +1,11 @@
 """A config filled in, and checked by itself: no mesh is known yet."""
 
 import dataclasses
+import math
 import os
 from typing import Any, get_type_hints
 
-from ulysses_jax.config import Config, Memory, Model, Training, in_pieces
+from ulysses_jax.config import Config, Data, Memory, Model, Training, in_pieces
 from ulysses_jax.fields import checked
 from ulysses_jax.lora import check_lora
 from ulysses_jax.rotary import check_rope
@@ -50,6 +51,7 @@ def complete(config: Config, *, name: str) -> Config:
             f"model.max_positions {model.max_positions} is less than "
             f"training.sequence_tokens {training.sequence_tokens}: raise it"
         )
+    _check_mixture(config.data)
     if config.data.balance and not config.data.mask_documents:
         raise ValueError(
             "data.balance deals rows by their documents, and data.mask_documents is "
@@ -58,6 +60,24 @@ def complete(config: Config, *, name: str) -> Config:
     _check_memory(config.memory, model, training)
     run = dataclasses.replace(config.run, folder=_folder(config.run.folder, name))
     return dataclasses.replace(config, model=model, run=run)
+
+
+def _check_mixture(data: Data) -> None:
+    if len(data.mixture) != len(data.weights):
+        raise ValueError(
+            f"data.mixture has {len(data.mixture)} parts and data.weights "
+            f"{len(data.weights)} numbers: give one for each part"
+        )
+    if data.mixture and data.files != Data().files:
+        raise ValueError(
+            f"data.files {data.files!r} and data.mixture are both given: make the "
+            "files a part of the mixture"
+        )
+    if not all(0 < weight < math.inf for weight in data.weights):
+        raise ValueError(
+            f"data.weights are {', '.join(map(str, data.weights))}: give positive "
+            "numbers, and leave out a part that is not to be read"
+        )
 
 
 def complete_model(model: Model) -> Model:

@@ -30,6 +30,10 @@ class Data:
     """A folder, a glob or a file, of text, JSON lines (.jsonl, .jsonl.gz, .json.gz) or
     tables (.parquet, .arrow); a folder that `python -m ulysses_jax.data prepare` wrote;
     or "stdlib": the running Python's own source text."""
+    mixture: tuple[str, ...] = ()
+    """Instead of files: several, each as files is; rows are drawn by weights."""
+    weights: tuple[float, ...] = ()
+    """How often a row is drawn of each of the mixture, relative to the others."""
     text_field: str = "text"
     """The field of JSON lines, or column of tables, that holds the text."""
     validation_fraction: float = 0.05

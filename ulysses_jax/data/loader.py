@@ -1,6 +1,5 @@
 """Batches on the mesh: each process reads its own boxes of rows and tokens, ahead."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -33,9 +32,9 @@ def batches(
 ) -> grain.DatasetIterator[dict[str, jax.Array]]:
     """Training batches without end, from any step on.
 
-    Batch n is the rows [n A B, (n + 1) A B) of a stream of epochs, each a shuffle of
-    all rows; it depends on (seed, n, A B, rows) alone, so on no mesh and no number of
-    processes. Reading starts at once, in threads.
+    Batch n is the rows [n A B, (n + 1) A B) of `rows.shuffled`: epochs, each a shuffle
+    of all rows. It depends on (seed, n, A B, rows) alone, so on no mesh and no number
+    of processes. Reading starts at once, in threads.
 
     Args:
       rows: what to read.
@@ -55,7 +54,7 @@ def batches(
 
     Cost: three batches' own boxes, in host and in device memory, 4 bytes an element.
     """
-    order = grain.MapDataset.range(len(rows)).shuffle(_seed(seed)).repeat()
+    order = rows.shuffled(seed)
     steps = range(start_step, len(order) // math.prod(shape[:2]))
     return _read_ahead(
         order, steps, rows, shape, sharding, zigzag_members, balanced_groups
@@ -82,7 +81,8 @@ def validation_batches(
     """
     accumulation_steps, batch, tokens = shape
     num = min(num_batches * accumulation_steps, math.ceil(len(rows) / batch))
-    order = range(num * batch)
+    order = [*rows.in_order()[: num * batch]]
+    order += range(len(rows), len(rows) + num * batch - len(order))  # padding
     shape = (1, batch, tokens)
     return _read_ahead(order, range(num), rows, shape, sharding, zigzag_members)
 
@@ -175,8 +175,3 @@ def _box(index: tuple[slice, ...] | None, shape: tuple[int, int, int]) -> Box:
     return tuple(
         part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
     )
-
-
-def _seed(seed: int) -> int:
-    """32 bits for grain, which adds the epoch to them: neighbouring seeds lie apart."""
-    return int.from_bytes(hashlib.blake2b(b"%d" % seed, digest_size=4).digest())

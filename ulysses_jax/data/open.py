@@ -1,6 +1,7 @@
 """A run's data by its config, and what a resumed run must find again."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import shlex
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from ulysses_jax.config import Config
 from ulysses_jax.data.corpus import find_documents, kind_of, root_of
+from ulysses_jax.data.mixture import MixedRows
 from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.prepared import PreparedTokens, fingerprint_of, is_prepared
 from ulysses_jax.data.rows import Rows
@@ -51,7 +53,7 @@ def open_data(config: Config) -> RunData:
 
     Tokens are those of the tokenizer of `model.from`, where that folder has one, else
     of the prepared folder that it reads, else bytes. Once a run has begun its own
-    folder has a copy.
+    folder has a copy. Each part of a mixture is opened so, and they must agree.
 
     Raises:
       ValueError: the vocabulary is too small, the corpus is missing, empty, unreadable
@@ -62,10 +64,11 @@ def open_data(config: Config) -> RunData:
     prepared folder it reads and holds 8 bytes a document. Else every process tokenises
     all files, and holds 4 bytes a token.
     """
+    open_all = _open_mixture if config.data.mixture else _open
     if jax.process_count() == 1:
-        return _open(config)
+        return open_all(config)
     try:
-        opened = _open(config)
+        opened = open_all(config)
     except ValueError:
         # The others wait for this process's word, and would wait for ever.
         _check_same_everywhere(None)
@@ -110,7 +113,8 @@ def _free_folder(config: Config, *, of_other_files: bool) -> Path:
     here = Path(config.run.folder)
     name = here.name
     if of_other_files:
-        name = root_of(config.data.files).resolve().stem or name
+        files = config.data.mixture or (config.data.files,)
+        name = root_of(files[0]).resolve().stem or name
     numbered = (f"{name}-{number}" for number in itertools.count(2))
     return next(
         path
@@ -189,6 +193,42 @@ def _open(config: Config) -> RunData:
             "tokens that end": list(tokenizer.ends),
         }
     return RunData(train, validation, notes, tokenizer, meta)
+
+
+def _open_mixture(config: Config) -> RunData:
+    """The parts of `data.mixture` together."""
+    data = config.data
+    parts = []
+    for files in data.mixture:
+        alone = dataclasses.replace(data, files=files, mixture=(), weights=())
+        parts.append(_open(dataclasses.replace(config, data=alone)))
+    digests = [digest_of(part.tokenizer) for part in parts]
+    for files, digest in zip(data.mixture, digests, strict=True):
+        if digest != digests[0]:
+            raise ValueError(
+                f"data.mixture has tokens of two tokenizers, {digests[0]} in "
+                f"{data.mixture[0]} and {digest} in {files}: prepare all of its parts "
+                "with one (python -m ulysses_jax.data prepare)"
+            )
+    train = MixedRows([part.train for part in parts], data.weights)
+    validate = [part.validation for part in parts if part.validation]
+    validation = MixedRows(validate, [1.0] * len(validate)) if validate else None
+    notes = [note for part in parts for note in part.notes]
+    for files, part, weight in zip(data.mixture, parts, data.weights, strict=True):
+        share = weight / sum(data.weights)
+        epoch = len(part.train) / share / config.training.batch_size
+        notes.append(
+            f"data.mixture: {share:.1%} of the rows are of {files}: an epoch of it in "
+            f"{epoch:,.0f} steps, {config.training.num_steps / epoch:.1f} in the run"
+        )
+    meta: dict[str, Any] = {"data.weights": list(data.weights)}
+    for name in dict.fromkeys(name for part in parts for name in part.meta):
+        values = [part.meta.get(name, "absent") for part in parts]
+        same = all(value == values[0] for value in values)
+        meta[name] = values[0] if same else values
+    every = "".join(part.meta["fingerprint"] for part in parts)
+    meta["fingerprint"] = hashlib.sha256(every.encode()).hexdigest()
+    return RunData(train, validation, notes, parts[0].tokenizer, meta)
 
 
 def _packed(rows: PackedRows) -> str:

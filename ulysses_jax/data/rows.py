@@ -1,7 +1,10 @@
 """Rows cut out of a stream of documents: any part is read at its own cost."""
 
+import hashlib
 import math
+from collections.abc import Sequence
 
+import grain
 import numpy as np
 from jaxtyping import Int32, Int64
 
@@ -41,6 +44,21 @@ class Rows:
 
     def __len__(self) -> int:
         return math.ceil(self.num_tokens / self.sequence_tokens)
+
+    def in_order(self) -> Sequence[int]:
+        """The numbers of all rows, as those that validate are read."""
+        return range(len(self))
+
+    def shuffled(self, seed: int) -> grain.MapDataset[int]:
+        """Numbers of rows without end: epochs, each a shuffle of all; any is reached at
+        no cost.
+
+        Args:
+          seed: any integer.
+        """
+        # 32 bits for grain, which adds the epoch: neighbouring seeds lie apart.
+        bits = int.from_bytes(hashlib.blake2b(b"%d" % seed, digest_size=4).digest())
+        return grain.MapDataset.range(len(self)).shuffle(bits).repeat()
 
     def read(
         self, row: int, start: int, stop: int

@@ -145,6 +145,11 @@ def _with_documents_of_data(config: Config) -> Config:
             "--documents-of-data counts what documents do not see of each other, but "
             "data.mask_documents is false: leave one of them out"
         )
+    if config.data.mixture:
+        raise ValueError(
+            "--documents-of-data counts the documents of data.files, and the run has a "
+            "data.mixture: say their mean length, --data.document-tokens"
+        )
     span = config.training.sequence_tokens
     start = pairs = 0
     for stop in document_ends(config).tolist():
