@@ -274,6 +274,10 @@ def test_refusals(tmp_path, words):
         prepare(str(tmp_path / "in" / "a.jsonl"), tmp_path / "out", words)
     with pytest.raises(ValueError, match="b.jsonl:1 has no field 'text'"):
         prepare(str(tmp_path / "in"), tmp_path / "out2", words, num_workers=2)
+    # Nothing is left of either: what is mended is another preparation.
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out2").exists()
+    write(tmp_path / "in", {"b.jsonl": json_lines(["a"])})
+    prepare(str(tmp_path / "in"), tmp_path / "out2", words, num_workers=2)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none has no tokenizer.json: give a folder"):
         prepare(str(tmp_path / "in"), tmp_path / "out3", tmp_path / "none")

@@ -1,5 +1,7 @@
 """Text to tokens: bytes, and a folder's tokenizer.json."""
 
+import json
+
 import pytest
 from word_tokenizer import write_tokenizer
 
@@ -22,6 +24,9 @@ def test_a_folders_own(folder):
         check_vocabulary(5, tokenizer)
     (folder / "generation_config.json").unlink()
     assert tokenizer_of(folder).ends == ()
+    for said in ("</s>", {"content": "</s>"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": said}))
+        assert tokenizer_of(folder).ends == (1,)
     (folder / "config.json").write_text('{"eos_token_id": [1, 4]}')
     tokenizer = tokenizer_of(folder)
     assert tokenizer.ends == (1, 4)
@@ -62,6 +67,7 @@ def test_other_tokenizers_are_not_taken_for_bytes(tmp_path, name):
         ('{"eos', "generation_config.json is no JSON object"),
         ("[1]", "generation_config.json is no JSON object"),
         ('{"eos_token_id": "</s>"}', "eos_token_id '</s>': give an id"),
+        ('{"eos_token_id": [1, 6]}', "eos_token_id 6, and its .* has ids 0 to 5"),
     ],
 )
 def test_ends_that_cannot_be_read(folder, text, message):

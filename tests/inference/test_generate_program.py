@@ -84,7 +84,9 @@ IDS = ["--prompt-tokens=1,2,3"]
          "learned positions for 32: use max-tokens 30"),
         ([*IDS * 2, "--max-tokens=9", "--cache-tokens=8"], "take 11 places, and the "
          "cache holds, by cache-tokens, 8: use max-tokens 6, or cache-tokens 11"),
-        ([*IDS, "--max-tokens=9", "--cache-tokens=2"], "a prompt of 2 or fewer"),
+        ([*IDS, "--max-tokens=9", "--cache-tokens=2"],
+         "max-tokens 1 and a prompt of 2 or fewer"),
+        ([*IDS, "--max-tokens=2", "--cache-tokens=2"], "use a prompt of 1 or fewer"),
         ([*IDS, "--max-tokens=8", "--mesh.ring=8"], "mesh.ring is 8, and .*mesh.seq 8"),
         ([*IDS, "--max-tokens=8", "--mesh.tensor=4", "--mesh.seq=2"],
          "mesh.tensor 4 does not divide model.num_heads 6: use mesh.tensor 2"),

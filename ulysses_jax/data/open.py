@@ -69,7 +69,7 @@ def open_data(config: Config) -> RunData:
         return open_all(config)
     try:
         opened = open_all(config)
-    except ValueError:
+    except Exception:
         # The others wait for this process's word, and would wait for ever.
         _check_same_everywhere(None)
         raise

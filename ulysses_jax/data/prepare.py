@@ -120,7 +120,11 @@ def prepare(
                 for shard in _shards(stream, to, job, done, on_progress):
                     done.append(shard)
                     write_json(to / UNFINISHED, {"job": job, "shards": done})
-        except Refused as refused:
+        except ValueError as refused:
+            if not done:  # what is mended may be another job
+                _clear(to)
+            if not isinstance(refused, Refused):
+                raise
             file, number = refused.place
             raise ValueError(f"{name_of(found[file], number)}: {refused}") from None
         index = job | {
@@ -128,6 +132,7 @@ def prepare(
             for name in ("documents", "tokens", "skipped")
         }
         if not index["tokens"]:
+            _clear(to)
             raise ValueError(
                 f"--files {files!r}: none of {index['skipped']:,} documents has a "
                 "token: give others"
@@ -139,6 +144,15 @@ def prepare(
         write_json(to / INDEX, index)
         (to / UNFINISHED).unlink()
         return index
+
+
+def _clear(to: Path) -> None:
+    """Takes away what a preparation that has nothing yet has written."""
+    for path in (*to.glob("*-[0-9]*.bin*"), to / UNFINISHED):
+        path.unlink(missing_ok=True)
+    Bytes().copy_to(to)  # no tokenizer's files
+    with contextlib.suppress(OSError):  # it holds something else
+        to.rmdir()
 
 
 def _printable(name: str) -> str:

@@ -67,7 +67,25 @@ class Folder:
         self._own.no_padding()
         self.path = path
         self.num_ids = 1 + max(self._own.get_vocab(with_added_tokens=True).values())
-        self.ends = _ends(folder)
+        self.ends = _ends(folder) or self._end_by_name(folder)
+        if wrong := [end for end in self.ends if not 0 <= end < self.num_ids]:
+            raise ValueError(
+                f"{folder} has eos_token_id {wrong[0]}, and its {_FILE} has ids 0 to "
+                f"{self.num_ids - 1}: take both from one model"
+            )
+
+    def _end_by_name(self, folder: Path) -> tuple[int, ...]:
+        """Of the token that tokenizer_config.json says, where no file says its id."""
+        path = folder / "tokenizer_config.json"
+        try:
+            said: Any = json.loads(path.read_bytes()).get("eos_token")
+        except FileNotFoundError:
+            return ()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no JSON object: {error}") from None
+        name = said.get("content") if isinstance(said, dict) else said
+        end = self._own.token_to_id(name) if isinstance(name, str) else None
+        return () if end is None else (end,)
 
     def encode(self, text: str) -> list[int]:
         """With what the tokenizer puts around a text, such as a token to begin with."""

@@ -81,11 +81,18 @@ def check_request(
         if there is None or places <= there:
             continue
         left = there - longest + 1
-        fits = f"max-tokens {left}" if left > 0 else f"a prompt of {there} or fewer"
+        fits = f"max-tokens {left}" if left > 0 else _shorter(there, request.max_tokens)
         raise ValueError(
             f"{asked}, and {what} {there}: use {fits}"
             + (f", or cache-tokens {places}" if what.startswith("the cache") else "")
         )
+
+
+def _shorter(places: int, max_tokens: int) -> str:
+    longest = places - max_tokens + 1
+    if longest > 0:
+        return f"a prompt of {longest} or fewer"
+    return f"max-tokens 1 and a prompt of {places} or fewer"
 
 
 def _places(request: Request, prompts: Sequence[Sequence[int]]) -> int:
