@@ -75,9 +75,14 @@ def test_what_runs_write_is_left_out_aloud(tmp_path, where):
     write(tmp_path / "runs" / "other", RUN)
     write(tmp_path / "config", {"config.yaml": b"of no run"})
     corpus = find_documents(f"{tmp_path}{where}", f"{tmp_path}/runs/../runs/mine")
-    assert "left out what runs wrote, in runs/mine, runs/other" in corpus.notes[0]
+    assert (
+        "left out what runs or preparations wrote, in runs/mine, runs/other"
+        in corpus.notes[0]
+    )
     assert names(corpus.documents) == ["b.txt", "config/config.yaml", "runs/notes.txt"]
-    with pytest.raises(ValueError, match="no text: what runs wrote, in mine, other"):
+    with pytest.raises(
+        ValueError, match="no text: what runs or preparations wrote, in mine, other"
+    ):
         find_documents(f"{tmp_path}/runs/*/*", f"{tmp_path}/runs/mine")
     # A run that is named itself is a corpus like another.
     assert len(find_documents(f"{tmp_path}/runs/other").documents) == 3

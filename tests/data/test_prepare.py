@@ -261,11 +261,10 @@ def test_a_folder_inside_of_its_files(tmp_path, words):
     with ended_at_shard(1), contextlib.suppress(Ended):
         prepare(files, out, words, shard_tokens=20)
     index = prepare(files, out, words, shard_tokens=20)
-    assert [each["name"] for each in index["files"]] == [
-        "a.jsonl",
-        "b.parquet",
-        "t.txt",
-    ]
+    names = ["a.jsonl", "b.parquet", "t.txt"]
+    assert [each["name"] for each in index["files"]] == names
+    # Nor is it text of a later preparation, or of a run.
+    assert [each.name for each in find_documents(files).documents] == names
 
 
 def test_refusals(tmp_path, words):

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
 
 from ulysses_jax.data.datasets_folder import of_datasets
+from ulysses_jax.data.prepared import has_shards
 from ulysses_jax.run_folder import is_run_folder
 
 Kind = Literal["text", "lines", "parquet", "arrow"]
@@ -128,7 +129,7 @@ def find_documents(files: str, run_folder: str | None = None) -> Corpus:
     documents = [d for d, is_binary in found if d.size and not is_binary]
     notes = []
     if runs:
-        notes.append(f"what runs wrote, in {_some(runs)}")
+        notes.append(f"what runs or preparations wrote, in {_some(runs)}")
     if unlisted:
         notes.append(
             f"{_count(unlisted)} that no state.json of a dataset lists: "
@@ -229,16 +230,17 @@ def _files(folders: Iterable[tuple[Path, list[str]]]) -> Iterator[Path]:
 def _without_runs(
     named: dict[str, Path], root: Path, run_folder: str | None
 ) -> tuple[dict[str, Path], list[str]]:
-    """Files below `root` that no run wrote, and the runs' folders."""
+    """Files below `root` that no run or preparation wrote, and the folders of these."""
     own = run_folder and os.path.realpath(run_folder)
 
     @cache
     def run_of(folder: PurePath) -> str | None:
-        """The outermost folder of a run that a folder below root is or lies in."""
+        """The outermost such folder that a folder below root is or lies in."""
         if folder == PurePath():
             return None
         path = root / folder
         is_run = os.path.realpath(path) == own or is_run_folder(path)
+        is_run |= has_shards(Path(path))
         return run_of(folder.parent) or (folder.as_posix() if is_run else None)
 
     runs = {name: run_of(PurePath(name).parent) for name in named}

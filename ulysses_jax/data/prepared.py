@@ -32,6 +32,13 @@ def is_prepared(folder: Path) -> bool:
     return _said(folder).get("format") == FORMAT
 
 
+def has_shards(folder: Path) -> bool:
+    """Whether files in it are those of `prepare`, by their names alone."""
+    if (folder / UNFINISHED).is_file():
+        return True
+    return (folder / INDEX).is_file() and shard_path(folder, "ids", 0).is_file()
+
+
 def shard_path(folder: Path, what: str, shard: int) -> Path:
     return folder / f"{what}-{shard:05d}.bin"
 
