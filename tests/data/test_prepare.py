@@ -324,7 +324,7 @@ def test_an_index_of_another_version(prepared):
     with pytest.raises(ValueError, match="version 2, and version 1 is read here"):
         PreparedTokens(prepared)
     (prepared / "index.json").write_text('{"format"')
-    with pytest.raises(ValueError, match="index.json is broken: prepare the files"):
+    with pytest.raises(ValueError, match="index.json is broken: delete the folder"):
         PreparedTokens(prepared)
 
 

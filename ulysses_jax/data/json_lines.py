@@ -73,6 +73,11 @@ def _text(line: bytes, field: str, where: str) -> bytes:
             f"{where} is not UTF-8 ({error.reason} at byte {error.start}): iconv -t "
             "utf-8 makes it so"
         ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is not JSON: {error.msg} at letter {error.pos + 1}: mend the "
+            "line or take it out"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON: {error}: mend the line or take it out"
@@ -82,6 +87,11 @@ def _text(line: bytes, field: str, where: str) -> bytes:
         raise ValueError(
             f"{where} has no field {field!r} ({names or 'it has none'}): name the "
             "one that holds the text, data.text_field, or take the line out"
+            + (
+                "; chats are prepared first: python -m ulysses_jax.data prepare --chats"
+                if isinstance(said, dict) and {"messages", "prompt"} & said.keys()
+                else ""
+            )
         )
     text = said[field]
     if text is None:

@@ -102,6 +102,7 @@ def prepare(
         if (to / INDEX).exists():
             index = read_index(to)
             _refuse_other_job({name: index.get(name) for name in job}, job, to)
+            (to / UNFINISHED).unlink(missing_ok=True)  # killed before it was
             say(f"{to} is prepared already")
             return index
         done = _begun(to, job, say)

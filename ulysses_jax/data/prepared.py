@@ -58,8 +58,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise ValueError(
             f"{folder / INDEX} is {index.get('format')!r} version "
-            f"{index.get('version')!r}, and version {VERSION} is read here: prepare "
-            "the files again"
+            f"{index.get('version')!r}, and version {VERSION} is read here: "
+            "delete the folder and prepare the files again"
         )
     return index
 
@@ -76,7 +76,9 @@ def _said(folder: Path) -> dict[str, Any]:
     if isinstance(said, dict):
         return said
     if shard_path(folder, "ids", 0).exists():
-        raise ValueError(f"{path} is broken: prepare the files again")
+        raise ValueError(
+            f"{path} is broken: delete the folder and prepare the files again"
+        )
     return {}
 
 
