@@ -9,20 +9,11 @@ import pytest
 from corpus_cases import write
 from source_cases import json_lines, write_parquet
 from test_open import make_config
-from word_tokenizer import write_tokenizer
 
 from ulysses_jax.config import Data, Model, Run
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.data.prepare import prepare
 from ulysses_jax.data.streams import document_ends
-
-
-@pytest.fixture
-def words(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from corpus_cases import write
 from source_cases import TEXTS, json_lines, write_every_kind, write_parquet
-from word_tokenizer import END, write_tokenizer
+from word_tokenizer import END
 
 from ulysses_jax.data import shards
 from ulysses_jax.data.corpus import find_documents
@@ -26,14 +25,6 @@ from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.sources import records
 from ulysses_jax.data.tokenizer import Bytes, tokenizer_of
 from ulysses_jax.data.tokens import TokenStream
-
-
-@pytest.fixture
-def words(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_tokenizer(folder)
-    return folder
 
 
 def contents(folder):
@@ -308,13 +299,14 @@ def test_a_shard_that_is_not_as_it_was(prepared):
     (prepared / "ids-00001.bin").write_bytes(good)
     tokens = PreparedTokens(prepared)
     tokens.ids(0, 1)
+    good = (prepared / "ids-00000.bin").read_bytes()
     (prepared / "ids-00000.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="ids-00000.bin has 0 bytes, and had"):
         tokens.ids(1, 2)
+    (prepared / "ids-00000.bin").write_bytes(good)
     data = (prepared / "ends-00002.bin").read_bytes()
     (prepared / "ends-00002.bin").write_bytes(data[:-1] + b"\1")
-    shutil.copy(prepared / "ids-00001.bin", prepared / "ids-00000.bin")
-    with pytest.raises(ValueError, match="(ends-00002.bin|ids-00000.bin)"):
+    with pytest.raises(ValueError, match="ends-00002.bin is not what was written"):
         PreparedTokens(prepared)
 
 
