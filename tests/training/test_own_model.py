@@ -224,11 +224,13 @@ def parameters(module):
 
 
 def assert_same(got, want):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
-        parameters(got),
-        parameters(want),
-    )
+    """By arrays: AdamW makes the rounding of a gradient near 0 a part of a step."""
+
+    def near(got, want):
+        got, want = np.asarray(got), np.asarray(want)
+        assert np.linalg.norm(got - want) < 2e-5 * np.linalg.norm(want)
+
+    jax.tree.map(near, parameters(got), parameters(want))
 
 
 def test_it_learns_as_a_plain_loop_does(page):
