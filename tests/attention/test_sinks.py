@@ -91,7 +91,7 @@ def test_large_logits(kernel):
     q, k = q.at[..., 0].set(8**0.5), k.at[..., 0].set(100)
     sinks = SINKS + 100
     got = out_and_gradients(attention(kernel, case), q, k, v, weights, sinks)
-    assert (errors(got, exact(case, q, k, v, weights, sinks=sinks)) < 3e-5).all()
+    assert (errors(got, exact(case, q, k, v, weights, sinks=sinks)) < 1e-4).all()
 
 
 @pytest.mark.parametrize(
