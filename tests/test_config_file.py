@@ -4,6 +4,7 @@ import pytest
 import yaml
 from files import ROOT
 
+from ulysses_jax.config import Lora
 from ulysses_jax.config_file import load, load_from_command_line, load_stages
 
 
@@ -134,6 +135,28 @@ def test_the_home_folder(load_text, tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     assert load(path, ["--run.folder=~/y"]).run.folder == f"{tmp_path}/y"
     assert load(path, ["--run.folder=./~"]).run.folder == "./~"
+
+
+def test_sections_as_a_file_says_them(load_text, tmp_path):
+    """Of a whole section the command line has null, which switches adapters off, and
+    auto."""
+    load_text("model: {from: null, lora: {rank: 2}}\nmemory: {remat: none}")
+
+    def overridden(*argv):
+        return load(tmp_path / "run.yaml", argv)
+
+    off = ["--model.lora", "null"], ["--model.lora=null"], ["--model.lora", "None"]
+    for words in off:
+        config = overridden(*words, "--mesh.seq", "2")
+        assert config.model.lora is None and config.mesh.seq == 2
+    assert overridden("--model.lora.alpha", "3").model.lora == Lora(rank=2, alpha=3.0)
+    with pytest.raises(ValueError, match="lora null and --model.lora.rank are both"):
+        overridden("--model.lora", "null", "--model.lora.rank", "3")
+    for words in ["--memory", "auto"], ["--memory=auto"]:
+        assert overridden(*words, "--quiet").memory.auto
+    load_text("model: {width: 256}")
+    assert overridden("--model.lora", "null").model.lora is None
+    assert overridden("--model.lora.rank", "3").model.lora == Lora(rank=3)
 
 
 def test_a_pattern_of_layers(load_text, tmp_path):

@@ -142,9 +142,7 @@ def _load(path: Path, values: Any, argv: Sequence[str], program: str) -> Config:
         config = dataclasses.replace(config, run=run)
     if argv:
         words = _as_tyro_writes(argv)
-        if config.model.lora is None and any(_is_of_lora(word) for word in words):
-            model = dataclasses.replace(config.model, lora=Lora())
-            config = dataclasses.replace(config, model=model)
+        config, words = _with_lora(config, words)
         config = tyro.cli(
             Config,
             default=config,
@@ -155,8 +153,18 @@ def _load(path: Path, values: Any, argv: Sequence[str], program: str) -> Config:
     return complete(config, name=path.stem)
 
 
-def _is_of_lora(word: str) -> bool:
-    return word.startswith("--model.lora.")
+def _with_lora(config: Config, words: list[str]) -> tuple[Config, list[str]]:
+    """The section there where words name its fields, and not where they say null:
+    tyro knows fields alone, of a section that is there."""
+    fields = [word for word in words if word.startswith("--model.lora.")]
+    off = "--model.lora=None"
+    if fields and off in words:
+        raise ValueError(f"--model.lora null and {fields[0]} are both given: keep one")
+    lora = config.model.lora or (Lora() if fields else None)
+    lora = None if off in words else lora
+    model = dataclasses.replace(config.model, lora=lora)
+    rest = [word for word in words if word != off]
+    return dataclasses.replace(config, model=model), rest
 
 
 def _source(values: Any, argv: Sequence[str]) -> str | None:
@@ -216,7 +224,13 @@ def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
         if not option and words and words[-1].startswith("--"):
             option, value = words[-1], word
         value = value.lower()
-        if option and value in ("null", "true", "false"):
+        if (option, value) == ("--model.lora", "none"):  # as tyro has it
+            value = "null"
+        if (option, value) == ("--memory", "auto"):  # as a file says it
+            if words and words[-1] == option:
+                words.pop()
+            word = "--memory.auto"
+        elif option and value in ("null", "true", "false"):
             if words and words[-1] == option:
                 words.pop()
             section, _, name = option.removeprefix("--").rpartition(".")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from files import ROOT
 from flax import nnx
 from folders import FIXTURES, config_of, tensors_of
@@ -15,11 +17,11 @@ from peft_folders import PEFT, adapters_of, with_adapters
 
 from ulysses_jax import export, make_mesh
 from ulysses_jax.config import Lora, Model
-from ulysses_jax.config_file import load
+from ulysses_jax.config_file import load, load_stages
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.training import load_run, train
-from ulysses_jax.training.load import open_run
+from ulysses_jax.training import load_run, train, train_stages
+from ulysses_jax.training.load import refuse_other_adapters
 from ulysses_jax.training.proof import read_commit
 
 MODEL = Model(
@@ -58,13 +60,85 @@ def trained(folder):
     return train(small(folder))
 
 
-def test_no_run_starts_from_adapters_alone(trained, folder):
-    with pytest.raises(ValueError, match="adapters of model.lora alone, .*--to merged"):
-        open_run(f"{folder.parent}/run", {})
-
-
 def values_of(model):
     return nnx.to_pure_dict(nnx.state(model))
+
+
+STILL = {"learning_rate": 0.0, "final_learning_rate": 0.0, "weight_decay": 0.0}
+
+
+def staged(folder, place, *stages):
+    """`small` as a file with stages, whose first one is what `trained` left."""
+    config = small(folder)
+    values = config.to_dict() | {"stages": list(stages)}
+    values["run"] |= {"folder": str(place / "run")}
+    (place / "own.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(folder.parent / "run", place / "run" / "stage_1")
+    return load_stages(place / "own.yaml")
+
+
+def test_adapters_go_on_from_stage_to_stage(trained, folder, tmp_path, capsys):
+    """Longer rows, another RoPE base, and no rate: the same adapters, the same base."""
+    longer = {"sequence_tokens": 32, "num_steps": 1} | STILL
+    model = {"rope": {"base": 1e6}, "lora": {"alpha": 8.0}}
+    stages = staged(folder, tmp_path, {}, {"training": longer, "model": model})
+    now = train_stages(stages)
+    said = capsys.readouterr().out
+    assert f"starting after step 4 of {tmp_path}/run/stage_1" in said
+    assert f"parameters: of {tmp_path}/run/stage_1" in said
+    for name, was, later in (("rope.base", 500000.0, 1e6), ("lora.alpha", 32.0, 8.0)):
+        assert f"model.{name} was {was}, is {later}" in said
+    assert float(abs(values_of(now)["layers"][0]["attention"]["q_adapter"]["b"]).max())
+    jax.tree.map(np.testing.assert_array_equal, values_of(now), values_of(trained))
+    again = load_run(tmp_path / "run" / "stage_2")  # of model.from and its adapters
+    assert again.model.lora.alpha == 8.0 and again.model.rope.base == 1e6
+    got, want = values_of(again), values_of(load_run(folder.parent / "run"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        (None, "adapters of rank 2 on q, up, down, and this run, .* all parameters: "),
+        ({"rank": 3}, "adapters of rank 2 on q, up, down, .* rank 3 on q, up, down: "),
+        ({"targets": ["q"]}, "adapters of rank 2 on q, up, down, .* rank 2 on q: "),
+    ],
+)
+def test_other_adapters_than_before(trained, folder, tmp_path, lora, message):
+    stages = staged(folder, tmp_path, {}, {"model": {"lora": lora}})
+    message = f"run.after .*/run.* trained {message}"
+    same = "stage 2 of 2: .*give every stage the same model.lora"
+    with pytest.raises(ValueError, match=f"{message}give every stage") as stopped:
+        train_stages(stages)
+    assert re.search(same, str(stopped.value), re.DOTALL)
+    with pytest.raises(ValueError, match=f"{message}set model.lora.*--to merged"):
+        train(stages[1])
+    assert not (tmp_path / "run" / "stage_2" / "checkpoints").exists()
+    targets = {"model": {"lora": {"targets": ["up", "down", "[q]"]}}}
+    shutil.rmtree(tmp_path / "run")
+    (first, second) = staged(folder, tmp_path, {}, targets)
+    refuse_other_adapters(first.model.lora, second)  # the same ones, by other names
+
+
+def test_adapters_after_a_run_that_has_none(trained, folder, tmp_path):
+    """Nor on other weights than before."""
+    config = small(folder, f"--run.folder={tmp_path}/whole", "--training.num-steps=1")
+    plain = dataclasses.replace(config.model, lora=None)
+    whole = train(dataclasses.replace(config, model=plain))
+    assert whole.model.lora is None
+    after = f"--run.after={tmp_path}/whole", f"--run.folder={tmp_path}/after"
+    with pytest.raises(ValueError, match="trained all parameters, .* of rank 2 on q, "):
+        train(small(folder, *after))
+    shutil.copytree(folder, tmp_path / "another")
+    path = tmp_path / "another" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3f")
+    other = (
+        f"--run.after={folder.parent}/run",
+        f"--run.folder={tmp_path}/other",
+        f"--model.from={tmp_path}/another",
+    )
+    with pytest.raises(ValueError, match="adapters are of other weights than those in"):
+        train(small(folder, *other))
 
 
 def test_only_adapters_are_trained_and_saved(trained, folder):

@@ -1,5 +1,6 @@
 """What a run made, for Python: its model, from the folder that it left."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import get_abstract_mesh
 
+from ulysses_jax.config import Config, Lora
 from ulysses_jax.config_file import load
+from ulysses_jax.lora import adapted
 from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.run_folder import check_run_folder
@@ -44,16 +47,19 @@ class Before:
             return checkpoints.restore_part("parameters", abstract)
 
 
-def open_run(folder: str, model: dict[str, Any]) -> tuple[Before, list[str]]:
+def open_run(config: Config, meta: dict[str, Any]) -> tuple[Before, list[str]]:
     """The run of `run.after`, and lines on what of the model is other than there.
 
     Args:
-      model: `model.identity` of the run that starts.
+      config: of the run that starts.
+      meta: what its own checkpoints will have.
 
     Raises:
-      ValueError: no run is there, it has saved no step or adapters alone, or
-        trained another class.
+      ValueError: no run is there, or it has saved no step; it trained another class,
+        or other adapters than this one, or those of other weights.
     """
+    folder = config.run.after
+    assert folder is not None
     before = Before(Path(folder) / "checkpoints")
     with Checkpointer(before.checkpoints, interval_steps=1) as checkpoints:
         saved = checkpoints.latest_meta()
@@ -62,16 +68,47 @@ def open_run(folder: str, model: dict[str, Any]) -> tuple[Before, list[str]]:
             f"run.after {folder} has no checkpoint to start from: train it first, or "
             "give another run's folder"
         )
-    step, meta = saved
-    if meta["model"].get("lora") is not None:
-        raise ValueError(
-            f"run.after {folder} has saved adapters of model.lora alone, and this run "
-            "starts from all parameters: write that run as a folder (python -m "
-            f"ulysses_jax.export --run {folder} --to merged), and start from it "
-            "(--model.from merged)"
-        )
-    changed = differences(meta["model"], model)
+    step, then = saved
+    changed = differences(then["model"], meta["model"])
+    lora = then["model"].get("lora")
+    was = None if lora is None else Lora(**lora | {"targets": tuple(lora["targets"])})
+    refuse_other_adapters(was, config)
+    if was is not None:
+        refuse_other_base(then["base"], meta["base"], config)
     return before, [f"starting after step {step} of {folder}", *changed]
+
+
+def refuse_other_adapters(
+    was: Lora | None, config: Config, remedy: str | None = None
+) -> None:
+    """Refuses to go on from a run that trained other parameters than this one.
+
+    Args:
+      was: `model.lora` of the run that `config.run.after` names.
+      remedy: another one than to merge that run's adapters.
+
+    Raises:
+      ValueError: one trains adapters and the other does not, or they are of another
+        rank or of other projections.
+    """
+
+    def what(lora: Lora | None) -> str:
+        if lora is None:
+            return "all parameters"
+        names = adapted(dataclasses.replace(config.model, lora=lora))
+        return f"adapters of rank {lora.rank} on {', '.join(names)}"
+
+    folder, now = config.run.after, config.model.lora
+    if what(was) != what(now):
+        remedy = remedy or (
+            "set model.lora as there, or write that run as a folder (python -m "
+            f"ulysses_jax.export --run {folder} --to merged), and start from that "
+            "(--model.from merged --run.after null)"
+        )
+        raise ValueError(
+            f"run.after {folder} trained {what(was)}, and this run, by model.lora, "
+            f"trains {what(now)}: {remedy}"
+        )
 
 
 def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:

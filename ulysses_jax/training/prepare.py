@@ -30,12 +30,6 @@ def prepared(config: Config, make_model: MakeModel) -> Config:
     check = _check_module if name else _check_parameters
     with no_mesh():
         nnx.eval_shape(lambda: check(made(config, make_model), config.model.vocab_size))
-    if config.model.lora is not None and config.run.after is not None:
-        raise ValueError(
-            f"run.after {config.run.after} gives all parameters of a run, and "
-            "model.lora trains adapters on a folder's: write that run as a folder "
-            "(python -m ulysses_jax.export), and start from it (--model.from)"
-        )
     if name is None:
         if config.model.lora is not None and config.model.from_ is None:
             raise ValueError(

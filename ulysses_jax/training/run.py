@@ -170,15 +170,15 @@ def run_once(
                 # Before it had a name it was AdamW.
                 then = saved[1].get("optimizer", "adamw")
                 refuse_other_optimizer(then, training.optimizer)
-            source, changed = None, []
+            source, before, changed = None, None, []
             if config.model.lora is not None:
                 source = open_base(config)
                 meta["base"] = fingerprint(source[0])
                 if saved is not None:
                     refuse_other_base(saved[1]["base"], meta["base"], config)
-            elif saved is None and config.run.after is not None:
-                source, changed = open_run(config.run.after, meta["model"])
-            elif saved is None and config.model.from_ is not None:
+            if saved is None and config.run.after is not None:
+                before, changed = open_run(config, meta)
+            elif (saved, source) == (None, None) and config.model.from_ is not None:
                 source = open_source(config.model)
             kept = jax.tree.leaves(shapes.without_frozen())
             sizes = (x.size * x.dtype.itemsize for x in kept)
@@ -197,8 +197,8 @@ def run_once(
         restored = checkpointer.restore(shapes.without_frozen(), on_skipped=say)
         if restored is None:
             first_step, changes = 0, []
-            state = first_state(config, make_model, source)
-            if source is not None:
+            state = first_state(config, make_model, source, before)
+            if before is not None or source is not None:
                 say(f"parameters: of {config.run.after or config.model.from_}")
         else:
             first_step, state, then = restored

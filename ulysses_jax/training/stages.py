@@ -11,6 +11,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.load import refuse_other_adapters
 from ulysses_jax.training.model import MakeModel
 from ulysses_jax.training.output import print_every_name
 from ulysses_jax.training.run import on_mesh, run_once
@@ -40,6 +41,10 @@ def train_stages(
     for number, config in enumerate(configs, 1):
         try:
             on_mesh(config, make_model)
+            if number > 1:
+                lora = configs[number - 2].model.lora
+                same = "give every stage the same model.lora, or none"
+                refuse_other_adapters(lora, config, same)
         except ValueError as error:
             if not many:
                 raise

@@ -121,24 +121,30 @@ def state_of(
 def first_state(
     config: Config,
     make_model: MakeModel = Transformer,
-    source: tuple[Tensors, list[Expected]] | Before | None = None,
+    source: tuple[Tensors, list[Expected]] | None = None,
+    before: Before | None = None,
 ) -> TrainState:
     """Drawn by `init_state`, or read, on the mesh that is set with `jax.set_mesh`.
 
     Args:
-      source: of `open_source` or `open_run`, where the parameters are read.
+      source: of `open_source`, where the parameters are read; with adapters, those
+        that are not trained.
+      before: of `open_run`, where those that are trained are read.
     """
-    if source is None:
-        return jax.jit(partial(init_state, config, make_model))()
     begin = jax.jit(partial(state_of, config, make_model), donate_argnums=0)
-    if isinstance(source, Before):
+    if before is not None:
         shapes = abstract_state(config, make_model).parameters
-        return begin(source.read(jax.tree.map(on_devices, shapes)), {})
-    read = read_from(config, make_model, source)
-    if config.model.lora is None:
-        return begin(read, {})
-    drawn = jax.jit(lambda: init_state(config, make_model).without_frozen())()
-    return dataclasses.replace(drawn, frozen=read)
+        state = begin(before.read(jax.tree.map(on_devices, shapes)), {})
+    elif source is not None and config.model.lora is None:
+        return begin(read_from(config, make_model, source), {})
+    elif source is not None:
+        state = jax.jit(lambda: init_state(config, make_model).without_frozen())()
+    else:
+        return jax.jit(partial(init_state, config, make_model))()
+    if source is None:
+        return state
+    frozen = read_from(config, make_model, source)
+    return dataclasses.replace(state, frozen=frozen)
 
 
 def read_from(
