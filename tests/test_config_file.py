@@ -137,6 +137,22 @@ def test_the_home_folder(load_text, tmp_path, monkeypatch):
     assert load(path, ["--run.folder=./~"]).run.folder == "./~"
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    """The nearest one, or one that is, or what it could be."""
+    run = tmp_path / "runs" / "x"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in (tmp_path / "tiny.yaml", run / "config.yaml"):
+        path.write_text("{}")
+    for name, hint in (
+        ("tinny.yaml", f"did you mean {tmp_path}/tiny.yaml?"),
+        ("qq", f"give a YAML file, such as {tmp_path}/tiny.yaml"),
+        ("runs/x", f"give the file in that run's folder, {run}/config.yaml"),
+    ):
+        with pytest.raises(ValueError, match="cannot read the config") as ended:
+            load(tmp_path / name)
+        assert str(ended.value).endswith(hint)
+
+
 def test_sections_as_a_file_says_them(load_text, tmp_path):
     """Of a whole section the command line has null, which switches adapters off, and
     auto."""

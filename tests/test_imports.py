@@ -46,7 +46,7 @@ ALLOWED = {
     "api": ATTENTION | {"attend", "ids"},
     "flax_attention": ATTENTION | {"api"},
 }
-ALLOWED["families"] = {"config", "complete"}
+ALLOWED["families"] = {"config", "complete", "run_folder"}
 ALLOWED["config_file"] |= {"families"}
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}

@@ -124,11 +124,26 @@ def _read(path: Path) -> Any:
     try:
         values = yaml.load(path.read_bytes(), Loader=_Loader)
     except OSError as error:
-        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+        raise ValueError(
+            f"cannot read the config {path}: {error.strerror}; {_near(path)}"
+        ) from None
     # ValueError: of a number of thousands of digits, or of what follows !!int.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     return {} if values is None else values
+
+
+def _near(path: Path) -> str:
+    """What to give in the place of a file that is none."""
+    if is_run_folder(path):
+        return f"give the file in that run's folder, {path / 'config.yaml'}"
+    for folder in (path if path.is_dir() else path.parent, Path("configs")):
+        names = sorted(each.name for each in folder.glob("*.yaml"))
+        if close := difflib.get_close_matches(path.name, names, n=1):
+            return f"did you mean {folder / close[0]}?"
+        if names:
+            return f"give a YAML file, such as {folder / names[0]}"
+    return "give a YAML file, such as the configs of ulysses_jax's repository"
 
 
 def _load(path: Path, values: Any, argv: Sequence[str], program: str) -> Config:

@@ -35,10 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ends = is_run_folder(source.folder)
         stream = stream_of(options, source.tokenizer, ends=ends)
         masks = options.mask_documents
-        rows = Rows(stream, options.tokens, mask_documents=masks)
+        every = Rows(stream, options.tokens, mask_documents=masks)
+        rows = Rows(
+            stream, options.tokens, mask_documents=masks, most_rows=options.max_rows
+        )
+        first = ""
+        if len(rows) < len(every):
+            first = f", the first {len(rows):,} of them, by --max-rows"
         say(
-            f"{len(stream.ends):,} documents, {rows.num_tokens:,} tokens, "
-            f"{len(rows):,} rows of {options.tokens:,}; {shape[0]} rows at a time"
+            f"{len(stream.ends):,} documents, {every.num_tokens:,} tokens, "
+            f"{len(every):,} rows of {options.tokens:,}{first}; {shape[0]} rows at a "
+            "time"
         )
         said = time.monotonic()
 
@@ -57,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = draw_by_position(found, title=title) if options.png else b""
         given = {name: str(getattr(options, name)) for name in ("model", "data")}
         given |= {"sequence_tokens": options.tokens, "mask_documents": masks}
+        given |= {"rows": len(rows), "rows_in_data": len(every)}
         write_whole(
             options.json, json.dumps(given | found.to_dict(), indent=1).encode()
         )
@@ -79,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder, glob, file or stdlib, or what was prepared",
     )
     add("--tokens", type=int, default=2048, metavar="T", help="of a row; default: 2048")
+    add(
+        "--max-rows",
+        type=int,
+        metavar="N",
+        help="only the first rows of the data, at most so many; default: all",
+    )
     add(
         "--mask-documents",
         action=argparse.BooleanOptionalAction,

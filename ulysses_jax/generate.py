@@ -20,7 +20,7 @@ from ulysses_jax.inference.opening import (
     model_of_folder,
 )
 from ulysses_jax.inference.request import Request, check_request
-from ulysses_jax.inference.text import Spelled, encoded, file_text, ids_of
+from ulysses_jax.inference.text import Spelled, asked, encoded, file_text, ids_of
 from ulysses_jax.interop import from_pretrained
 from ulysses_jax.training.endings import ends_in_words
 from ulysses_jax.training.output import print_every_name
@@ -39,6 +39,7 @@ def _run(
     options: argparse.Namespace,
     tokenizer: Tokenizer | None,
     prompts: list[list[int]],
+    ends: tuple[int, ...],
     model: Model,
 ) -> None:
     request = Request(
@@ -46,7 +47,7 @@ def _run(
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        ends=() if tokenizer is None else tokenizer.ends,
+        ends=ends,
         cache_tokens=options.cache_tokens,
     )
     check_request(request, prompts, model)
@@ -63,9 +64,9 @@ def _run(
 
 def _asked(
     options: argparse.Namespace,
-) -> tuple[Tokenizer | None, list[list[int]], Model]:
-    """The tokenizer, if text was asked for; the prompts' ids; and the model, of which
-    nothing is read yet but its config."""
+) -> tuple[Tokenizer | None, list[list[int]], tuple[int, ...], Model]:
+    """The tokenizer, if text was asked for; the prompts' ids, and those that end what
+    follows; and the model, of which nothing is read yet but its config."""
     model = model_of_folder(options.model)
     # As `from_pretrained` gives it.
     model = dataclasses.replace(model, strategy="auto", zigzag=False)
@@ -76,7 +77,12 @@ def _asked(
                 "--prompt-tokens gives ids, --prompt and --prompt-file text: give one "
                 "or the other"
             )
-        return None, [ids_of(each) for each in options.prompt_tokens], model
+        if options.chat:
+            raise ValueError(
+                "--chat writes a text as a chat template does, and --prompt-tokens "
+                "gives ids: leave one of them out"
+            )
+        return None, [ids_of(each) for each in options.prompt_tokens], (), model
     if not texts:
         raise ValueError(
             "say what to go on from: --prompt TEXT, --prompt-file FILE, or ids, "
@@ -87,7 +93,10 @@ def _asked(
         check_vocabulary(model.vocab_size, tokenizer)
     except ValueError as error:
         raise ValueError(f"{error}; or give ids, --prompt-tokens 1,2,3") from None
-    return tokenizer, [encoded(tokenizer, text) for text in texts], model
+    if options.chat:
+        return tokenizer, *asked(options.model, tokenizer, texts), model
+    prompts = [encoded(tokenizer, text) for text in texts]
+    return tokenizer, prompts, tokenizer.ends, model
 
 
 def _show(
@@ -150,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="to go on from; may stand often", **many)
     add("--prompt-file", type=Path, metavar="FILE", help="a whole file's", **many)
     add("--prompt-tokens", metavar="1,2,3", help="ids; ids are printed", **many)
+    add(
+        "--chat",
+        action="store_true",
+        help="each prompt is what a user says, by the folder's chat template",
+    )
     add("--max-tokens", type=int, default=128, metavar="N", help="new; default: 128")
     add(
         "--temperature",

@@ -87,7 +87,7 @@ def test_whole_documents_in_both_parts(folder):
     # What an older run or one of a stream has, it has still.
     stream = make_config(folder, training=training)
     assert "data.packing" not in open_data(stream).meta
-    with pytest.raises(ValueError, match="data.packing was absent, is whole"):
+    with pytest.raises(ValueError, match="data.packing was stream, is whole"):
         refuse_other_data(open_data(stream).meta, data.meta)
     short = Training(sequence_tokens=33, batch_size=2)
     notes = open_data(make_config(folder, data=whole, training=short)).notes

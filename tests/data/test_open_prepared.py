@@ -104,12 +104,17 @@ def test_another_tokenizer_is_refused(tmp_path, tables, words):
     (tmp_path / "before").mkdir()
     after = Run(folder=str(tmp_path / "run"), after=str(tmp_path / "before"))
     open_data(make_config(tmp_path / "bytes", run=after))
-    with pytest.raises(ValueError, match="before has bytes of 257: .*er bytes"):
+    with pytest.raises(ValueError, match="before has bytes: .*er bytes"):
         open_data(make_config(tmp_path / "out", run=after))
     with pytest.raises(ValueError, match="vocab_size 5 is less than the 6 ids"):
         open_data(make_config(tmp_path / "out", model=Model(vocab_size=5)))
-    # A folder without a tokenizer says nothing: its vocabulary must be large enough.
-    bare = Model(vocab_size=6, from_=str(tmp_path / "before"))
+    # A folder without a tokenizer reads bytes, too, until one is put into it.
+    bare = Model(vocab_size=320, from_=str(tmp_path / "before"))
+    open_data(make_config(tmp_path / "bytes", model=bare))
+    message = f"{digest(words)} of 6 ids, and .*before has bytes: .*put its tokenizer"
+    with pytest.raises(ValueError, match=message):
+        open_data(make_config(tmp_path / "out", model=bare))
+    (tmp_path / "before" / "tokenizer.json").write_text(text)
     open_data(make_config(tmp_path / "out", model=bare))
     (tmp_path / "out" / "tokenizer.json").write_text(text.replace('"long"', '"short"'))
     with pytest.raises(ValueError, match="is not the one that its tokens were made by"):

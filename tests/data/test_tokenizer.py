@@ -36,6 +36,24 @@ def test_a_folders_own(folder):
     assert tokenizer_of(folder / "copy").ends == (1, 4)
 
 
+def test_a_copy_has_all_that_goes_along(folder, tmp_path):
+    """Bytes as they were, and none of it where bytes are the tokens."""
+    for name in ("chat_template.jinja", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).write_text(f'{{"{name}": 1}}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "top_k": 3}')
+    names = {each.name for each in folder.iterdir()}
+    (folder / "config.json").write_text("{}")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    tokenizer_of(folder).copy_to(copy)
+    assert {each.name for each in copy.iterdir()} == names
+    for name in names:
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
+    (copy / "config.yaml").write_text("")
+    Bytes().copy_to(copy)
+    assert [each.name for each in copy.iterdir()] == ["config.yaml"]
+
+
 def test_bytes(tmp_path):
     tokenizer = tokenizer_of(tmp_path)
     assert isinstance(tokenizer, Bytes)

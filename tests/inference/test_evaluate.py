@@ -99,6 +99,23 @@ def test_the_loss_is_the_unsharded_one(place, want, name):
     assert found["by_position"][0]["loss"] != pytest.approx(loss, rel=1e-2)
 
 
+def test_the_first_rows_alone(place, want, capsys):
+    """Of the label that follows the last of them, too; said, and in the JSON."""
+    found = run(place, *CASES["data 2 x seq 4, 3 rows"], "--max-rows=2")
+    ids = [token for text in TEXTS for token in (*text, 256)]
+    ends = np.cumsum([len(text) + 1 for text in TEXTS])
+    first = [i for i in range(2 * TOKENS) if i + 1 not in ends]
+    assert found["tokens"] == len(first) < len(want)
+    assert found["loss"] == pytest.approx(want[: len(first), 1].mean(), rel=1e-6)
+    rows = -(-len(ids) // TOKENS)
+    assert (found["rows"], found["rows_in_data"]) == (2, rows)
+    said = capsys.readouterr().out
+    assert f"{rows} rows of 37, the first 2 of them, by --max-rows; 4 rows at" in said
+    more = run(place, "--mesh.seq=8", f"--max-rows={rows + 1}")
+    assert more["tokens"] == len(want) and more["rows"] == rows
+    assert "--max-rows" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_bfloat16_as_unsharded(place, want):
     losses = [
@@ -143,6 +160,7 @@ def test_ids_of_a_tokenizer_and_a_picture(place, tmp_path, capsys):
         (["--mesh.tensor=8", "--mesh.seq=1"], "num_kv_heads 4 does not divide over"),
         (["--mesh.seq=3"], "takes 3 devices, but there are 8"),
         (["--batch-size=0"], "--batch-size 0: give 1 or more"),
+        (["--max-rows=0"], "--max-rows 0: give 1 or more"),
     ],
 )
 def test_refused_in_words(place, tmp_path, capsys, words, said):

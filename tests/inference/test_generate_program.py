@@ -7,15 +7,20 @@ from pathlib import Path
 
 import jax
 import pytest
+from files import module_of
 from flax import nnx
 
 from ulysses_jax import Model, Transformer, make_mesh
+from ulysses_jax.data.chat_template import ChatTemplate
+from ulysses_jax.data.tokenizer import tokenizer_of
 from ulysses_jax.generate import main
 from ulysses_jax.inference import generate, generation
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.kinds import KINDS
 
-FIXTURES = Path(__file__).parents[1] / "interop" / "fixtures"
+TESTS = Path(__file__).parents[1]
+FIXTURES = TESTS / "interop" / "fixtures"
+CHATS = TESTS / "data" / "chat_fixtures"
 GPT2 = FIXTURES / "gpt2"
 
 
@@ -49,6 +54,43 @@ def test_text_comes_out(folder, tmp_path, capsys):
     assert capsys.readouterr().out == texts[0] + "\n"
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """A model of words, and a template that ends what is said by a sign of its own."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    sizes = Model(vocab_size=320, width=32, num_layers=1, num_heads=4)
+    save_pretrained(Transformer(sizes, rngs=nnx.Rngs(0)), folder, max_tokens=64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHATS / name, folder)
+    (folder / "chat_template.jinja").write_text(
+        module_of("tests/data/make_chat_fixtures.py").SHAPES["chatml"]
+    )
+    return folder
+
+
+def test_what_a_user_says(chatting, capsys, monkeypatch):
+    """By the template, nothing put around it again; its sign ends the answer."""
+    seen = []
+
+    def stream(model, prompts, request):
+        del model
+        seen.append((prompts, request))
+        return iter(())
+
+    monkeypatch.setattr("ulysses_jax.generate.stream", stream)
+    main([f"--model={chatting}", "--chat", "--prompt=Hi?", "--max-tokens=2"])
+    ((prompt,), request) = seen[0]
+    tokenizer = tokenizer_of(chatting)
+    text = tokenizer._own.decode(prompt, skip_special_tokens=False)
+    messages = [{"role": "user", "content": "Hi?"}]
+    want = ChatTemplate(chatting).render(messages, add_generation_prompt=True)
+    assert text == want.text and text.endswith("<|im_start|>assistant\n")
+    sign = tokenizer._own.token_to_id("<|im_end|>")
+    assert request.ends == (*tokenizer.ends, sign) and sign not in tokenizer.ends
+    main([f"--model={chatting}", "--prompt=Hi?", "--max-tokens=2"])
+    assert seen[1][1].ends == tokenizer.ends and len(seen[1][0][0]) < len(prompt)
+
+
 def vocabulary_of(folder, to):
     """A copy whose tokenizer has more ids than the model."""
     copy = Path(shutil.copytree(folder, to / "copy"))
@@ -72,6 +114,9 @@ IDS = ["--prompt-tokens=1,2,3"]
         (["--model=MORE", "--prompt=a"], "320 is less than the 400 ids of the folder"),
         ([*IDS, "--prompt=a"], "give one or the other"),
         (["--prompt-tokens="], "prompt 1 of 1 has no token"),
+        (["--prompt-file=no.txt"], "no.txt cannot be read .No such.*, --prompt TEXT"),
+        ([*IDS, "--chat"], "and --prompt-tokens gives ids: leave one of them out"),
+        (["--model=TINY", "--chat", "--prompt=a"], "tiny are bytes, which have none"),
         (["--model=TINY", "--prompt="], "prompt 1 of 1 has no token"),
         (["--prompt-tokens=1,48"], "are 1 to 48, but model.vocab_size is 48: use ids"),
         ([*IDS, "--max-tokens=0"], "max-tokens 0 is not from 1"),

@@ -112,6 +112,15 @@ def test_a_run_from_a_folder_to_a_folder(file, folder, tmp_path, capsys):
     where there is a checkpoint."""
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
+    beside = {
+        "chat_template.jinja": "{{ messages }}",
+        "tokenizer_config.json": '{"bos_token": "<s>"}',
+        "special_tokens_map.json": "{}",
+        "generation_config.json": '{"eos_token_id": 1, "temperature": 0.6}',
+        "LICENSE.txt": "as you like",
+    }
+    for name, text in beside.items():
+        (moved / name).write_text(text)
     config = load(file, ["--model.from", str(moved)])
     train(config)
     said = capsys.readouterr().out
@@ -122,8 +131,13 @@ def test_a_run_from_a_folder_to_a_folder(file, folder, tmp_path, capsys):
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert config_of(tmp_path / "out") == config_of(folder)
-    own = (folder / "tokenizer.json").read_bytes()
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == own
+    names = {each.name for each in moved.iterdir()}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == names
+    for name in {"tokenizer.json", *beside}:
+        own = (moved / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == own
+        if name != "LICENSE.txt":  # so has the run's folder, from which another starts
+            assert (tmp_path / "run" / name).read_bytes() == own
     shutil.rmtree(moved)
     run = tmp_path / "run" / "config.yaml"
     train(load(run))
@@ -145,6 +159,11 @@ def test_what_a_run_cannot_start_from(file, folder, tmp_path):
         load(file.with_name("b.yaml"))
     with pytest.raises(ValueError, match="missing is no model's folder"):
         load(file, ["--model.from", str(tmp_path / "missing")])
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "config.yaml").write_text("{}")
+    (tmp_path / "before" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="say --run.after .*before in .*--to NEW_FOL"):
+        load(file, ["--model.from", str(tmp_path / "before")])
     with pytest.raises(ValueError, match="experts"):
         load(file, ["--model.from", str(FIXTURES / "gpt_oss")])
     config = load(file, ["--model.num-layers=4"])

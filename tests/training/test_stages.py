@@ -109,6 +109,12 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch, capfd):
     )
     second = nnx.to_pure_dict(nnx.state(load_run(folders[1])))
     jax.tree.map(np.testing.assert_array_equal, second, first)  # its rate is 0
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*argv, "--training.num-steps", "5"])
+    assert stopped.value.code == 2
+    want = "stage 1 of 2 has training.num_steps 5, and stage 2 has begun from its step"
+    assert f"{want} 3: set it to 3 in the file" in capfd.readouterr().err
+    assert read_rows(folders[0] / "metrics.jsonl") == rows
     config = load(folders[1] / "config.yaml")
     assert config.run.after == str(folders[0]) and config.mesh.seq == 8
 

@@ -58,8 +58,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ValueError(
                 f"{folder} has no chat template, neither {own.name} nor chat_template "
-                f"in {config_path.name}: put the model's own there, or give prompt and "
-                "completion instead of messages"
+                f"in {config_path.name}: put the model's own there"
             )
         self._tokens = {
             name: _content(value)

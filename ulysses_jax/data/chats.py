@@ -78,13 +78,7 @@ class ExampleEncoder:
                     "messages need a chat template, and bytes have none: take a "
                     "folder's tokenizer, or give prompt and completion"
                 )
-            try:
-                from ulysses_jax.data.chat_template import ChatTemplate
-            except ImportError:
-                raise ValueError(
-                    "a chat template is Jinja: pip install 'ulysses-jax[data]'"
-                ) from None
-            self._template = ChatTemplate(self._folder)
+            self._template = template_of(self._folder)
         return self._template
 
     def template_digest(self) -> str | None:
@@ -173,6 +167,17 @@ class ExampleEncoder:
                     )
                 spans.append((len(before), _answer_stop(after, message)))
         return text, spans
+
+
+def template_of(folder: Path) -> "ChatTemplate":
+    """Raises ValueError: the folder has none, or no Jinja is there to read it."""
+    try:
+        from ulysses_jax.data.chat_template import ChatTemplate
+    except ImportError:
+        raise ValueError(
+            "a chat template is Jinja: pip install 'ulysses-jax[data]'"
+        ) from None
+    return ChatTemplate(folder)
 
 
 def _answer_stop(text: str, message: dict) -> int:

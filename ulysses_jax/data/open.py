@@ -28,6 +28,9 @@ from ulysses_jax.data.stream import Stream
 from ulysses_jax.data.streams import held_records, streams_of_text, streams_of_tokens
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, check_vocabulary
 
+# What `RunData.meta` leaves out.
+_UNSAID = {"data.packing": "stream", "tokenizer": "bytes", "tokens that end": []}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
@@ -90,10 +93,14 @@ def refuse_other_data(
     Raises:
       ValueError: names everything that differs, with both values, and the remedy.
     """
+
+    def said(meta: dict[str, Any], name: str) -> Any:
+        return meta.get(name, _UNSAID.get(name, "absent"))
+
     differ = [
-        f"{name} was {saved.get(name, 'absent')}, is {current.get(name, 'absent')}"
+        f"{name} was {said(saved, name)}, is {said(current, name)}"
         for name in {**saved, **current}
-        if saved.get(name, "absent") != current.get(name, "absent")
+        if said(saved, name) != said(current, name)
     ]
     if differ:
         folder = "FOLDER"

@@ -5,7 +5,8 @@
     ends-00000.bin    where each document ends in its shard, exclusive, int64
     counts-00000.bin  a bit a token, lowest first: whether the loss asks for it; only
                       where index.json has counts true
-    tokenizer.json, generation_config.json    of the tokenizer, unless it is bytes
+    tokenizer.json, generation_config.json, chat_template.jinja, ...    all that goes
+                      along with the tokenizer, unless it is bytes
 
 All numbers are little-endian.
 """

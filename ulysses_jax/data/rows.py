@@ -23,7 +23,10 @@ class Rows:
       sequence_tokens: T, before a row is padded to the mesh.
       mask_documents: whether rows have segment ids, and positions restart at documents.
       names: of the arrays that `read` returns.
-      num_tokens: of the whole stream.
+      num_tokens: of the stream, or of its first rows.
+
+    Args:
+      most_rows: only the first ones, at most; what follows them is a label alone.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Rows:
         sequence_tokens: int,
         *,
         mask_documents: bool,
+        most_rows: int | None = None,
     ):
         assert len(stream.ends) and sequence_tokens > 0
         self.stream = stream
@@ -41,6 +45,8 @@ class Rows:
         if mask_documents:
             self.names += ("segment_ids",)
         self.num_tokens = int(stream.ends[-1])
+        if most_rows is not None:
+            self.num_tokens = min(self.num_tokens, most_rows * sequence_tokens)
 
     def __len__(self) -> int:
         return math.ceil(self.num_tokens / self.sequence_tokens)

@@ -37,15 +37,16 @@ def tokenizer_of_prepared(
             "again"
         )
     own, folder = tokenizer_of_run(config)
-    # A run has said that it reads bytes; of another folder without one nothing is said.
-    says = folder is not None or config.run.after is not None
-    if says and digest_of(own) != index["tokenizer"]:
-        where = folder or config.run.after
+    # Where a model starts from says what it reads: bytes, where no tokenizer is there.
+    where = folder or config.run.after or config.model.from_
+    if where is not None and digest_of(own) != index["tokenizer"]:
+        theirs = f" of {own.num_ids:,} ids" * (folder is not None)
+        put = f"; or put its tokenizer.json into {where}, if it is that model's"
         raise ValueError(
             f"data.files {path} was prepared with the tokenizer {index['tokenizer']} "
-            f"of {index['num_ids']:,} ids, and {where} has {digest_of(own)} of "
-            f"{own.num_ids:,}: prepare the files with --tokenizer "
-            f"{folder or 'bytes'}, or start from the model that they were prepared for"
+            f"of {index['num_ids']:,} ids, and {where} has {digest_of(own)}{theirs}: "
+            f"prepare the files with --tokenizer {folder or 'bytes'}, or start from "
+            "the model that they were prepared for" + put * (folder is None)
         )
     if config.model.vocab_size < index["num_ids"]:
         raise ValueError(

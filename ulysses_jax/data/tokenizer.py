@@ -39,8 +39,8 @@ class Bytes:
 
     def copy_to(self, folder: Path) -> None:
         """So that `tokenizer_of(folder)` is this one: it has no other."""
-        for name in (_FILE, _ENDS):
-            (folder / name).unlink(missing_ok=True)
+        for path in files_of(folder):
+            path.unlink()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Of ids that are no byte, nothing; of a broken character, its sign."""
@@ -100,14 +100,17 @@ class Folder:
         return encoding.ids, encoding.offsets
 
     def copy_to(self, folder: Path) -> None:
-        """So that `tokenizer_of(folder)` is this one."""
+        """So that `tokenizer_of(folder)` is this one, and has its chat template."""
         if self.path.parent == folder:
             return
-        shutil.copy(self.path, folder / _FILE)
-        own = self.path.parent / _ENDS
+        for path in files_of(self.path.parent):
+            shutil.copy(path, folder / path.name)
+        if _ends(folder) == self.ends and self.ends:
+            return
+        own = folder / _ENDS  # they were said elsewhere
         said = json.loads(own.read_bytes()) if own.is_file() else {}
         said["eos_token_id"] = list(self.ends) or None
-        (folder / _ENDS).write_text(json.dumps(said))
+        own.write_text(json.dumps(said))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._own.decode(list(ids), skip_special_tokens=True)
@@ -116,8 +119,8 @@ class Folder:
 Tokenizer = Bytes | Folder
 
 _FILE, _ENDS = "tokenizer.json", "generation_config.json"
-# What other tokenizers lie in: of those, too, a folder's tokens are no bytes.
-_OTHERS = (
+# What tokenizers lie in: also those that this does not read are no bytes.
+_OWN = (
     "tokenizer*",
     "vocab.*",
     "merges.txt",
@@ -125,6 +128,13 @@ _OTHERS = (
     "spiece.model",
     "*.tiktoken",
 )
+_BESIDE = (_ENDS, "chat_template*", "special_tokens_map.json", "added_tokens.json")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Of a folder's tokenizer and who writes with it: all that goes along with it."""
+    found = {path for each in (*_OWN, *_BESIDE) for path in folder.glob(each)}
+    return sorted(path for path in found if path.is_file())
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
@@ -135,7 +145,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     """
     if (folder / _FILE).is_file():
         return Folder(folder)
-    others = sorted(path.name for each in _OTHERS for path in folder.glob(each))
+    others = sorted(path.name for each in _OWN for path in folder.glob(each))
     if others:
         raise ValueError(
             f"{folder} has {', '.join(others)} and no {_FILE}: "

@@ -12,6 +12,7 @@ from ulysses_jax.families.gemma import GEMMA3
 from ulysses_jax.families.gpt2 import GPT2
 from ulysses_jax.families.gpt_oss import GPT_OSS
 from ulysses_jax.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from ulysses_jax.run_folder import is_run_folder
 
 CONFIG = "config.json"
 
@@ -38,6 +39,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "of: merge them first, in Python "
                 "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
                 ".save_pretrained(merged)"
+            ) from None
+        if is_run_folder(path.parent):
+            raise ValueError(
+                f"{folder} is a run's folder: to train from its last parameters say "
+                f"--run.after {folder} in place of --model.from, or write it as a "
+                f"model's folder first (python -m ulysses_jax.export --run {folder} "
+                "--to NEW_FOLDER)"
             ) from None
         raise ValueError(
             f"{folder} is no model's folder: cannot read {path} ({error.strerror}); "

@@ -75,7 +75,7 @@ def mesh_of(options: argparse.Namespace) -> Iterator[Mesh]:
         not there.
     """
     said = vars(options)
-    for name in ("batch_size", "simulated_cpu_devices"):
+    for name in ("batch_size", "max_rows", "simulated_cpu_devices"):
         given = said.get(name)
         if given is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} {given}: give 1 or more")

@@ -15,6 +15,7 @@ from flax import nnx
 
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
+from ulysses_jax.data.tokenizer import files_of
 from ulysses_jax.families.config_json import (
     CONFIG,
     config_of,
@@ -36,19 +37,6 @@ from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write, write_file
 from ulysses_jax.tensors.reading import described, read_parameters
 from ulysses_jax.tensors.writing import written
 from ulysses_jax.training.load import load_run
-
-# Beside the config and the weights: what a tokenizer and who serves the model read.
-_PASSED_ON = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template*",
-    "*.tiktoken",
-    "LICENSE*",
-)
 
 
 def from_pretrained(
@@ -195,9 +183,9 @@ def save_pretrained(
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
-    for path in sorted({path for each in _PASSED_ON for path in source.glob(each)}):
-        if path.is_file():
-            shutil.copy(path, folder / path.name)
+    """A tokenizer's files, and the license."""
+    for path in (*files_of(source), *sorted(source.glob("LICENSE*"))):
+        shutil.copy(path, folder / path.name)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 before."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def train_stages(
       The module that the last stage trained.
 
     Raises:
-      ValueError: a stage that the mesh cannot hold, by its number, before the first
-        one starts; else as `training.train`.
+      ValueError: a stage that the mesh cannot hold, or that trains others than the
+        one before, by its number, before the first one starts; more steps for a stage
+        after which another has begun; else as `training.train`.
     """
     many = len(configs) > 1
     for number, config in enumerate(configs, 1):
@@ -49,20 +51,36 @@ def train_stages(
             if not many:
                 raise
             raise ValueError(f"stage {number} of {len(configs)}: {error}") from None
+    _refuse_more_steps(configs)
     model = None
     for number, config in enumerate(configs, 1):
         is_last = number == len(configs)
         if many and jax.process_index() == 0:
             print(f"stage {number} of {len(configs)}: {config.run.folder}", flush=True)
-        if is_last or not _is_done(config):
+        if is_last or _steps_taken(config) < config.training.num_steps:
             model = None  # its memory is the next one's
             model = run_once(config, make_model, interrupted, is_last=is_last)
     return model
 
 
-def _is_done(config: Config) -> bool:
+def _refuse_more_steps(configs: Sequence[Config]) -> None:
+    """A stage is done when the next has begun: that one would not start from what more
+    steps make."""
+    for number, (config, after) in enumerate(pairwise(configs), 1):
+        taken, asked = _steps_taken(config), config.training.num_steps
+        if taken < asked and _steps_taken(after):
+            raise ValueError(
+                f"stage {number} of {len(configs)} has training.num_steps {asked}, and "
+                f"stage {number + 1} has begun from its step {taken}: set it to "
+                f"{taken} in the file, or give all stages another run.folder "
+                "(--run.folder)"
+            )
+
+
+def _steps_taken(config: Config) -> int:
+    """Those that are saved."""
     assert config.run.folder is not None
     folder = Path(config.run.folder) / "checkpoints"
     with Checkpointer(folder, interval_steps=1) as checkpoints:
         saved = checkpoints.latest_meta()
-    return saved is not None and saved[0] >= config.training.num_steps
+    return 0 if saved is None else saved[0]
