@@ -24,6 +24,7 @@ from shared_programs import shared_programs as shared_programs
 from ulysses_jax import train
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents
+from ulysses_jax.data.prepare import prepare
 from ulysses_jax.data.split import split
 from ulysses_jax.data.stream import read_bytes
 from ulysses_jax.mesh import make_mesh
@@ -488,6 +489,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file, tmp_path, capfd):
         state = ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step))
         assert state["step"] == step
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+class NoAnswers:
+    """Of what no token counts."""
+
+    def __call__(self, data):
+        return np.frombuffer(data, np.uint8).astype(np.uint16), np.zeros(
+            len(data), bool
+        )
+
+
+def test_a_validation_in_which_no_token_counts_is_refused(
+    config_file, tmp_path, corpus, capfd
+):
+    """Before a step is compiled; it would have no loss, and not one of 0."""
+    encoder = NoAnswers()
+    prepare(str(corpus), tmp_path / "in", encoder=encoder, with_counts=True)
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, tmp_path / "run", f"--data.files={tmp_path / 'in'}")
+    assert stopped.value.code == 2
+    out, err = capfd.readouterr()
+    assert "of 64 that would validate counts" in err and "compiling" not in out
 
 
 def test_a_validation_that_is_not_finite_is_not_saved(

@@ -20,6 +20,7 @@ from ulysses_jax.data.loader import (
     batches,
     local_boxes,
     read_box,
+    refuse_uncounted,
     validation_batches,
 )
 from ulysses_jax.data.rows import Rows
@@ -394,3 +395,28 @@ def test_zigzag_ranges_join(members):
             assert found == order[start:stop].tolist()
     with pytest.raises(ValueError, match="22 tokens are not 4 half-blocks .* to 24"):
         zigzag_ranges(0, 22, 22, 2)
+
+
+class Counting(ByteStream):
+    """Of whose tokens those count that are in `counted`."""
+
+    counted: tuple[int, ...] = ()
+
+    def counts(self, first, last):  # pyright: ignore
+        return np.isin(np.arange(first, last), self.counted)
+
+
+def test_rows_that_validate_without_a_token_that_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("ulysses_jax.data.loader._CHECKED_TOKENS", 4)
+    plain = make_rows(tmp_path)
+    refuse_uncounted(plain, 1)
+    stream = Counting(plain.stream.documents)
+    rows = Rows(stream, 16, mask_documents=True)
+    words = "none of the tokens of the 3 rows of 16 that would validate counts"
+    with pytest.raises(ValueError, match=words):
+        refuse_uncounted(rows, 3)
+    # One token in the third of these rows; a document's first one is no label.
+    stream.counted = (int(stream.ends[0]), 45)
+    refuse_uncounted(rows, 3)
+    with pytest.raises(ValueError, match="use training.validation_batches 0"):
+        refuse_uncounted(rows, 2)

@@ -88,3 +88,15 @@ def test_one_behind():
         (2, 3),
     ]
     assert list(one_behind([])) == []
+
+
+def test_a_step_in_which_no_token_counts_has_no_loss():
+    rows = []
+    steps = InFlight(100, lambda number, **row: rows.append(row))
+    means = {"loss": 0.0, "objective": 0.0, "gradient_norm": 0.0}
+    for number, counted in ((1, 3), (2, 0)):
+        steps.add(number, means | {"counted_tokens": counted}, 0.0)
+    steps.settle()
+    assert rows[0]["loss"] == rows[0]["objective"] == 0
+    assert rows[1]["loss"] is None and "objective" not in rows[1]
+    assert rows[1]["counted_tokens"] == 0

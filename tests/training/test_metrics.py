@@ -293,3 +293,24 @@ def test_smoothing_keeps_a_line_and_takes_noise(tmp_path):
 def test_no_step_taken(tmp_path, capfd):
     run(tmp_path, [], finish=True)
     assert "no step was taken" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("losses", [(2.0, None), (None, None)])
+def test_a_step_without_a_loss(tmp_path, capsys, losses):
+    """It is said, its row is one, and it is no loss of 0 in what comes after."""
+    options = dict(num_steps=2, quiet=True, is_main=True)
+    with RunLog(tmp_path, **options) as log:
+        for step, loss in enumerate(losses, 1):
+            counted = 0.0 if loss is None else 9.0
+            log.log_step(step, loss, 1.0, 1.0, counted_tokens=counted)
+        log.log_validation(2, 3.0)
+        log.finish()
+    assert ["loss" in row for row in rows_of(tmp_path)] == [
+        x is not None for x in losses
+    ]
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
+    out = capsys.readouterr().out
+    assert "step 2: none of its tokens counts, so it has no loss" in out
+    last = "no step had a token" if losses[0] is None else "final loss 2.0000 at step 1"
+    assert last in out and "step 2/2  no loss  validation loss 3.0000" in out
+    draw_loss(read_rows(tmp_path / "metrics.jsonl"), tmp_path / "x.png", title="x")

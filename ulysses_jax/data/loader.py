@@ -10,6 +10,7 @@ from jaxtyping import Int, Int32
 
 from ulysses_jax.data.balance import deal, work
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.parallel.zigzag import zigzag_ranges
 
 Box = tuple[tuple[int, int], ...]
@@ -18,6 +19,7 @@ Box = tuple[tuple[int, int], ...]
 # Batches that are made while the devices compute, and threads that make them.
 _AHEAD = 2
 _THREADS = 2
+_CHECKED_TOKENS = 2**16
 
 
 def batches(
@@ -85,6 +87,25 @@ def validation_batches(
     order += range(len(rows), len(rows) + num * batch - len(order))  # padding
     shape = (1, batch, tokens)
     return _read_ahead(order, range(num), rows, shape, sharding, zigzag_members)
+
+
+def refuse_uncounted(rows: Rows, num_rows: int) -> None:
+    """Raises ValueError where none of the first rows that validate has a label.
+
+    Cost: reads tokens up to the first label; in most data that is the second one.
+    """
+    numbers = rows.in_order()[:num_rows]
+    for row in numbers:
+        for start in range(0, rows.sequence_tokens, _CHECKED_TOKENS):
+            stop = min(start + _CHECKED_TOKENS, rows.sequence_tokens)
+            if (rows.read(row, start, stop)["labels"] != IGNORED).any():
+                return
+    raise ValueError(
+        f"none of the tokens of the {len(numbers):,} rows of {rows.sequence_tokens:,} "
+        "that would validate counts, so they have no loss: use "
+        "training.validation_batches 0; or, in a new run, a larger "
+        "data.validation_fraction"
+    )
 
 
 def local_boxes(

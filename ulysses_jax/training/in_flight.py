@@ -13,7 +13,8 @@ class InFlight:
 
     Args:
       tokens: of a step, over all devices.
-      log: `f(step, loss=, tokens_per_second=, seconds=, ...)`, as `RunLog.log_step`.
+      log: `f(step, loss=, tokens_per_second=, seconds=, ...)`, as `RunLog.log_step`;
+        loss is None where none of the step's tokens counts.
     """
 
     def __init__(self, tokens: int, log: Callable[..., Any]):
@@ -47,19 +48,28 @@ class InFlight:
         if self._step is None:
             return
         (number, metrics, started), self._step = self._step, None
-        row = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, float | None] = {
+            name: float(value) for name, value in metrics.items()
+        }
         now = time.monotonic()
         seconds = now - max(started, self._last_read)
         self._last_read = now
+        if row.get("counted_tokens") == 0:  # means of nothing
+            row["loss"] = None
+            row.pop("objective", None)
         check_finite(number, row)
         self._log(
             number, tokens_per_second=self._tokens / seconds, seconds=seconds, **row
         )
 
 
-def check_finite(step: int, row: Mapping[str, float]) -> None:
+def check_finite(step: int, row: Mapping[str, float | None]) -> None:
     """Raises ValueError where a number of a step is not finite."""
-    bad = [f"{name} is {value}" for name, value in row.items() if not isfinite(value)]
+    bad = [
+        f"{name} is {value}"
+        for name, value in row.items()
+        if value is not None and not isfinite(value)
+    ]
     if bad:
         raise ValueError(
             f"{' and '.join(bad)} at step {step}: lower training.learning_rate; the "

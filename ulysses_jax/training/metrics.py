@@ -75,7 +75,7 @@ class RunLog:
     def log_step(
         self,
         step: int,
-        loss: float,
+        loss: float | None,
         tokens_per_second: float,
         seconds: float,
         **extra: float,
@@ -84,7 +84,8 @@ class RunLog:
 
         Args:
           step: steps taken, this one included; more than at the last call.
-          loss: nats a token.
+          loss: nats a token; None: none of the step's tokens counts. That is said, and
+            the row has no loss.
           tokens_per_second: of all devices together.
           seconds: that the step took.
           extra: other numbers, such as gradient_norm and learning_rate.
@@ -96,9 +97,11 @@ class RunLog:
             return
         if step <= self._row["step"]:
             raise ValueError(f"step {step} comes after step {self._row['step']}")
-        numbers = dict(
-            loss=loss, tokens_per_second=tokens_per_second, seconds=seconds, **extra
-        )
+        numbers = dict(tokens_per_second=tokens_per_second, seconds=seconds, **extra)
+        if loss is None:
+            self.say(f"step {step}: none of its tokens counts, so it has no loss")
+        else:
+            numbers = {"loss": loss, **numbers}
         self._row_start = self._file.seek(0, 2)
         self._row = {"step": step}
         self._is_drawn = False
@@ -113,7 +116,7 @@ class RunLog:
         """
         if not self._is_main:
             return
-        if step != self._row["step"] or "loss" not in self._row:
+        if step != self._row["step"] or "seconds" not in self._row:
             raise ValueError(f"validation at step {step} comes after log_step({step})")
         self._add({"validation_loss": float(validation_loss)})
         self._show()
@@ -147,9 +150,15 @@ class RunLog:
                 f"{best['step']}"
             )
         )
+        last = next((row for row in reversed(rows) if "loss" in row), None)
+        final = (
+            "no step had a token that counts"
+            if last is None
+            else f"final loss {last['loss']:.4f} at step {last['step']}"
+        )
         self.say(
-            f"{self.folder}: final loss {rows[-1]['loss']:.4f} at step "
-            f"{rows[-1]['step']}{validation}; see loss.png, metrics.jsonl, tensorboard/"
+            f"{self.folder}: {final}{validation}; see loss.png, metrics.jsonl, "
+            "tensorboard/"
         )
 
     def close(self) -> None:
@@ -207,7 +216,7 @@ class RunLog:
         step, now = int(self._row["step"]), time.monotonic()
         if self._clock is None:
             self._clock = step, now  # the first step compiles: it predicts nothing
-        loss = f"loss {self._row['loss']:.4f}"
+        loss = f"loss {self._row['loss']:.4f}" if "loss" in self._row else "no loss"
         rest = f"{self._row['tokens_per_second']:,.0f} tokens/s"
         if step > self._clock[0]:
             pace = (now - self._clock[1]) / (step - self._clock[0])
@@ -243,7 +252,8 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
     return (
         isinstance(value, dict)
-        and {"step", "loss"} <= value.keys()
+        and "step" in value
+        and ("loss" in value or value.get("counted_tokens") == 0)
         and type(value["step"]) is int
         and all(type(number) in (int, float) for number in value.values())
     )

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 def draw_loss(rows: list[dict[str, float]], path: Path, *, title: str) -> None:
     """Draws training loss, raw and smoothed, and validation loss over steps, as PNG."""
     steps = np.array([row["step"] for row in rows])
-    loss = np.array([row["loss"] for row in rows])
+    loss = np.array([row.get("loss", np.nan) for row in rows])
     finite = np.isfinite(loss)
     measured = [row for row in rows if "validation_loss" in row]
 

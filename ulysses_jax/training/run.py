@@ -15,7 +15,7 @@ from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.targets import target_of
-from ulysses_jax.data.loader import batches, validation_batches
+from ulysses_jax.data.loader import batches, refuse_uncounted, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
 from ulysses_jax.mesh import (
@@ -155,8 +155,13 @@ def run_once(
         step = jit_train_step(config, platform_of(mesh), make_model)
         step = step.trace(shapes, abstract_batch(config))
         # What a process finds on its own disk, all processes must hear of.
+        validates = data.validation is not None and training.validation_batches > 0
         with agreed():
             check_folder(folder)
+            if validates:
+                assert data.validation is not None
+                num_rows = training.validation_batches * training.batch_size
+                refuse_uncounted(data.validation, num_rows)
             meta = {
                 "model": identity(config, make_model),
                 "data": data.meta,
@@ -252,9 +257,8 @@ def run_once(
                 if stopping.is_set():
                     return None  # who waits to end this run may not wait for long
                 total, count = total + float(part), count + int(tokens)
-            return total / max(count, 1)  # of answers, a part may have none
+            return total / count  # more than 0: `refuse_uncounted` let it pass
 
-        validates = data.validation is not None and training.validation_batches > 0
         every = training.validation_interval_steps or training.num_steps
         log = RunLog(
             folder,

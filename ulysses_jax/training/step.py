@@ -113,7 +113,9 @@ def make_train_step(
       (the plain cross-entropy, nats a token: comparable between runs whatever they
       minimise), `objective` (what is minimised, where training.label_smoothing or
       training.z_loss make it another), `gradient_norm` (of the objective, before
-      clipping) and `learning_rate`.
+      clipping) and `learning_rate`; and the int32 `counted_tokens`, over which loss and
+      objective are means. Where none counts these say 0 and mean nothing: the gradient
+      is 0, and the optimizer takes its step with that.
     """
     optimizer = optimizer_of(config, make_model)
     schedule = learning_rate_schedule(config.training)
@@ -155,9 +157,9 @@ def make_train_step(
 
             sums, _ = jax.lax.scan(accumulate, zeros, batch)
         (minimised, loss), gradients = sums
-        # A step in which no token has a label leaves a loss of 0 and no gradient.
-        tokens = num_valid(batch["labels"], vocab_size)
-        tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
+        # A step in which no token counts has no loss; its gradients are 0.
+        counted = num_valid(batch["labels"], vocab_size)
+        tokens = jnp.maximum(counted, 1).astype(jnp.float32)
         gradients = laid("moments", gradients)
         parameters = laid("moments", parameters)
         parameters, optimizer_state, norm = update(
@@ -167,6 +169,7 @@ def make_train_step(
             "loss": loss / tokens,
             "gradient_norm": norm,
             "learning_rate": schedule(state.step),
+            "counted_tokens": counted,
         }
         if changed:
             metrics["objective"] = minimised / tokens
