@@ -1,6 +1,7 @@
 """Tokens prepared once: the same bytes however they were made, and read in part."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -315,9 +316,152 @@ def test_an_index_of_another_version(prepared):
     (prepared / "index.json").write_text(json.dumps(index | {"version": 2}))
     with pytest.raises(ValueError, match="version 2, and version 1 is read here"):
         PreparedTokens(prepared)
-    (prepared / "index.json").write_text('{"format"')
-    with pytest.raises(ValueError, match="index.json is broken: delete the folder"):
+    for broken in ('{"format"', "[]", "[" * 100_000):
+        (prepared / "index.json").write_text(broken)
+        words = "index.json is no JSON.*: delete the folder and prepare the files again"
+        with pytest.raises(ValueError, match=words):
+            PreparedTokens(prepared)
+
+
+GONE = object()
+FIELDS = [
+    ("dtype", "float32", "dtype is 'float32', not uint16 or uint32"),
+    ("dtype", [], r"dtype is \[\], not uint16"),
+    ("dtype", GONE, "has no field dtype"),
+    ("num_ids", 0, "num_ids is 0, not 1 to 65,536"),
+    ("num_ids", 70_000, "num_ids is 70000, not 1 to 65,536"),
+    ("num_ids", True, "num_ids is True"),
+    ("tokenizer", 3, "tokenizer is 3, not text"),
+    ("ends", [6], r"ends is \[6\], not a list of ids below 6"),
+    ("counts", None, "counts is None, not true or false"),
+    ("text_field", 1, "text_field is 1, not text or null"),
+    ("shard_tokens", -1, "shard_tokens is -1"),
+    ("files", {}, "files is {}, not a list"),
+    ("files.0", "a.txt", r"files\[0\] is 'a.txt', not an object"),
+    ("files.0.bytes", 1.5, r"files\[0\].bytes is 1.5, not a whole number"),
+    ("files.0.name", GONE, r"has no field files\[0\].name"),
+    ("shards", GONE, "has no field shards"),
+    ("shards.1", 3, r"shards\[1\] is 3, not an object"),
+    ("shards.1.tokens", "9", r"shards\[1\].tokens is '9'"),
+    ("shards.1.tokens", 2**70, r"shards\[1\].tokens is 118"),
+    ("shards.1.tokens", 1, r"shards\[1\].documents is \d+, not at most its 1 tokens"),
+    ("shards.1.documents", GONE, r"has no field shards\[1\].documents"),
+    ("shards.1.sha256", [], r"shards\[1\].sha256 is \[\], not an object"),
+    ("shards.1.sha256.ids", "../x", r"shards\[1\].sha256.ids is '../x', not 64 hex"),
+    ("shards.1.sha256.ends", GONE, r"has no field shards\[1\].sha256.ends"),
+]
+OF_INDEX = [
+    ("tokens", GONE, "has no field tokens"),
+    ("tokens", 7, "tokens is 7, not [0-9]+, the sum of its shards'"),
+    ("documents", "1", "documents is '1', not a whole number"),
+    ("skipped", 99, r"skipped is 99, not \d+, the sum"),
+    ("date", "today", "date is 'today', not a date"),
+]
+OF_BEGUN = [
+    ("job", [], r"job is \[\], not object"),
+    ("job", GONE, "has no field job"),
+    ("shards.0.next", [1], r"shards\[0\].next is \[1\], not \[file, number\]"),
+    ("shards.0.next", GONE, r"shards\[0\].next is None"),
+]
+
+
+def changed(said, field, value):
+    said = json.loads(json.dumps(said))
+    *path, last = [int(n) if n.isdigit() else n for n in field.split(".")]
+    place = said
+    for name in path:
+        place = place[name]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    return json.dumps(said)
+
+
+def test_a_field_of_the_index_that_is_wrong(prepared):
+    path = prepared / "index.json"
+    index = json.loads(path.read_text())
+    for field, value, message in FIELDS + OF_INDEX:
+        path.write_text(changed(index, field, value))
+        with pytest.raises(ValueError, match=f"^{path}:? {message}.*: delete the fol"):
+            PreparedTokens(prepared)
+    path.write_text(json.dumps(index))
+    PreparedTokens(prepared)
+
+
+def test_a_begun_folder_whose_file_is_wrong(tmp_path, words):
+    write_texts(tmp_path / "in")
+    files, out = str(tmp_path / "in"), tmp_path / "out"
+    with ended_at_shard(2), contextlib.suppress(Ended):
+        prepare(files, out, words, shard_tokens=50)
+    path = out / "unfinished.json"
+    begun = json.loads(path.read_text())
+    of_job = [
+        (f"job.{field}", value, message.replace("no field ", "no field job."))
+        for field, value, message in FIELDS
+        if not field.startswith("shards")
+    ]
+    of_shards = [each for each in FIELDS if each[0].startswith("shards")]
+    for field, value, message in of_job + of_shards + OF_BEGUN:
+        path.write_text(changed(begun, field, value))
+        with pytest.raises(
+            ValueError, match=f"^{path}:? (job.)?{message}.*: delete the"
+        ):
+            prepare(files, out, words, shard_tokens=50)
+    for broken in ("{", "[1]"):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="unfinished.json is no JSON.*: delete /"):
+            prepare(files, out, words, shard_tokens=50)
+    path.write_text(json.dumps(begun))
+    prepare(files, out, words, shard_tokens=50)
+
+
+@pytest.mark.parametrize("place, change", [(-1, 1), (-1, -1), (0, 0), (1, 99)])
+def test_ends_that_are_none(prepared, place, change):
+    """With a checksum that says so: they end elsewhere, or do not rise."""
+    path, index_path = prepared / "ends-00001.bin", prepared / "index.json"
+    ends = np.fromfile(path, "<i8")
+    ends[place] = ends[place] + change if change else 0
+    path.write_bytes(ends.tobytes())
+    index = json.loads(index_path.read_text())
+    index["shards"][1]["sha256"]["ends"] = hashlib.sha256(ends.tobytes()).hexdigest()
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="ends-00001.bin is no list of ends that rise"):
         PreparedTokens(prepared)
+
+
+def test_an_id_that_its_tokenizer_has_not(prepared):
+    """It would be no label of the model's, and left out of the loss without a word."""
+    path = prepared / "ids-00001.bin"
+    ids = np.fromfile(path, "<u2")
+    ids[3] = 6
+    path.write_bytes(ids.tobytes())
+    tokens = PreparedTokens(prepared)
+    first = int(tokens._tokens[1])
+    tokens.ids(first, first + 3)
+    with pytest.raises(
+        ValueError, match="ids-00001.bin has the id 6, and its token.* 6"
+    ):
+        tokens.ids(first, first + 4)
+
+
+def test_links_in_a_begun_folder_are_not_followed(tmp_path, words):
+    """What they lead to stays as it is, be it a part, the index or the tokenizer."""
+    write_texts(tmp_path / "in")
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    prepare(str(tmp_path / "in"), tmp_path / "whole", words)
+    whole = contents(tmp_path / "whole")
+    out.mkdir()
+    kept.write_text("precious")
+    for name in [*whole, "unfinished.json"]:
+        (out / f"{name}.part").symlink_to(kept)
+    prepare(str(tmp_path / "in"), out, words)
+    assert kept.read_text() == "precious" and contents(out) == whole
+    for name in ("tokenizer.json", "generation_config.json"):
+        (out / name).unlink()
+        (out / name).symlink_to(kept)
+    tokenizer_of(words).copy_to(out)
+    assert kept.read_text() == "precious" and contents(out) == whole
 
 
 class EveryOther:

@@ -12,7 +12,6 @@ All numbers are little-endian.
 """
 
 import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Int64
+
+from ulysses_jax.data.index_fields import check_index, read_object
 
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 FORMAT, VERSION = "ulysses_jax tokens", 1
@@ -48,7 +49,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a folder that is whole.
 
     Raises:
-      ValueError: it is not finished, or of another version.
+      ValueError: it is not finished, or of another version; or a field is missing or
+        wrong, by its name.
     """
     index = _said(folder)
     if not index:
@@ -62,6 +64,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{index.get('version')!r}, and version {VERSION} is read here: "
             "delete the folder and prepare the files again"
         )
+    check_index(folder / INDEX, index)
     return index
 
 
@@ -71,15 +74,12 @@ def _said(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_bytes())
-    except ValueError:
-        said = None
-    if isinstance(said, dict):
-        return said
-    if shard_path(folder, "ids", 0).exists():
-        raise ValueError(
-            f"{path} is broken: delete the folder and prepare the files again"
-        )
+        return read_object(path)
+    except ValueError as error:
+        if shard_path(folder, "ids", 0).exists():
+            raise ValueError(
+                f"{error}: delete the folder and prepare the files again"
+            ) from None
     return {}
 
 
@@ -131,8 +131,8 @@ class PreparedTokens:
       num_read_bytes: of ids, so far.
 
     Raises:
-      ValueError: a file is missing or of another size, by name; the ends of documents
-        are not those that were written.
+      ValueError: index.json, as `read_index`; a file is missing or of another size, by
+        name; the ends of documents are not those that were written, or are none.
 
     Cost: 8 bytes a document are read and held; of tokens, those that are asked for.
     """
@@ -155,11 +155,18 @@ class PreparedTokens:
         self.num_read_bytes = 0
 
     def ids(self, first: int, last: int) -> Int[np.ndarray, "n"]:
-        """Raises ValueError: a shard is not as long as it was."""
-        parts = [
-            self._mapped("ids", shard, self._dtype)[start:stop]
-            for shard, start, stop in self._where(first, last)
-        ]
+        """Raises ValueError: a shard is not as long as it was, or has an id that its
+        tokenizer has not."""
+        parts, most = [], self.index["num_ids"]
+        for shard, start, stop in self._where(first, last):
+            part = self._mapped("ids", shard, self._dtype)[start:stop]
+            if (largest := int(part.max(initial=0))) >= most:
+                raise ValueError(
+                    f"{shard_path(self.folder, 'ids', shard)} has the id {largest:,}, "
+                    f"and its tokenizer has {most:,}: fetch it again, or prepare the "
+                    "files again"
+                )
+            parts.append(part)
         self.num_read_bytes += (last - first) * self._dtype.itemsize
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -205,7 +212,14 @@ class PreparedTokens:
                 f"{path} is not what was written: fetch it again, or prepare the files "
                 "again"
             )
-        return np.frombuffer(data, "<i8")
+        ends, tokens = np.frombuffer(data, "<i8"), self._tokens[shard : shard + 2]
+        last = int(ends[-1]) if len(ends) else 0
+        if (np.diff(ends, prepend=0) <= 0).any() or last != tokens[1] - tokens[0]:
+            raise ValueError(
+                f"{path} is no list of ends that rise to the {tokens[1] - tokens[0]:,} "
+                "tokens of its shard: prepare the files again in another folder"
+            )
+        return ends
 
 
 def _size(path: Path) -> int | None:

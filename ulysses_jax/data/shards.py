@@ -5,7 +5,7 @@ import json
 import os
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -72,7 +72,7 @@ class _Part:
     def __init__(self, path: Path):
         self._path, self._part = path, path.with_name(f"{path.name}.part")
         self._digest = hashlib.sha256()
-        self._file = open(self._part, "wb")  # noqa: SIM115
+        self._file = _open_new(self._part)
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -92,14 +92,24 @@ class _Part:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all, also where the machine loses its power."""
+    write_bytes(path, f"{json.dumps(value, indent=1)}\n".encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Whole or not at all; of a link the link is replaced, not what it leads to."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    with _open_new(part) as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
     sync_folder(path.parent)
+
+
+def _open_new(path: Path) -> BinaryIO:
+    """A file that was not there: what was, also a link, is taken away first."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
 
 
 def sync_folder(folder: Path) -> None:

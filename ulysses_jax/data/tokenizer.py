@@ -1,12 +1,13 @@
 """What text is as tokens: bytes, or what a folder's tokenizer.json says."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from ulysses_jax.data.shards import write_bytes
 
 END_OF_DOCUMENT = 256
 NUM_IDS = 257
@@ -104,13 +105,13 @@ class Folder:
         if self.path.parent == folder:
             return
         for path in files_of(self.path.parent):
-            shutil.copy(path, folder / path.name)
+            write_bytes(folder / path.name, path.read_bytes())
         if _ends(folder) == self.ends and self.ends:
             return
         own = folder / _ENDS  # they were said elsewhere
         said = json.loads(own.read_bytes()) if own.is_file() else {}
         said["eos_token_id"] = list(self.ends) or None
-        own.write_text(json.dumps(said))
+        write_bytes(own, json.dumps(said).encode())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._own.decode(list(ids), skip_special_tokens=True)
