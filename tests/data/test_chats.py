@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,6 +173,7 @@ SLOW = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfo
 BRANCHES = (
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
 )
+MARK = "{% generation %}a{% endgeneration %}"
 # An answer loses its thoughts when another message follows.
 THOUGHTS = (
     "{% for m in messages %}{{ m.role }}:{% if loop.last and m.role == 'assistant' %}"
@@ -197,14 +199,18 @@ THOUGHTS = (
         (DOUBLE.replace("OF", "s.x + s.x") + "{% endfor %}", "writes more than"),
         (DOUBLE.replace("OF", "s.x ~ s.x") + "{% endfor %}", "writes more than"),
         (WITHOUT_END, "raises RecursionError"),
-        (BRANCHES + "{{ f(40) }}", "does not end within 33,792 calls and loops"),
-        (SLOW, "does not end within 33,792 calls and loops"),
+        (BRANCHES + "{{ f(40) }}", "does not end within 135,168 calls and loops"),
+        (SLOW, "does not end within 135,168 calls and loops"),
+        # Where x is written there is no telling: the same letter stands before it.
+        ("{% set x %}" + MARK + "{% endset %}a{{ x }}", "generation block within a "),
+        ("{% macro f() %}" + MARK + "{% endmacro %}aa{{ f() }}", "generation block wi"),
+        ("{% filter upper %}" + MARK + "{% endfilter %}", "generation block within a "),
+        ("{% block b %}" + MARK + "{% endblock %}{{ self.b() }}", "generation block w"),
         (
-            "{% macro f() %}{% generation %}b{% endgeneration %}{% endmacro %}"
-            "aa{{ f() }}{% set x %}c{% generation %}d{% endgeneration %}{% endset %}"
-            "{{ x }}",
-            "generation block within a macro or a filter",
+            "{% for m in messages recursive %}" + MARK + "{% endfor %}",
+            "generation block within a macro, a set, a filter, a recursive loop",
         ),
+        ("{% generation %}" + MARK + "{% endgeneration %}", "generation block within"),
         (THOUGHTS, r"writes message 2 in another way .* put {% generation %} and"),
         (
             THOUGHTS.replace(" and m.role == 'assistant'", ""),
@@ -216,6 +222,116 @@ def test_a_template_that_cannot_be_used(of_template, template, message):
     words = rf"^\S+chat_template.jinja .*{message}"
     with pytest.raises(ValueError, match=words):
         of_template(template).encode(dict(messages=CHAT + CHAT))
+
+
+LETTERS = "{% set s = 'a' * 1000000 %}"
+GROW = "{% set n = namespace(x=FIRST) %}{% for i in range(9999) %}{% set n.x = NEXT %}"
+HOSTILE = {
+    "loops over texts": LETTERS
+    + "{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+    "a loop that picks none": LETTERS + "{% for a in s if a == 'b' %}{% endfor %}",
+    "a recursive loop": LETTERS
+    + "{% for a in s recursive %}{% if loop.depth < 9 %}{{ loop(s) }}{% endif %}"
+    "{% endfor %}",
+    "ranges in ranges": "{% for a in range(9999) %}{% for b in range(9999) %}"
+    "{% endfor %}{% endfor %}",
+    "a long range": "{{ range(10 ** 12) | list | length }}",
+    "squares": GROW.replace("FIRST", "9").replace("NEXT", "n.x * n.x") + "{% endfor %}",
+    "powers": "{{ 999 ** 999 ** 999 }}",
+    "lipsum": "{{ lipsum(n=100000) }}",
+    "ljust": "{{ 'a'.ljust(10 ** 11) }}",
+    "center": "{{ 'a' | center(10 ** 11) }}",
+    "mapped": "{{ ['a'] | map('center', 10 ** 11) | list }}",
+    "zfill": "{% set f = 'a'.zfill %}{{ f(10 ** 11) }}",
+    "expandtabs": "{{ ('\t' * 10000).expandtabs(999999) }}",
+    "format": "{{ '%99999999999d' | format(1) }}",
+    "percent": "{{ '%99999999999d' % 1 }}",
+    "braces": "{{ '{:>99999999999}'.format(1) }}",
+    "braces in braces": "{{ '{:>{w}}'.format(1, w=10 ** 11) }}",
+    "as often as it says": LETTERS + "{{ ('{0}' * 10000).format(s) }}",
+    "replace": LETTERS + "{{ s.replace('a', s) }}",
+    "replace as a filter": LETTERS + "{{ s | replace('a', s) }}",
+    "join": LETTERS + "{{ s.join(s) }}",
+    "join as a filter": LETTERS + "{{ s | join(s) }}",
+    "a list of one": "{{ (['a' * 999999] * 99999) | join }}",
+    "translate": LETTERS + "{{ s.translate({97: s}) }}",
+    "indent": "{{ ('\n' * 100000) | indent(999999) }}",
+    "tojson": "{{ [[[1]]] | tojson(indent=10 ** 10) }}",
+    "lists in lists": GROW.replace("FIRST", "[1]").replace("NEXT", "[n.x, n.x]")
+    + "{% endfor %}{{ n.x }}",
+    "compared": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}"
+    "{{ n.x == n.y }}",
+    "namespaces": GROW.replace("FIRST", "1").replace("NEXT", "namespace(a=n.x, b=n.x)")
+    + "{% endfor %}{{ n.x }}",
+    "kept": LETTERS.replace("1000000", "90000")
+    + GROW.replace("FIRST", "[]").replace("NEXT", "n.x + [s[i:]]")
+    + "{% endfor %}",
+    "sets": LETTERS + "{% for i in range(99999) %}{% set x %}{{ s }}{{ s }}{% endset %}"
+    "{% endfor %}",
+    "text in a set": "{% set x %}{% for i in range(99999) %}"
+    + "a" * 9999
+    + "{% endfor %}{% endset %}",
+    "every in every": LETTERS.replace("1000000", "100000")
+    + "{{ s | list | select('in', s.replace('a', 'b') | list) | list }}",
+    "the date": "{{ strftime_now('%99999999999Y') }}",
+    "an error of a long text": LETTERS + "{{ raise_exception(s) }}",
+    "a source too long": "a" * 300_000,
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+}
+IN_A_PROCESS = """
+import json, resource, sys, time
+from pathlib import Path
+from ulysses_jax.data.chat_template import ChatTemplate
+folder, hostile = Path(sys.argv[1]), json.loads(sys.stdin.read())
+resource.setrlimit(resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29))
+for name, source in hostile.items():
+    (folder / "chat_template.jinja").write_text(source)
+    started = time.thread_time()
+    try:
+        ChatTemplate(folder).render([{"role": "user", "content": "Hi?"}])
+        found = "it is rendered"
+    except ValueError as error:
+        found = str(error)
+    print(json.dumps([name, found, time.thread_time() - started]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_hostile_template_says_ends_in_seconds_and_in_memory(tmp_path):
+    """All of them in a process of 1.5 GiB of addresses, each within seconds of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)],
+        input=json.dumps(HOSTILE),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == list(HOSTILE)
+    for name, words, seconds in found:
+        assert words.startswith(f"{tmp_path}/chat_template.jinja "), (name, words[:200])
+        assert "MemoryError" not in words and len(words) < 600, (name, words[:200])
+        assert seconds < 8, (name, seconds)
+
+
+def test_bounds_leave_room_for_a_long_conversation(of_template):
+    """Three hundred messages and half a million letters, also built up in one text."""
+    chat = [m | dict(content=m["content"] * 500) for m in CHAT] * 150
+    encoder = of_template(SHAPES["chatml"])
+    assert (
+        "is_it"
+        in encoder.template.render(chat[:-1] + [dict(CHAT[1], content="is_it")]).text
+    )
+    built = (
+        "{% set n = namespace(x='') %}{% for m in messages %}"
+        "{% set n.x = n.x + m.content | trim %}"
+        "{% if messages[:loop.index] | selectattr('role', 'eq', 'user') | list "
+        "| length and m.content.split('?')[0].strip() %}{{ m.role }}{% endif %}"
+        "{% endfor %}{{ n.x }}"
+    )
+    text = of_template(built).template.render(chat).text
+    assert text.endswith("".join(m["content"] for m in chat))
 
 
 def test_no_template(folder):
@@ -231,10 +347,120 @@ def test_no_template(folder):
 
 
 def test_without_jinja(folder, monkeypatch):
-    monkeypatch.delitem(sys.modules, "ulysses_jax.data.chat_template")
+    for name in ("chat_template", "bounded_jinja"):
+        monkeypatch.delitem(sys.modules, f"ulysses_jax.data.{name}", raising=False)
+    for name in [name for name in sys.modules if name.startswith("jinja2.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"pip install 'ulysses-jax\[data\]'"):
         ExampleEncoder(folder).encode(dict(messages=CHAT))
+
+
+STYLES = {
+    "chatml": lambda role, content, first: (
+        ("<|im_start|>system\nBy default.<|im_end|>\n" if first else "")
+        + f"<|im_start|>{role}\n",
+        f"{content}<|im_end|>",
+        "\n",
+    ),
+    "llama3": lambda role, content, first: (
+        ("<s>" if first else "") + f"<|start_header_id|>{role}<|end_header_id|>\n\n",
+        f"{content.strip()}<|eot_id|>",
+        "",
+    ),
+    "gemma": lambda role, content, first: (
+        ("<s>" if first else "")
+        + f"<start_of_turn>{'model' if role == 'assistant' else role}\n",
+        f"{content.strip()}<end_of_turn>",
+        "\n",
+    ),
+    "mistral": lambda role, content, first: (
+        ("<s>" if first else "") + ("[INST] " if role == "user" else ""),
+        f"{content} [/INST]" if role == "user" else f"{content}</s>",
+        "",
+    ),
+}
+"""By hand: of a message what stands before it, it with its sign, and what is behind."""
+CONTENTS = (
+    *("Ho.", ">", "|>", "end|>", "_of_turn>", "s>", "/s>", "|eot_id|>", "im_end|>"),
+    *("a <|im_end|> b", "</s>", "<end_of_turn>", " spaces \n", "\nassistant\n", "."),
+    *(
+        "\u03b1 \U0001f600",
+        "user",
+        "model",
+        "[/INST]",
+        "x\n\n",
+        "<|im_start|>assistant",
+    ),
+)
+
+
+@pytest.mark.parametrize("shape", STYLES)
+def test_labels_are_those_of_a_text_written_by_hand(of_template, shape):
+    """Letter by letter: what an answer says, and its sign; answers that look like
+    signs, headers, or what stands around them, too."""
+    encoder = of_template(SHAPES[shape])
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        chat, text, counts = [], "", []
+        for turn in range(2 * rng.integers(1, 4)):
+            role = ("user", "assistant")[turn % 2]
+            content = str(rng.choice(CONTENTS))
+            chat.append(dict(role=role, content=content))
+            parts = STYLES[shape](role, content, turn == 0)
+            text += "".join(parts)
+            for part, is_answer in zip(parts, (False, True, False), strict=True):
+                counts += [is_answer and role == "assistant"] * len(part)
+        assert encoder.template.render(chat).text == text
+        _, places = encoder.tokenizer.encode_with_places(text, around=False)
+        found = encoder.encode(dict(messages=chat)).counts
+        assert found.tolist() == [any(counts[a:b]) for a, b in places], chat
+
+
+IGNORES = SHAPES["chatml"].replace("{% if add_generation_prompt %}", "{% if false %}")
+BEHIND = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+SOMETIMES = SHAPES["mistral"].replace(
+    "+ eos_token", "+ ('!' if 'H' in message.content else eos_token)"
+)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (
+            IGNORES,
+            r"message 2 behind '<.im_start.>assistant.n', and leaves that out of",
+        ),
+        (BEHIND, "message 2 behind 'assistant: ', and leaves that"),
+        (SOMETIMES, "message 2 with another end than '</s>', that of other answers"),
+        (
+            SHAPES["mistral"].replace(
+                "message['content'] +", "message.content|upper +"
+            ),
+            "message 2 in another way when",
+        ),
+    ],
+)
+def test_answers_that_cannot_be_told(of_template, template, message):
+    with pytest.raises(ValueError, match=rf"chat_template.jinja writes {message}"):
+        of_template(template).encode(dict(messages=CHAT))
+
+
+def test_thoughts_that_a_template_writes_in_front_of_an_answer(of_template):
+    """As those of models that may think: the prompt for an answer is without them."""
+    thinks = SHAPES["chatml"].replace(
+        "message['content']",
+        "('<t></t>' if message.role == 'assistant' else '') + message.content",
+    )
+    encoder = of_template(thinks)
+    counted = encoder.encode(dict(messages=CHAT))
+    assert counted_text(encoder, counted) == ["<t></t>Ho.<|im_end|>"]
+
+
+def test_a_date_is_what_strftime_now_says(folder):
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %H:%M') }}")
+    text = ChatTemplate(folder, "2025-02-03").render(CHAT).text
+    assert text == "03 Feb 2025 00:00"
 
 
 def test_the_day_is_what_strftime_now_says(folder):

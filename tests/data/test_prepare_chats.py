@@ -1,12 +1,15 @@
 """Chats prepared once: a run's labels are the answers, and errors name the line."""
 
+import datetime
 import json
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from make_chat_fixtures import SHAPES
+from test_prepare import Ended, ended_at_shard
 
 from ulysses_jax.data.__main__ import main
 from ulysses_jax.data.chats import ExampleEncoder
@@ -103,3 +106,61 @@ def test_other_files_and_another_template(prepare, model, capsys):
     (model / "chat_template.jinja").write_text(SHAPES["chatml"])
     words = refused(capsys, prepare, lines, to="done")
     assert "chat_template was" in words
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}" + SHAPES["chatml"]
+
+
+class Day(datetime.date):
+    day_of_month = 1
+
+    @classmethod
+    def today(cls):
+        return datetime.date(2026, 3, cls.day_of_month)
+
+
+@pytest.fixture
+def days(monkeypatch):
+    module = types.SimpleNamespace(date=Day)
+    monkeypatch.setattr("ulysses_jax.data.prepare.datetime", module)
+    return Day
+
+
+def test_the_date_is_the_folders_whatever_the_day(prepare, model, days, capsys):
+    """Begun on one day and ended on another, or made again on another, by its date."""
+    (model / "chat_template.jinja").write_text(DATED)
+    lines = [json.dumps(dict(messages=case["messages"])) for case in CASES[:4]] * 3
+    options = ("--shard-tokens", "99")
+    days.day_of_month = 1
+    whole = prepare(lines, *options, to="whole")
+    assert "the chat template writes the date 2026-03-01" in capsys.readouterr().out
+    with ended_at_shard(2), pytest.raises(Ended):
+        prepare(lines, *options, to="parts")
+    days.day_of_month = 2
+    parts = prepare(lines, *options, to="parts")
+    assert "the date 2026-03-01" in capsys.readouterr().out
+    given = prepare(lines, *options, "--date", "2026-03-01", to="given")
+    other = prepare(lines, *options, to="other")
+    for path in whole.iterdir():
+        data = path.read_bytes()
+        assert data == (parts / path.name).read_bytes()
+        assert data == (given / path.name).read_bytes()
+    name = "ids-00000.bin"
+    assert (other / name).read_bytes() != (whole / name).read_bytes()
+    prepare(lines, *options, to="whole")
+    assert "whole is prepared already" in capsys.readouterr().out
+    main(f"inspect --files {whole} --sequence-tokens 64".split())
+    assert "its chats have the date 2026-03-01" in capsys.readouterr().out
+
+
+def test_a_date_that_is_refused(prepare, model, capsys):
+    lines = [json.dumps(EXAMPLES[0])]
+    words = refused(capsys, prepare, lines, "--date", "2026-01-31", to="a")
+    assert "--date 2026-01-31: no chat template of this preparation writes the" in words
+    (model / "chat_template.jinja").write_text(DATED)
+    lines = [json.dumps(dict(messages=CASES[0]["messages"]))]
+    words = refused(capsys, prepare, lines, "--date", "tomorrow", to="b")
+    assert "--date tomorrow is no date: give one as 2026-01-31" in words
+    prepare(lines, "--date", "2026-01-31", to="c")
+    words = refused(capsys, prepare, lines, "--date", "2026-02-01", to="c")
+    assert "date was '2026-01-31', is '2026-02-01'" in words

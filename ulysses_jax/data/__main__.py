@@ -63,6 +63,7 @@ def _prepare(options: argparse.Namespace) -> None:
             text_field=None if options.chats else options.text_field,
             encoder=ExampleEncoder(folder) if options.chats else None,
             with_counts=options.chats,
+            date=options.date,
             num_workers=options.workers,
             shard_tokens=options.shard_tokens,
             on_progress=show,
@@ -204,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="JSON lines of messages, or of prompt and completion: the loss asks for "
         "the answers",
+    )
+    add(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="that a chat template is told; default: as the folder was begun, else "
+        "today",
     )
     add("--to", required=True, type=Path, metavar="DIR", help="a new folder")
     add(

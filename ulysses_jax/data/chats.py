@@ -1,5 +1,6 @@
 """Examples as ids, and which of them the loss asks for: of a chat, the answers."""
 
+import datetime
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from ulysses_jax.data.tokenizer import Bytes, Tokenizer, tokenizer_of
 if TYPE_CHECKING:
     from ulysses_jax.data.chat_template import ChatTemplate
 
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
 
@@ -43,10 +45,11 @@ class ExampleEncoder:
 
     Args:
       folder: that has the tokenizer, and its chat template; None: bytes.
+      date: 2026-01-31, what a template that asks for the time is told; None: today.
     """
 
-    def __init__(self, folder: Path | None):
-        self._folder = folder
+    def __init__(self, folder: Path | None, date: str | None = None):
+        self._folder, self._date = folder, date
         self._own: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
@@ -61,7 +64,27 @@ class ExampleEncoder:
         return self.encode(example)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_own": None, "_template": None}
+        return self.__dict__ | {"_own": None, "_template": None}
+
+    def of_date(self, date: str) -> "ExampleEncoder":
+        """Raises ValueError: it is no date."""
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError:
+            raise ValueError(
+                f"--date {date} is no date: give one as 2026-01-31"
+            ) from None
+        return ExampleEncoder(self._folder, date)
+
+    def writes_date(self) -> bool:
+        """Whether the folder's template asks for the time."""
+        return any(b"strftime_now" in data for data in self._template_files())
+
+    def _template_files(self) -> list[bytes]:
+        if self._folder is None:
+            return []
+        paths = (self._folder / name for name in TEMPLATE_FILES)
+        return [path.read_bytes() for path in paths if path.is_file()]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -78,7 +101,7 @@ class ExampleEncoder:
                     "messages need a chat template, and bytes have none: take a "
                     "folder's tokenizer, or give prompt and completion"
                 )
-            self._template = template_of(self._folder)
+            self._template = template_of(self._folder, self._date)
         return self._template
 
     def template_digest(self) -> str | None:
@@ -87,7 +110,7 @@ class ExampleEncoder:
         if self._folder is None:
             return None
         digest = hashlib.sha256()
-        for name in ("chat_template.jinja", "tokenizer_config.json"):
+        for name in TEMPLATE_FILES:
             path = self._folder / name
             digest.update(path.read_bytes() if path.is_file() else b"none")
         return digest.hexdigest()
@@ -153,23 +176,11 @@ class ExampleEncoder:
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                asked = messages[:i], messages[: i + 1]
-                before = template.render(
-                    asked[0], tools=tools, add_generation_prompt=True
-                ).text
-                after = template.render(asked[1], tools=tools).text
-                if not (after.startswith(before) and text.startswith(after)):
-                    raise ValueError(
-                        f"{template.path} writes message {i + 1} in another way when "
-                        "others follow or when it is asked for, so that the answer "
-                        "cannot be told from the rest: put {% generation %} and "
-                        "{% endgeneration %} around what the assistant says there"
-                    )
-                spans.append((len(before), _answer_stop(after, message)))
+                spans.append(_answer(template, messages[:i], message, tools, text))
         return text, spans
 
 
-def template_of(folder: Path) -> "ChatTemplate":
+def template_of(folder: Path, date: str | None = None) -> "ChatTemplate":
     """Raises ValueError: the folder has none, or no Jinja is there to read it."""
     try:
         from ulysses_jax.data.chat_template import ChatTemplate
@@ -177,19 +188,61 @@ def template_of(folder: Path) -> "ChatTemplate":
         raise ValueError(
             "a chat template is Jinja: pip install 'ulysses-jax[data]'"
         ) from None
-    return ChatTemplate(folder)
+    return ChatTemplate(folder, date)
 
 
-def _answer_stop(text: str, message: dict) -> int:
-    """Where an answer that ends a text ends: with its sign, if it has one, and without
-    the white space that the template writes behind that."""
-    content, stripped = message.get("content"), text.rstrip()
-    has_sign = not (
-        isinstance(content, str)
-        and content.strip()
-        and stripped.endswith(content.rstrip())
-    )
-    return len(stripped) if has_sign else len(text)
+# An answer whose place in what a template writes can be told.
+_PROBE = "Probe7of7an7answer"
+
+
+def _answer(
+    template: "ChatTemplate",
+    asked: list[dict],
+    message: dict,
+    tools: list | None,
+    text: str,
+) -> tuple[int, int]:
+    """Where in the text of a conversation the answer to `asked` stands: behind the
+    prompt for it, and up to the sign that ends it, or else to its own end.
+
+    Raises:
+      ValueError: that cannot be told.
+    """
+
+    def write(*more: dict, **options: bool) -> str:
+        return template.render([*asked, *more], tools=tools, **options).text
+
+    prompt, after = write(add_generation_prompt=True), write(message)
+    probe = write({"role": "assistant", "content": _PROBE})
+    at = probe.find(_PROBE, len(prompt))
+    where = f"{template.path} writes message {len(asked) + 1}"
+    remedy = "put {% generation %} and {% endgeneration %} around what the assistant "
+    if not (
+        at >= 0
+        and probe.startswith(prompt)
+        and after.startswith(prompt)
+        and text.startswith(after)
+    ):
+        raise ValueError(
+            f"{where} in another way when others follow or when it is asked for, so "
+            f"that the answer cannot be told from the rest: {remedy}says there"
+        )
+    header = probe[len(prompt) : at]
+    if header.strip() and prompt == write():
+        raise ValueError(
+            f"{where} behind {header!r}, and leaves that out of the prompt for an "
+            "answer (it has no add_generation_prompt), so that the answer cannot be "
+            f"told from it: {remedy}says there"
+        )
+    behind = probe[at + len(_PROBE) :]  # its sign, and white space
+    if not behind.strip():
+        return len(prompt), len(after)
+    if not after.endswith(behind):
+        raise ValueError(
+            f"{where} with another end than {behind!r}, that of other answers, so that "
+            f"where the answer ends cannot be told: {remedy}says there"
+        )
+    return len(prompt), len(after.rstrip())
 
 
 def _kind(example: Any) -> tuple[str, ...]:

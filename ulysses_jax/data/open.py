@@ -141,6 +141,8 @@ def _open(config: Config) -> RunData:
             tokens, data.validation_fraction, config.run.seed, meta
         )
         notes = _skipped(tokens.index["skipped"])
+        if "date" in tokens.index:
+            notes.append(f"its chats have the date {tokens.index['date']}")
     else:
         tokenizer, _ = tokenizer_of_run(config)
         documents, notes = find_documents(data.files, config.run.folder)

@@ -1,8 +1,8 @@
 """Tokenises files once, into a folder that runs read: `data.prepared` has its form."""
 
 import contextlib
+import datetime
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from ulysses_jax.data.chats import ExampleEncoder
 from ulysses_jax.data.corpus import find_documents
+from ulysses_jax.data.index_fields import check_begun, read_object
 from ulysses_jax.data.prepared import (
     FORMAT,
     INDEX,
@@ -42,13 +43,15 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     encoder: Encoder | None = None,
     with_counts: bool = False,
+    date: str | None = None,
     on_progress: Progress = lambda share, documents, tokens: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Writes the tokens of `files` into the folder `to`; goes on where it was ended.
 
-    What is written depends on the files, the tokenizer, the field and the shards'
-    length alone: not on the number of processes, nor on how often it was ended.
+    What is written depends on the files, the tokenizer, the field, the shards' length
+    and the date of chats alone: not on the number of processes, nor on how often it was
+    ended, nor on the day on which it goes on.
 
     Args:
       files: as `data.files` of a run.
@@ -59,6 +62,8 @@ def prepare(
       shard_tokens: a shard ends with the document that reaches them.
       encoder: of a document's data; None: of text, by the tokenizer.
       with_counts: whether the encoder says which tokens count.
+      date: 2026-01-31, of an `ExampleEncoder` whose template writes one; None: that
+        with which the folder was begun, else today.
       say: told what was left out, and from where it goes on.
 
     Returns:
@@ -94,11 +99,22 @@ def prepare(
             {"name": _printable(each.name), "bytes": each.size} for each in found
         ],
     }
+    writes_date = isinstance(encoder, ExampleEncoder) and encoder.writes_date()
     if isinstance(encoder, ExampleEncoder):
         job["chat_template"] = encoder.template_digest()
+    if date is not None and not writes_date:
+        raise ValueError(
+            f"--date {date}: no chat template of this preparation writes the date "
+            "(strftime_now): leave it out"
+        )
     for note in notes:
         say(note)
     with _alone_in(to):
+        if writes_date:
+            assert isinstance(encoder, ExampleEncoder)
+            job["date"] = date or _begun_on(to)
+            encoder = encoder.of_date(job["date"])
+            say(f"the chat template writes the date {job['date']}")
         if (to / INDEX).exists():
             index = read_index(to)
             _refuse_other_job({name: index.get(name) for name in job}, job, to)
@@ -221,12 +237,7 @@ def _begun(
                 "one"
             )
         return []
-    try:
-        begun = json.loads((to / UNFINISHED).read_bytes())
-    except ValueError:
-        raise ValueError(
-            f"{to / UNFINISHED} is broken: delete {to} and start again"
-        ) from None
+    begun = _read_begun(to)
     _refuse_other_job(begun["job"], job, to)
     shards = begun["shards"]
     for number in range(len(shards)):
@@ -238,6 +249,26 @@ def _begun(
     tokens = sum(each["tokens"] for each in shards)
     say(f"{to}: {len(shards)} shards of {tokens:,} tokens are there; going on")
     return shards
+
+
+def _begun_on(to: Path) -> str:
+    """The date of a preparation that is there, else today's."""
+    said: dict[str, Any] = {}
+    if (to / INDEX).exists():
+        said = read_index(to)
+    elif (to / UNFINISHED).is_file():
+        said = _read_begun(to)["job"]
+    return said.get("date") or datetime.date.today().isoformat()
+
+
+def _read_begun(to: Path) -> dict[str, Any]:
+    path = to / UNFINISHED
+    try:
+        begun = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {to} and start again") from None
+    check_begun(path, begun)
+    return begun
 
 
 def _refuse_other_job(old: dict[str, Any], new: dict[str, Any], to: Path) -> None:
