@@ -12,7 +12,7 @@ from flax import nnx
 
 from ulysses_jax import train
 from ulysses_jax.config_file import load, load_stages
-from ulysses_jax.training import load_run
+from ulysses_jax.training import load_run, train_stages
 from ulysses_jax.training.metrics import RunLog, read_rows
 
 CONFIG = {
@@ -117,6 +117,27 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch, capfd):
     assert read_rows(folders[0] / "metrics.jsonl") == rows
     config = load(folders[1] / "config.yaml")
     assert config.run.after == str(folders[0]) and config.mesh.seq == 8
+
+
+@pytest.mark.slow
+def test_memory_auto_is_chosen_for_each_stage(tmp_path, monkeypatch, capfd):
+    """As if the second one's longer rows had no room for all that could be kept."""
+
+    def kept(config):
+        is_too_much = config.memory.remat == "none" and config.padded_tokens() == 32
+        return (2**60 if is_too_much else 0), 0
+
+    monkeypatch.setattr("ulysses_jax.memory.auto.kept_bytes", kept)
+    first, second = ({"num_steps": 1, "sequence_tokens": t} for t in (16, 32))
+    stages = [{"training": first}, {"training": second}]
+    train_stages(load_stages(written(tmp_path, stages=stages, memory="auto")))
+    one, two = capfd.readouterr().out.split("stage 2 of 2")
+    assert one.count("memory auto:") == 1 and "memory remat none" in one
+    assert two.count("memory auto:") == 2 and "memory remat products" in two
+    folders = tmp_path / "run/stage_1", tmp_path / "run/stage_2"
+    chosen = [load(each / "config.yaml").memory for each in folders]
+    assert [each.remat for each in chosen] == ["none", "products"]
+    assert not any(each.auto for each in chosen)
 
 
 @pytest.mark.parametrize(
