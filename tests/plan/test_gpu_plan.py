@@ -94,6 +94,22 @@ def test_a_step_sends_what_the_formulas_say(degrees):
     assert memory["host_bytes_per_device"] == 0
 
 
+def test_muon_exchanges_matrices_as_the_formula_says():
+    """And keeps one moment of a matrix in the place of two."""
+    config = tiny(strategy="ulysses", seq=8)
+    training = replace(config.training, optimizer="muon")
+    adamw, muon = plan(config), plan(replace(config, training=training))
+    for row in muon["traffic"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(1, abs=0.01), row
+    elements = 2 * 256 * (2 * 512 + 2 * 256 + 3 * 512)  # of matrices in two layers
+    more = exchange(muon)["bytes"] - exchange(adamw)["bytes"]
+    # A layer's matrices on each device, padded from 2 layers to 8: 7/8 sent, and back.
+    assert more == 2 * 4 * elements / 2 * 7 / 8
+    less = adamw["memory"]["optimizer_bytes"] - muon["memory"]["optimizer_bytes"]
+    assert less == pytest.approx(4 * elements / 8, abs=16)
+
+
 @pytest.mark.parametrize(
     "remat, degrees, attention",
     [

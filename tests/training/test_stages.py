@@ -166,12 +166,24 @@ def test_memory_auto_is_chosen_for_each_stage(tmp_path, monkeypatch, capfd):
             "stage 2 of 2: memory.sequence_chunk_tokens 16 does not divide the 25",
         ),
         (
+            {"run": {"after": "BEFORE"}, "stages": None},
+            "run.after .*BEFORE has no check.*: give a stage of it, .*BEFORE/stage_2",
+        ),
+        (
             {"run": {"after": "nowhere"}, "stages": None},
             "run.after nowhere has no checkpoint to start from",
         ),
     ],
 )
-def test_refused_before_the_first_stage_starts(tmp_path, capfd, changes, message):
+def test_refused_before_the_first_stage_starts(
+    tmp_path, capfd, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        stage = tmp_path / "BEFORE" / f"stage_{number}"
+        stage.mkdir(parents=True)
+        for name in ("config.yaml", "metrics.jsonl"):
+            (stage / name).write_text("")
     path = written(tmp_path, **changes)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", str(path)])

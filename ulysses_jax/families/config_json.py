@@ -12,7 +12,7 @@ from ulysses_jax.families.gemma import GEMMA3
 from ulysses_jax.families.gpt2 import GPT2
 from ulysses_jax.families.gpt_oss import GPT_OSS
 from ulysses_jax.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
-from ulysses_jax.run_folder import is_run_folder
+from ulysses_jax.run_folder import is_run_folder, stages_in
 
 CONFIG = "config.json"
 
@@ -40,11 +40,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
                 ".save_pretrained(merged)"
             ) from None
-        if is_run_folder(path.parent):
+        if runs := [path.parent] * is_run_folder(path.parent) or stages_in(path.parent):
             raise ValueError(
                 f"{folder} is a run's folder: to train from its last parameters say "
-                f"--run.after {folder} in place of --model.from, or write it as a "
-                f"model's folder first (python -m ulysses_jax.export --run {folder} "
+                f"--run.after {runs[-1]} in place of --model.from, or write it as a "
+                f"model's folder first (python -m ulysses_jax.export --run {runs[-1]} "
                 "--to NEW_FOLDER)"
             ) from None
         raise ValueError(

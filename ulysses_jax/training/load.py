@@ -16,7 +16,7 @@ from ulysses_jax.config_file import load
 from ulysses_jax.lora import adapted
 from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
-from ulysses_jax.run_folder import check_run_folder
+from ulysses_jax.run_folder import check_run_folder, stages_in
 from ulysses_jax.tensors.reading import described, read_parameters
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
@@ -64,9 +64,14 @@ def open_run(config: Config, meta: dict[str, Any]) -> tuple[Before, list[str]]:
     with Checkpointer(before.checkpoints, interval_steps=1) as checkpoints:
         saved = checkpoints.latest_meta()
     if saved is None:
+        stages = stages_in(Path(folder))
         raise ValueError(
-            f"run.after {folder} has no checkpoint to start from: train it first, or "
-            "give another run's folder"
+            f"run.after {folder} has no checkpoint to start from: "
+            + (
+                f"give a stage of it, {stages[-1]}"
+                if stages
+                else "train it first, or give another run's folder"
+            )
         )
     step, then = saved
     changed = differences(then["model"], meta["model"])
