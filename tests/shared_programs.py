@@ -58,7 +58,7 @@ def shared_programs():
     with pytest.MonkeyPatch.context() as patched:
         for name, program in (
             ("jit_train_step", step),
-            ("first_state", lambda config, make, _: state(config, make)()),
+            ("first_state", lambda config, make, *_: state(config, make)()),
             ("make_validation_step", validation),
         ):
             patched.setattr(

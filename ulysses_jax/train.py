@@ -23,8 +23,9 @@ def start(program: str) -> None:
     """
     interrupted = partial(_interrupted, program)
     signal.signal(signal.SIGINT, interrupted)
-    from ulysses_jax.training.endings import as_program
+    from ulysses_jax.training.endings import as_program, with_the_others
 
+    interrupted = with_the_others(interrupted)
     with as_program(interrupted):
         main(sys.argv[1:], program=program, interrupted=interrupted)
 

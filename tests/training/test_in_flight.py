@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ulysses_jax.training import in_flight
+from ulysses_jax.training import in_flight, phases
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+from ulysses_jax.training.phases import Phases
 
 
 class Clock:
@@ -14,7 +15,8 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.ready, self.read = 0.0, 0.0, []
         time = SimpleNamespace(monotonic=lambda: self.now)
-        monkeypatch.setattr(in_flight, "time", time)
+        for module in (in_flight, phases):
+            monkeypatch.setattr(module, "time", time)
 
     def dispatch(self, number, loss=1.0):
         self.ready = max(self.ready, self.now) + 2.0
@@ -31,7 +33,7 @@ class Clock:
 
 def test_one_step_is_in_flight_and_seconds_are_of_a_step(monkeypatch):
     clock, rows = Clock(monkeypatch), []
-    steps = InFlight(100, lambda number, **row: rows.append((number, row)))
+    steps = InFlight(100, lambda number, **row: rows.append((number, row)), Phases())
     for number in range(1, 5):
         started = clock.now
         steps.add(number, clock.dispatch(number), started)
@@ -43,12 +45,13 @@ def test_one_step_is_in_flight_and_seconds_are_of_a_step(monkeypatch):
     steps.settle()
     assert [number for number, _ in rows] == clock.read == [1, 2, 3, 4, 5]
     for _, row in rows:
-        assert row == {"loss": 1.0, "seconds": 2.0, "tokens_per_second": 50.0}
+        numbers = {"loss": 1.0, "seconds": 2.0, "tokens_per_second": 50.0}
+        assert row == numbers | {"compute_seconds": 2.0}
 
 
 def test_a_wait_for_data_is_part_of_the_step(monkeypatch):
     clock, rows = Clock(monkeypatch), []
-    steps = InFlight(100, lambda number, **row: rows.append(row["seconds"]))
+    steps = InFlight(100, lambda number, **row: rows.append(row["seconds"]), Phases())
     for number in range(1, 4):
         started = clock.now
         clock.now += 7  # the batch comes late
@@ -60,7 +63,7 @@ def test_a_wait_for_data_is_part_of_the_step(monkeypatch):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_logged(monkeypatch, loss):
     clock, rows = Clock(monkeypatch), []
-    steps = InFlight(100, lambda number, **row: rows.append(number))
+    steps = InFlight(100, lambda number, **row: rows.append(number), Phases())
     steps.add(1, clock.dispatch(1), 0.0)
     steps.add(2, clock.dispatch(2, loss), 0.0)
     with pytest.raises(ValueError, match=rf"loss is {loss} at step 2: lower training"):
@@ -92,7 +95,7 @@ def test_one_behind():
 
 def test_a_step_in_which_no_token_counts_has_no_loss():
     rows = []
-    steps = InFlight(100, lambda number, **row: rows.append(row))
+    steps = InFlight(100, lambda number, **row: rows.append(row), Phases())
     means = {"loss": 0.0, "objective": 0.0, "gradient_norm": 0.0}
     for number, counted in ((1, 3), (2, 0)):
         steps.add(number, means | {"counted_tokens": counted}, 0.0)

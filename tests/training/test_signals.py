@@ -8,11 +8,20 @@ import time
 
 import pytest
 
-from ulysses_jax.training.signals import at_ctrl_c, told_to_stop
+from ulysses_jax.training import signals
+from ulysses_jax.training.signals import at_signals, told_to_stop
 
 
 def send(number):
     os.kill(os.getpid(), number)
+
+
+def until(found, count):
+    """A thread of its own adds to it."""
+    end = time.monotonic() + 10
+    while len(found) < count and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
@@ -23,35 +32,45 @@ def test_each_tells_and_is_given_back(number):
         pytest.fail("it was not told")
 
     before = signal.signal(number, mine)  # whoever started this may ignore some
+    told = []
     try:
-        with told_to_stop(pytest.fail) as stopping:
-            assert not stopping.is_set()
+        with told_to_stop(told.append, pytest.fail):
+            assert not told
             send(number)
-            assert stopping.is_set()
+            assert until(told, 1) == [number.name]
         assert signal.getsignal(number) == mine
     finally:
         signal.signal(number, before)
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_only_a_second_ctrl_c_ends_at_once():
-    ended = threading.Event()
-    with told_to_stop(ended.set) as stopping:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_the_same_signal_again_ends_at_once(monkeypatch, number):
+    """Other ones are further notices; so is one that a scheduler sends twice."""
+    number = signal.Signals[number]
+    told, ended = [], []
+    with told_to_stop(told.append, lambda: ended.append(1)):
+        send(number)
+        until(told, 1)
+        for other in {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - {number}:
+            send(other)
+        if number != signal.SIGINT:
             send(number)
-        assert stopping.is_set() and not ended.wait(0.2)
-        send(signal.SIGINT)
-        assert ended.wait(10)
+            time.sleep(0.2)
+            assert not ended
+            monkeypatch.setattr(signals, "_ONE_NOTICE_SECONDS", 0.0)
+        send(number)
+        assert until(ended, 1) and told == [number.name]
 
 
 def test_without_an_end_a_second_ctrl_c_is_the_caller_s():
-    mine = []
+    mine, told = [], []
     before = signal.signal(signal.SIGINT, lambda *_: mine.append(1))
     try:
-        with told_to_stop(None) as stopping:
+        with told_to_stop(told.append, None):
             send(signal.SIGTERM)
             send(signal.SIGINT)
-            assert stopping.is_set() and mine == []
+            assert until(told, 1) == ["SIGTERM"] and mine == []
             send(signal.SIGINT)
             assert mine == [1]
     finally:
@@ -63,27 +82,27 @@ def test_in_another_thread_signals_stay_the_caller_s():
     found = []
 
     def run():
-        with told_to_stop(pytest.fail) as stopping:
-            found.append((signal.getsignal(signal.SIGTERM), stopping.is_set()))
+        with told_to_stop(pytest.fail, pytest.fail):
+            found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [(before, False)]
+    assert found == [before]
 
 
-def test_it_ends_while_python_runs_no_handler():
+def test_it_is_told_while_python_runs_no_handler():
     """As in XLA's compiler: the main thread does not come back, others run."""
     threads = []
     at = []
 
-    def end():
-        threads.append(threading.current_thread())
+    def tell(number):
+        threads.append((number, threading.current_thread()))
         at.append(time.monotonic())
 
     before = signal.signal(signal.SIGINT, lambda *_: at.append(-1.0))
     try:
-        with at_ctrl_c(1, end):
+        with at_signals(tell):
             timer = threading.Timer(0.1, send, [signal.SIGINT])
             timer.start()
             # One call into C; it lets other threads run, and no handler.
@@ -92,16 +111,17 @@ def test_it_ends_while_python_runs_no_handler():
             timer.join()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert threads and threads[0] is not threading.main_thread()
+    ((number, thread),) = threads
+    assert number == signal.SIGINT and thread is not threading.main_thread()
     assert 0 < at[0] < back
 
 
 def test_nohup_stays():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with told_to_stop(pytest.fail) as stopping:
+        with told_to_stop(pytest.fail, pytest.fail):
             send(signal.SIGHUP)
-            assert not stopping.is_set()
+            time.sleep(0.1)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

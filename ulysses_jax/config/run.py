@@ -84,7 +84,12 @@ class Training:
     validation_batches: int = 8
     """0: none."""
     checkpoint_interval_steps: int = 500
+    checkpoint_interval_minutes: float = 30.0
+    """Also after so long, by process 0's clock: what is lost is bounded by both."""
     keep_checkpoints: int = 2
+    hang_minutes: float | None = None
+    """A program ends when it waits longer for a step's numbers, or for its batch; null:
+    10 minutes, and five times the longest step so far."""
 
 
 @dataclass(frozen=True)

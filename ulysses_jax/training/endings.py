@@ -1,7 +1,10 @@
 """How a run ends: in words where it can, with an exit code, and on every process."""
 
+import ctypes
+import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -12,14 +15,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # its store of keys and values has no public door
 
+from ulysses_jax.training import store
 from ulysses_jax.training.output import guard_output
-from ulysses_jax.training.signals import at_ctrl_c
+from ulysses_jax.training.signals import at_signals
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_ENDED = "ulysses_jax/ended"
+_ENDED, _ALIVE = "ulysses_jax/ended", "ulysses_jax/alive"
 _POLL_SECONDS = 1.0
+# Of a process that is killed, or stopped: it sets its key once a second.
+_SILENT_SECONDS = 30.0
+# A fault of the machines, not of the run: the same command goes on.
+LOST = 75
 
 
 @contextmanager
@@ -61,49 +68,148 @@ def stop(code: int, why: str) -> NoReturn:
     """Ends this process; on a pod at once, and the others with it, who are told why."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    try:
-        _store().key_value_set(
-            _ENDED, f"{code} process {jax.process_index()} ended the run: {why}"
-        )
-    except jax.errors.JaxRuntimeError:
-        pass  # another was first, or process 0 is gone
-    if jax.process_index() == 0:
+    tell_others(code, f"process {store.this_process()} ended the run: {why}")
+    if (first := store.get(_ENDED)) is not None:  # of another, whose end this one met
+        code, said = int(first.split(" ", 1)[0]), first.split(" ", 1)[1]
+        if said != f"process {store.this_process()} ended the run: {why}":
+            print(said, file=sys.stderr, flush=True)
+    if store.this_process() == 0:
         time.sleep(2 * _POLL_SECONDS)  # its process keeps what the others look up
     leave(code)
 
 
+def tell_others(code: int, why: str) -> None:
+    """On a pod: all processes end with this code, for the first reason that is told."""
+    if jax.distributed.is_initialized():
+        store.set_once(_ENDED, f"{code} {why}")
+
+
+def with_the_others(interrupted: Callable[[], Any]) -> Callable[[], Any]:
+    """`interrupted`, which ends this process: the others of a pod are told before."""
+
+    def end() -> None:
+        why = f"process {store.this_process()} was interrupted"
+        telling = threading.Thread(target=tell_others, args=(130, why), daemon=True)
+        telling.start()
+        telling.join(_POLL_SECONDS)  # who interrupts does not wait for a lost store
+        interrupted()
+
+    return end
+
+
 @contextmanager
 def ends_with_the_others() -> Iterator[None]:
-    """On a pod: ends this process when another one ends by `stop`, with its code.
+    """On a pod: ends this process when another one ends by `stop`, or is lost.
 
-    Else it would wait in a collective until a timeout of minutes, or of hours.
+    Else it would wait in a collective until a timeout of minutes, or of hours. Each
+    process gives a sign of life once a second; process 0 watches all, and all watch it.
+    One that was silent for 30 seconds is lost: the others name it and its host, write
+    where they stand, and end with `LOST`.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    store, done = _store(), threading.Event()
+    done, looked = threading.Event(), [time.monotonic()]
+    threads = [
+        threading.Thread(target=each, args=(done, looked), daemon=True)
+        for each in (_look, _watch_the_store)
+    ]
+    for each in threads:
+        each.start()
+    try:
+        with _coordinator_lost_in_words():
+            yield
+    except jax.errors.JaxRuntimeError:
+        # A collective may be the first to see that another process is lost.
+        time.sleep(_SILENT_SECONDS + 3 * _POLL_SECONDS)
+        raise
+    finally:
+        done.set()
+        for each in threads:
+            each.join()
+        with suppress(jax.errors.JaxRuntimeError):
+            store.set_again(f"{_ALIVE}/{store.this_process()}", "ended")
 
-    def look() -> None:
-        while not done.wait(_POLL_SECONDS):
-            try:
-                code, why = store.key_value_try_get(_ENDED).split(" ", 1)
-            except jax.errors.JaxRuntimeError:
-                continue  # nobody has
+
+def _look(done: threading.Event, looked: list[float]) -> None:
+    """Gives signs of life, reads them; `looked` is when it last asked the store."""
+    me, host, beats = store.this_process(), socket.gethostname(), 0
+    seen: dict[int, tuple[str, float]] = {}
+    while not done.wait(_POLL_SECONDS):
+        beats += 1
+        looked[0] = time.monotonic()
+        with suppress(jax.errors.JaxRuntimeError):  # `_coordinator_lost_in_words` says
+            store.set_again(f"{_ALIVE}/{me}", f"{host} {beats}")
+        if (ended := store.get(_ENDED)) is not None:
+            code, why = ended.split(" ", 1)
             print(why, file=sys.stderr, flush=True)
+            if int(code) == LOST:
+                say_where()
             leave(int(code))
+        now = time.monotonic()
+        signs = store.get_all(_ALIVE) if me == 0 else {0: store.get(f"{_ALIVE}/0")}
+        for process in range(store.num_processes() if me == 0 else 1):
+            sign = signs.get(process) or "its host"  # before the first sign
+            before, since = seen.get(process, ("", now))
+            seen[process] = sign, now if sign != before else since
+            if now - seen[process][1] > _SILENT_SECONDS and sign != "ended":
+                tell_others(LOST, _lost(process, sign.rsplit(" ", 1)[0]))
 
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
+
+def _watch_the_store(done: threading.Event, looked: list[float]) -> None:
+    """Process 0, which keeps it, may be stopped: it takes a call, and never answers."""
+    while not done.wait(_POLL_SECONDS):
+        if time.monotonic() - looked[0] > _SILENT_SECONDS:
+            print(_lost(0, store.coordinator()[0]), file=sys.stderr, flush=True)
+            say_where()
+            leave(LOST)
+
+
+def _lost(process: int, host: str) -> str:
+    return (
+        f"process {process} on {host} gives no sign of life: it was killed, or "
+        "stopped, or its host is gone; the same command goes on from the last "
+        "checkpoint, if there is one"
+    )
+
+
+def say_where() -> None:
+    """Writes to standard error where each thread of this process stands."""
+    print(f"process {store.this_process()} stands here:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(2, all_threads=True)
+
+
+@contextmanager
+def _coordinator_lost_in_words() -> Iterator[None]:
+    """When process 0 is gone JAX aborts the others: words, and `LOST`, instead of that.
+
+    JAX's own callback for it ends in a `std::bad_cast` (jaxlib 0.10.2), so this is a
+    handler of SIGABRT; Python's would not run before the process has ended.
+    """
+    if store.this_process() == 0:
+        yield
+        return
+    address = store.coordinator()
+    libc = ctypes.CDLL(None)
+    program = Path(sys.argv[0]).name
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(_: int) -> None:
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except OSError:
+            said = _lost(0, address[0]).replace(
+                f"for {_SILENT_SECONDS:.0f} s", "any more"
+            )
+            os.write(2, f"{program}: {said}\n".encode())
+            os._exit(LOST)
+        os._exit(128 + signal.SIGABRT)  # another fault: what it wrote says which
+
+    libc.signal(int(signal.SIGABRT), aborted)
     try:
         yield
     finally:
-        done.set()
-        looking.join()
-
-
-def _store() -> Any:
-    """The keys and values that all processes of a pod see."""
-    return distributed.global_state.client
+        libc.signal(int(signal.SIGABRT), None)  # what the system does
 
 
 @contextmanager
@@ -111,13 +217,15 @@ def as_program(interrupted: Callable[[], Any]) -> Iterator[None]:
     """Runs a program whose end is its own: no thread of a library's keeps the process.
 
     Args:
-      interrupted: what Ctrl-C calls, in a thread; it ends the process.
+      interrupted: what Ctrl-C and SIGTERM call, in a thread; it ends the process.
     """
     guard_output()
     # The thread alone ends it; without a handler of Python's the system would.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    ends = signal.SIGINT, signal.SIGTERM
+    for each in ends:
+        signal.signal(each, lambda *_: None)
     try:
-        with at_ctrl_c(1, interrupted):
+        with at_signals(lambda number: interrupted() if number in ends else None):
             yield
     except SystemExit as end:
         if not end.code:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf, isfinite
 from typing import Any, TypeVar
 
+from ulysses_jax.training.phases import Phases
+
 T = TypeVar("T")
 
 
@@ -15,10 +17,13 @@ class InFlight:
       tokens: of a step, over all devices.
       log: `f(step, loss=, tokens_per_second=, seconds=, ...)`, as `RunLog.log_step`;
         loss is None where none of the step's tokens counts.
+      phases: the wait for numbers is one of them, and a row has the seconds of each.
     """
 
-    def __init__(self, tokens: int, log: Callable[..., Any]):
+    def __init__(self, tokens: int, log: Callable[..., Any], phases: Phases):
         self._tokens = tokens
+        self._phases = phases
+        self._seconds = 0.0
         self._log = log
         self._step: tuple[int, Mapping[str, Any], float] | None = None
         self._last_read = -inf
@@ -36,6 +41,12 @@ class InFlight:
         self.settle()
         self._step = number, metrics, started
 
+    def seconds_left(self) -> float:
+        """Until the step in flight should end, if it takes as long as the last one."""
+        step = self._step
+        since = -inf if step is None else max(step[2], self._last_read)
+        return max(0.0, self._seconds - (time.monotonic() - since))
+
     def settle(self) -> None:
         """Waits for the step in flight and logs it: then its state may be saved.
 
@@ -48,12 +59,14 @@ class InFlight:
         if self._step is None:
             return
         (number, metrics, started), self._step = self._step, None
-        row: dict[str, float | None] = {
-            name: float(value) for name, value in metrics.items()
-        }
+        with self._phases("compute", number):
+            row: dict[str, float | None] = {
+                name: float(value) for name, value in metrics.items()
+            }
         now = time.monotonic()
-        seconds = now - max(started, self._last_read)
+        self._seconds = seconds = now - max(started, self._last_read)
         self._last_read = now
+        row |= self._phases.take()
         if row.get("counted_tokens") == 0:  # means of nothing
             row["loss"] = None
             row.pop("objective", None)

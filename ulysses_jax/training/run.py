@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from ulysses_jax.training.model import (
 )
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.output import print_every_name
+from ulysses_jax.training.phases import Phases
 from ulysses_jax.training.preflight import (
     agreed,
     check_folder,
@@ -66,6 +67,7 @@ from ulysses_jax.training.step import (
     jit_train_step,
     make_validation_step,
 )
+from ulysses_jax.training.together import Together
 
 
 @allow_promotion()
@@ -99,7 +101,7 @@ def train(
         number of a step is not finite.
       OSError: the disk cannot be read or written.
       Stopped: a KeyboardInterrupt, after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 in the main
-        thread, and the step that was under way. One process has saved it then.
+        thread of any process, and the step that was under way, which is saved.
     """
     return run_once(config, make_model, interrupted, is_last=True)
 
@@ -251,12 +253,20 @@ def run_once(
                 num_batches=training.validation_batches,
                 zigzag_members=members,
             )
-            parameters = state.all_parameters()
-            parts = (validate(parameters, batch) for batch in validation)
-            for part, tokens in one_behind(parts):
-                if stopping.is_set():
-                    return None  # who waits to end this run may not wait for long
-                total, count = total + float(part), count + int(tokens)
+            parameters, stops = state.all_parameters(), False
+
+            def parts() -> Iterator[Any]:
+                nonlocal stops
+                for batch in validation:
+                    if stops := stops_here():
+                        return  # who waits for the end may not wait for long
+                    yield validate(parameters, batch)
+
+            for part, tokens in one_behind(parts()):
+                with phases("validation", number):
+                    total, count = total + float(part), count + int(tokens)
+            if stops:
+                return None
             return total / count  # more than 0: `refuse_uncounted` let it pass
 
         every = training.validation_interval_steps or training.num_steps
@@ -270,43 +280,68 @@ def run_once(
         if is_main:
             (folder / "config.yaml").write_text(config.to_yaml())
             data.tokenizer.copy_to(folder)
+        phases = Phases(training.hang_minutes)
         in_flight = InFlight(
-            training.batch_size * training.sequence_tokens, log.log_step
+            training.batch_size * training.sequence_tokens, log.log_step, phases
         )
-        number = first_step
-        with log, closing(stream), told_to_stop(interrupted) as stopping:
-            while number < training.num_steps:
+        number, saved_at, stops = first_step, time.monotonic(), False
+        together = Together()
+
+        def told(signal: str) -> None:
+            log.say(
+                f"{signal}: step {number} should end in {in_flight.seconds_left():.0f} "
+                "s; then the run is saved and ends; the same again ends it at once"
+            )
+            together.ask("stop")
+
+        def save() -> None:
+            nonlocal saved_at
+            in_flight.settle()
+            with phases("checkpoint", number):
+                checkpointer.save(number, state.without_frozen(), meta)
+            saved_at = time.monotonic()
+
+        def stops_here() -> bool:
+            """Before a program: saves, where all processes do so here."""
+            minutes = (time.monotonic() - saved_at) / 60
+            if is_main and minutes >= training.checkpoint_interval_minutes:
+                together.ask("save")
+            while act := together.before_a_program():
+                if number > first_step:
+                    save()
+                if act == "stop":
+                    return True
+            return False
+
+        watch = nullcontext() if interrupted is None else phases.watched()
+        with log, closing(stream), together, watch, told_to_stop(told, interrupted):
+            while number < training.num_steps and not (stops := stops_here()):
                 number += 1
                 started = time.monotonic()
-                state, metrics = step(state, next(stream))
+                with phases("data", number):
+                    batch = next(stream)
+                state, metrics = step(state, batch)
                 in_flight.add(number, metrics, started)
-                last, is_left = number == training.num_steps, False
+                last = number == training.num_steps
                 if validates and (last or number % every == 0):
                     in_flight.settle()
-                    if (loss := validation_loss()) is None:
-                        is_left = True
-                    else:
-                        check_finite(number, {"validation_loss": loss})
-                        log.log_validation(number, loss)
-                # On a pod the others may be a step behind, or in the validation that
-                # this one left: none can save alone.
-                stops = stopping.is_set() and (is_left or not last)
-                saves = last or checkpointer.due(number)
-                if stops:
-                    saves = jax.process_count() == 1
-                if saves:
-                    in_flight.settle()
-                    checkpointer.save(number, state.without_frozen(), meta)
-                if stops:
-                    where = "from the last checkpoint, if there is one"
-                    if saves:
-                        checkpointer.wait()
-                        where = "from there: it is saved"
-                    what = f"stopped at step {number}; the same command goes on {where}"
-                    log.say(what)
-                    raise Stopped(what)
-            checkpointer.wait()
+                    if stops := (loss := validation_loss()) is None:
+                        break
+                    check_finite(number, {"validation_loss": loss})
+                    log.log_validation(number, loss)
+                if last or checkpointer.due(number):
+                    save()
+            with phases("checkpoint", number):
+                checkpointer.wait()
+            if stops:
+                where = ": it is saved" if number > first_step else ""
+                what = (
+                    f"stopped at step {number}; the same command goes on from there"
+                    f"{where}"
+                )
+                log.say(what)
+                raise Stopped(what)
             log.finish()
-            if stopping.is_set() and (interrupted is None or not is_last):
+            if together.asked_to_stop() and (interrupted is None or not is_last):
                 raise Stopped(f"{folder} is done, and its last step saved")
         return handed_over(config, state.all_parameters(), make_model)

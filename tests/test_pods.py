@@ -1,0 +1,319 @@
+"""Processes that die, hang and are told to stop, for real: what the others do."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ulysses_jax.training.endings import LOST
+from ulysses_jax.training.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+CONFIG = {
+    "run": {"simulated_cpu_devices": 2},
+    "model": {
+        "vocab_size": 264,
+        "width": 16,
+        "num_layers": 1,
+        "num_heads": 4,
+        "feed_forward_width": 16,
+        "compute_dtype": "float32",
+    },
+    "training": {
+        "num_steps": STEPS,
+        "batch_size": 2,
+        "sequence_tokens": 64,
+        "validation_batches": 0,
+        "checkpoint_interval_steps": 4,
+    },
+    "mesh": {"seq": -1},
+    "quiet": True,
+}
+# A step takes a quarter of a second or more, and says on each process that it begins.
+DRIVER = """
+import sys, time
+sys.path.insert(0, {root!r})
+import jax
+from ulysses_jax.training import endings, phases, run as story
+endings._SILENT_SECONDS = {silent}
+batches = story.batches
+def slow(*args, **options):
+    steps = batches(*args, **options)
+    for number, batch in enumerate(steps, options["start_step"] + 1):
+        time.sleep(0.25)
+        print("step", number, flush=True)
+        {at_step}
+        yield batch
+    steps.close()
+story.batches = slow
+{prelude}
+from ulysses_jax.train import start
+start("train.py")
+"""
+
+
+class Pod:
+    """Processes of one run, each with two devices."""
+
+    def __init__(self, config_file, folder, num=2, *, silent=8, at_step="", prelude=""):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        driver = DRIVER.format(
+            root=str(ROOT), silent=silent, at_step=at_step, prelude=prelude
+        )
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        self.folder = folder
+        self.outputs = [folder.with_name(f"{folder.name}-{i}.txt") for i in range(num)]
+        self.files = [output.open("w") for output in self.outputs]
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-c", driver, "--config", str(config_file)),
+                    *("--run.folder", str(folder)),
+                    f"--distributed.coordinator=127.0.0.1:{port}",
+                    f"--distributed.num-processes={num}",
+                    f"--distributed.process-id={rank}",
+                ],
+                env=outside | {"JAX_PLATFORMS": "cpu"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, output in enumerate(self.files)
+        ]
+
+    def said(self, rank):
+        return self.outputs[rank].read_text(errors="replace")
+
+    def until(self, rank, text, seconds=150):
+        end = time.monotonic() + seconds
+        while text not in self.said(rank):
+            assert self.processes[rank].poll() is None, self.said(rank)
+            assert time.monotonic() < end, self.said(rank)
+            time.sleep(0.02)
+
+    def send(self, rank, number):
+        os.kill(self.processes[rank].pid, number)
+
+    def ended(self, *ranks, seconds):
+        """Their exit codes, and how long the last one took."""
+        started = time.monotonic()
+        codes = [self.processes[rank].wait(seconds) for rank in ranks]
+        return codes, time.monotonic() - started
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for file in self.files:
+            file.close()
+
+    def losses(self):
+        rows = read_rows(self.folder / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pods")
+    words = np.random.default_rng(0).choice(["alpha", "beta", "gamma"], 4000)
+    (folder / "text.txt").write_text("\n".join(words))
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"data": {"files": str(folder / "*.txt")}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(config_file, tmp_path_factory):
+    """The losses of a run that nothing happens to."""
+    with Pod(config_file, tmp_path_factory.mktemp("whole") / "run") as pod:
+        assert pod.ended(0, 1, seconds=200)[0] == [0, 0], pod.said(0) + pod.said(1)
+        return pod.losses()
+
+
+def goes_on(config_file, folder, unbroken, after, num=2):
+    """The same command, to the losses of a run that was not broken."""
+    with Pod(config_file, folder, num) as pod:
+        codes, _ = pod.ended(*range(num), seconds=200)
+        assert codes == [0] * num, pod.said(0)
+        found = re.search(r"resuming after step (\d+) of", pod.said(0))
+        assert after == (found and int(found[1]))
+        assert pod.losses() == unbroken
+
+
+@pytest.mark.parametrize(
+    "rank", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["one", "the coordinator"]
+)
+def test_a_process_that_is_killed_in_a_step(config_file, tmp_path, unbroken, rank):
+    with Pod(config_file, tmp_path / "run") as pod:
+        pod.until(rank, "step 7\n")
+        pod.send(rank, signal.SIGKILL)
+        codes, seconds = pod.ended(1 - rank, seconds=60)
+        said = pod.said(1 - rank)
+        assert codes == [LOST] and seconds < 30, said
+    host = socket.gethostname() if rank else "127.0.0.1"
+    assert f"process {rank} on {host} gives no sign of life" in said
+    assert "the same command goes on" in said
+    goes_on(config_file, tmp_path / "run", unbroken, after=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [4])
+def test_one_of_four_is_killed(config_file, tmp_path, num):
+    with Pod(config_file, tmp_path / "run", num) as pod:
+        pod.until(2, "step 3\n")
+        pod.send(2, signal.SIGKILL)
+        codes, seconds = pod.ended(0, 1, 3, seconds=60)
+        assert codes == [LOST] * 3 and seconds < 30
+        for rank in (0, 1, 3):
+            assert "process 2 on" in pod.said(rank)
+
+
+@pytest.mark.slow
+def test_thirty_seconds_are_enough(config_file, tmp_path):
+    """With the silence that a run really waits for."""
+    with Pod(config_file, tmp_path / "run", silent=30.0) as pod:
+        pod.until(1, "step 3\n")
+        pod.send(1, signal.SIGKILL)
+        codes, seconds = pod.ended(0, seconds=90)
+        assert codes == [LOST] and seconds < 60
+        assert "gives no sign of life" in pod.said(0)
+
+
+IN_A_SAVE = """
+from ulysses_jax.training import checkpoint
+write_commit = checkpoint.write_commit
+def long(*args):
+    print("writing", flush=True)
+    time.sleep(3600 if args[1]["step"] == 8 else 0)
+    write_commit(*args)
+checkpoint.write_commit = long
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_in_a_save(config_file, tmp_path, unbroken, rank):
+    """The save that it was in is none; the one before it is used."""
+    with Pod(config_file, tmp_path / "run", prelude=IN_A_SAVE) as pod:
+        pod.until(rank, "step 9\n")
+        pod.send(rank, signal.SIGKILL)
+        codes, seconds = pod.ended(1 - rank, seconds=60)
+        assert codes == [LOST] and seconds < 30, pod.said(1 - rank)
+    goes_on(config_file, tmp_path / "run", unbroken, after=4)
+
+
+WHILE_IT_COMPILES = """
+from ulysses_jax.training import run
+jit_train_step = run.jit_train_step
+def long(*args):
+    print("compiles", flush=True)
+    time.sleep(3600 if jax.process_index() == 1 else 0)
+    return jit_train_step(*args)
+run.jit_train_step = long
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_in_start_up(config_file, tmp_path, rank):
+    with Pod(config_file, tmp_path / "run", prelude=WHILE_IT_COMPILES) as pod:
+        pod.until(rank, "compiles\n")
+        pod.send(rank, signal.SIGKILL)
+        codes, seconds = pod.ended(1 - rank, seconds=60)
+        assert codes == [LOST] and seconds < 30, pod.said(1 - rank)
+        assert f"process {rank} on" in pod.said(1 - rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped(config_file, tmp_path, rank):
+    """Its sockets take whatever is sent: nothing but its silence says so."""
+    with Pod(config_file, tmp_path / "run") as pod:
+        pod.until(rank, "step 3\n")
+        pod.send(rank, signal.SIGSTOP)
+        codes, seconds = pod.ended(1 - rank, seconds=60)
+        said = pod.said(1 - rank)
+        assert codes == [LOST] and seconds < 30, said
+        assert f"process {rank} on" in said
+        # Where the one that is left stands: in the loop.
+        assert f"process {1 - rank} stands here:" in said and "training/run.py" in said
+        pod.send(rank, signal.SIGCONT)
+        assert pod.ended(rank, seconds=60)[0] == [LOST]
+
+
+@pytest.mark.slow
+def test_a_wait_without_end(config_file, tmp_path):
+    """The process lives; its main thread waits for a batch that never comes."""
+    endless = "time.sleep(3600 * (number == 5 and jax.process_index() == 1))"
+    path = tmp_path / "hangs.yaml"
+    config = yaml.safe_load(config_file.read_text())
+    config["training"]["hang_minutes"] = 0.1
+    path.write_text(yaml.safe_dump(config))
+    with Pod(path, tmp_path / "run", at_step=endless) as pod:
+        pod.until(1, "step 5\n")
+        codes, seconds = pod.ended(0, 1, seconds=60)
+        assert codes == [LOST] * 2 and seconds < 30
+        said = pod.said(0) + pod.said(1)
+        assert re.search(r"step [45] hangs: \d+ s of waiting for (data|compute)", said)
+        assert "process 0 stands here:" in said and "process 1 stands here:" in said
+        assert "slow" in said  # the function that sleeps
+
+
+@pytest.mark.parametrize(
+    "rank", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["one", "the first"]
+)
+def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, rank):
+    """By a signal to one of them, which says at once that it heard."""
+    with Pod(config_file, tmp_path / "run") as pod:
+        pod.until(rank, "step 5\n")
+        pod.send(rank, signal.SIGTERM)
+        if rank == 0:
+            pod.until(rank, "SIGTERM: step", seconds=0.2)
+        codes, seconds = pod.ended(0, 1, seconds=60)
+        assert codes == [130, 130] and seconds < 30, pod.said(0) + pod.said(1)
+        (found,) = re.findall(r"stopped at step (\d+); .* it is saved", pod.said(0))
+        assert 5 <= int(found) <= 8 and "Traceback" not in pod.said(0) + pod.said(1)
+    goes_on(config_file, tmp_path / "run", unbroken, after=int(found))
+
+
+@pytest.mark.slow
+def test_the_same_signal_again_ends_all_at_once(config_file, tmp_path):
+    with Pod(config_file, tmp_path / "run", at_step="time.sleep(20)") as pod:
+        pod.until(1, "step 1\n")
+        pod.send(1, signal.SIGINT)
+        time.sleep(0.5)
+        pod.send(1, signal.SIGINT)
+        codes, seconds = pod.ended(1, 0, seconds=15)
+        assert codes == [130, 130] and seconds < 5
+        assert "process 1 was interrupted" in pod.said(0)
+
+
+@pytest.mark.slow
+def test_it_saves_by_time(config_file, tmp_path):
+    """By process 0's clock, at one step on all."""
+    path = tmp_path / "minutes.yaml"
+    config = yaml.safe_load(config_file.read_text())
+    config["training"] |= {
+        "checkpoint_interval_steps": 1000,
+        "checkpoint_interval_minutes": 1 / 60,
+        "keep_checkpoints": 100,
+    }
+    path.write_text(yaml.safe_dump(config))
+    with Pod(path, tmp_path / "run") as pod:
+        assert pod.ended(0, 1, seconds=200)[0] == [0, 0]
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == STEPS and 2 <= len(saved) <= 6

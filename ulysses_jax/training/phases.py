@@ -1,0 +1,92 @@
+"""What a run waits for, and for how long; and the end of one that waits for ever."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from ulysses_jax.training.endings import LOST, leave, say_where, tell_others
+
+Phase = Literal["data", "compute", "checkpoint", "validation"]
+_POLL_SECONDS = 1.0
+_MINUTES, _TIMES_THE_LONGEST = 10.0, 5.0
+
+
+class Phases:
+    """The seconds that the main thread of a run spends in each phase.
+
+    Args:
+      hang_minutes: of one wait, from which on it is taken to be without end. None: 10,
+        and five times the longest wait so far, once a step has been waited for.
+    """
+
+    def __init__(self, hang_minutes: float | None = None):
+        self._hang_minutes = hang_minutes
+        self._seconds: dict[Phase, float] = {}
+        self._now: tuple[Phase, float] | None = None
+        self._longest = 0.0
+        self._step = 0
+
+    @contextmanager
+    def __call__(self, phase: Phase, step: int) -> Iterator[None]:
+        self._now = now = phase, time.monotonic()
+        self._step = step
+        try:
+            yield
+        finally:
+            self._now = None
+            seconds = time.monotonic() - now[1]
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+            if phase == "compute":
+                self._longest = max(self._longest, seconds)
+
+    def take(self) -> dict[str, float]:
+        """`<phase>_seconds` of each, since they were last taken."""
+        taken, self._seconds = self._seconds, {}
+        return {f"{phase}_seconds": seconds for phase, seconds in taken.items()}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Ends the process in a wait without end, and those of a pod with it.
+
+        It says the step, the phase and where each thread stands, in all processes, and
+        ends with `endings.LOST`. A checkpoint's wait is not watched: Orbax ends that.
+        """
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(_POLL_SECONDS):
+                now, limit = self._now, self._limit_seconds()
+                if now is None or limit is None or now[0] == "checkpoint":
+                    continue
+                waited = time.monotonic() - now[1]
+                if waited > limit:
+                    self._end(now[0], waited)
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            looking.join()
+
+    def _limit_seconds(self) -> float | None:
+        if self._hang_minutes is not None:
+            return 60 * self._hang_minutes
+        if not self._longest:
+            return None
+        return max(60 * _MINUTES, _TIMES_THE_LONGEST * self._longest)
+
+    def _end(self, phase: Phase, waited: float) -> None:
+        why = (
+            f"step {self._step} hangs: {waited:.0f} s of waiting for {phase}; the same "
+            "command goes on from the last checkpoint, if there is one; if steps do "
+            "take so long, raise training.hang_minutes"
+        )
+        print(why, file=sys.stderr, flush=True)
+        say_where()
+        tell_others(LOST, why)
+        leave(LOST)
