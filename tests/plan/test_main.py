@@ -235,11 +235,19 @@ def test_parse_bytes(text, num_bytes):
         assert parse_bytes(text) == num_bytes
 
 
-def test_documents_of_the_data(planted, config_file, capsys, tmp_path):
-    """Files of 99, 299 and 2,599 bytes, each with its end, in rows of 1,024 tokens."""
+# Rows of 1,024 tokens, by the document of each token; 0 is padding.
+LAID_OUT = {
+    "stream": [[1] * 100 + [2] * 700 + [3] * 224, [3] * 476 + [4] * 548, [4] * 152],
+    "whole": [[2] * 700 + [1] * 100, [3] * 700, [4] * 700],
+}
+
+
+@pytest.mark.parametrize("packing", LAID_OUT)
+def test_documents_of_the_data(planted, config_file, capsys, tmp_path, packing):
+    """Files of 99 and 699 bytes, each with its end, in rows of 1,024 tokens."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    for name, size in (("a", 99), ("b", 299), ("c", 2599)):
+    for name, size in (("a", 99), ("b", 699), ("c", 699), ("d", 699)):
         (texts / name).write_text("x" * size)
     flags = ("--gpus", "h100:1x8", "--data.mask-documents", "--data.document-tokens=7")
     out = plan(
@@ -248,12 +256,15 @@ def test_documents_of_the_data(planted, config_file, capsys, tmp_path):
         *flags,
         "--data.files",
         str(texts),
+        f"--data.packing={packing}",
         "--documents-of-data",
     )
     mean = int(re.findall(r": as if of ([\d,]+) tokens", out)[0].replace(",", ""))
-    rows = np.concatenate([[1] * 100, [2] * 300, [3] * 2600, [0] * 72]).reshape(3, -1)
+    laid_out = LAID_OUT[packing]
+    rows = np.array([row + [0] * (1024 - len(row)) for row in laid_out])
     seen = (rows[:, :, None] == rows[:, None]) & (rows > 0)[:, None]
-    pairs = np.tril(seen).sum() / 3000 * 1024  # of a row that is full
+    # Of a row: one that is full, or as they are.
+    pairs = np.tril(seen).sum() / (2200 / 1024 if packing == "stream" else 3)
     assert Pairs((None,), mean).visible(1024) == pytest.approx(pairs, rel=0.01)
 
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -22,6 +23,7 @@ from ulysses_jax.config import Config
 from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.costs.pairs import Pairs
 from ulysses_jax.costs.targets import TARGETS, parse_gpus
+from ulysses_jax.data.packing import pack
 from ulysses_jax.data.streams import document_ends
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
@@ -139,7 +141,7 @@ def _stage(configs: tuple[Config, ...], number: int | None) -> Config:
 
 def _with_documents_of_data(config: Config) -> Config:
     """With the mean length at which exponential lengths leave a row as many pairs as
-    the data's documents do, end to end and cut into rows."""
+    the data's documents do, as `data.packing` lays them out in rows."""
     if not config.data.mask_documents:
         raise ValueError(
             "--documents-of-data counts what documents do not see of each other, but "
@@ -150,14 +152,15 @@ def _with_documents_of_data(config: Config) -> Config:
             "--documents-of-data counts the documents of data.files, and the run has a "
             "data.mixture: say their mean length, --data.document-tokens"
         )
-    span = config.training.sequence_tokens
-    start = pairs = 0
-    for stop in document_ends(config).tolist():
-        while start < stop:
-            part = min(stop, (start // span + 1) * span) - start
-            pairs += part**2 / 2
-            start += part
-    pairs *= span / start  # a row
+    span, ends = config.training.sequence_tokens, document_ends(config)
+    if config.data.packing == "whole":
+        packing = pack(np.diff(ends, prepend=0), span)
+        sizes, num_rows = packing.last - packing.first, len(packing)
+    else:
+        rows = np.arange(span, ends[-1], span)
+        sizes = np.diff(np.union1d(ends, rows), prepend=0)
+        num_rows = ends[-1] / span
+    pairs = (sizes.astype(float) ** 2).sum() / 2 / num_rows
     low, high = 1, 2**31 - 1
     while low < high:  # the least mean that leaves as many
         mean = (low + high) // 2
