@@ -13,7 +13,9 @@ from test_open import make_config
 from ulysses_jax.config import Data, Model, Run
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.data.prepare import prepare
-from ulysses_jax.data.streams import document_ends
+from ulysses_jax.data.run_tokenizer import digest_of
+from ulysses_jax.data.streams import document_ends, whole_stream
+from ulysses_jax.data.tokenizer import Bytes, tokenizer_of
 
 
 @pytest.fixture
@@ -127,3 +129,21 @@ def test_the_plan_knows_how_long_prepared_documents_are(tmp_path, tables, words)
     assert len(ends) == 61 and ends[0] == 5
     with pytest.raises(ValueError, match="prepare counts them"):
         document_ends(make_config(tables))
+
+
+def test_the_whole_of_a_prepared_folder_is_of_the_models_tokenizer(
+    tmp_path, tables, words
+):
+    """To evaluate on it, too: its ids mean nothing to a model of another one."""
+    prepare(str(tables), tmp_path / "out", words)
+    own = tokenizer_of(words)
+    stream, notes = whole_stream(str(tmp_path / "out"), own, "text", ends=True)
+    assert not notes and len(stream.ends) == 61
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (words / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"long"', '"short"'))
+    for another in (tokenizer_of(other), Bytes()):
+        assert another.num_ids != 6 or digest_of(another) != digest(words)
+        with pytest.raises(ValueError, match="was prepared with another tokenizer"):
+            whole_stream(str(tmp_path / "out"), another, "text", ends=True)

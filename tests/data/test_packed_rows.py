@@ -1,15 +1,19 @@
 """Rows of whole documents against a plain walk over every token."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.ranges import key_ranges
+from ulysses_jax.config import Memory, Model
 from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.packing import pack
 from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.tokenizer import IGNORED
-from ulysses_jax.training.model import padding_apart
+from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.training.model import features_and_head, padding_apart
 
 
 class Held:
@@ -127,3 +131,27 @@ def test_padding_sees_padding_alone(is_run):
         padding = 10 - lengths.sum()
         expected = padding if is_run else padding**2
         assert found == sum(n * (n + 1) // 2 for n in lengths) + expected
+
+
+def test_a_run_sets_its_padding_apart(monkeypatch):
+    """What a model of a run is given: no token of padding has another's segment."""
+    given, features = [], Transformer.features
+
+    def spy(self, tokens, positions, segment_ids, **options):
+        given.append(segment_ids)
+        return features(self, tokens, positions, segment_ids, **options)
+
+    monkeypatch.setattr(Transformer, "features", spy)
+    rows = PackedRows(Held([6, 5, 3, 2]), 8, mask_documents=True)
+    read = [rows.read(i, 0, 10) for i in range(len(rows) + 1)]
+    batch = {name: jnp.stack([row[name] for row in read]) for name in rows.names}
+    config = Model(vocab_size=320, width=16, num_layers=1, num_heads=2)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    features_and_head(model, batch, Memory())
+    (segments,), before = given, np.asarray(batch["segment_ids"])
+    assert (before == 0).sum() > 10
+    np.testing.assert_array_equal(segments[before > 0], before[before > 0])
+    for found, is_padding in zip(np.asarray(segments), before == 0, strict=True):
+        padding = found[is_padding]
+        assert len(set(padding.tolist())) == len(padding)
+        assert not set(padding) & {0, *found[~is_padding].tolist()}

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from corpus_cases import write
 from source_cases import TEXTS, json_lines, write_every_kind, write_parquet
+from tokenizers import models, pre_tokenizers
 from word_tokenizer import END
 
 from ulysses_jax.data import shards
 from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.data.ids import hold
 from ulysses_jax.data.loader import read_box
+from ulysses_jax.data.packed_rows import PackedRows
 from ulysses_jax.data.prepare import prepare
 from ulysses_jax.data.prepared import PreparedTokens, faults, is_prepared, read_index
 from ulysses_jax.data.rows import Rows
@@ -530,3 +533,48 @@ def test_eight_processes_read_an_eighth_each(tmp_path, num_documents):
         assert abs(tokens.num_read_bytes / one - 1 / 8) <= 0.05 / 8
         for name, values in box.items():
             np.testing.assert_array_equal(values, whole[name][..., slice(*where)])
+
+
+@pytest.mark.parametrize("kind", [Rows, PackedRows])
+def test_eight_processes_read_an_eighth_of_rows_laid_out_either_way(tmp_path, kind):
+    """The rows' own tokens, each once, and up to a label more a piece of a document."""
+    span, sizes = 2**12, [9000, 3000, 2500, 1500, 1100, 800, 300, 40] * 3
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(97, 123, size, np.uint8).tobytes() for size in sizes]
+    write(tmp_path / "in", {f"{i:02d}.txt": text for i, text in enumerate(texts)})
+    prepare(str(tmp_path / "in"), tmp_path / "out", shard_tokens=2**14)
+    tokens = PreparedTokens(tmp_path / "out")
+    rows = kind(TokenStream(tokens), span, mask_documents=True)
+    numbers = np.arange(12).reshape(2, 6)
+    whole = read_box(rows, numbers, ((0, 2), (0, 6), (0, span)))
+    pieces = sum(len(rows.lengths(int(row))) for row in numbers.flat)
+    for part in range(8):
+        where = (part * span // 8, (part + 1) * span // 8)
+        tokens.num_read_bytes = 0
+        box = read_box(rows, numbers, ((0, 2), (0, 6), where))
+        own = (whole["segment_ids"][..., slice(*where)] > 0).sum()
+        assert 0 < own <= tokens.num_read_bytes / 2 <= own + pieces
+        for name, values in box.items():
+            np.testing.assert_array_equal(values, whole[name][..., slice(*where)])
+
+
+def test_ids_of_more_than_16_bits(tmp_path):
+    """Of a vocabulary of 70,000: ids that differ in their upper half alone, too."""
+    texts = ["w0 w65536 w65535", "w69999 w4463", "w65537 w1"]
+    model = tmp_path / "model"
+    model.mkdir()
+    vocabulary = {f"w{i}": i for i in range(70_000)}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(model / "tokenizer.json"))
+    write(tmp_path, {"a.jsonl": json_lines(texts)})
+    index = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", model, shard_tokens=3)
+    assert index["dtype"] == "uint32" and index["num_ids"] == 70_000
+    expected = [[0, 65_536, 65_535], [69_999, 4463], [65_537, 1]]
+    tokens = PreparedTokens(tmp_path / "out")
+    assert all_ids(tokens) == expected
+    data = (tmp_path / "out" / "ids-00000.bin").read_bytes()
+    assert data == np.array(expected[0], "<u4").tobytes()
+    rows = Rows(TokenStream(tokens), 4, mask_documents=True)
+    assert rows.read(0, 0, 4)["tokens"].tolist() == [0, 65_536, 65_535, 69_999]
+    assert rows.read(0, 0, 4)["labels"].tolist() == [65_536, 65_535, -1, 4463]

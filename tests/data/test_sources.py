@@ -6,9 +6,11 @@ import os
 import sys
 import tracemalloc
 
+import numpy as np
 import pyarrow
 import pytest
 from corpus_cases import write
+from pyarrow import parquet
 from source_cases import (
     TEXTS,
     json_lines,
@@ -121,6 +123,31 @@ def test_a_spoilt_page_of_parquet(tmp_path):
     at = (tmp_path / "a.parquet").read_bytes().index(b"00015" * 10)
     spoilt(tmp_path / "a.parquet", at + 7)
     with pytest.raises(ValueError, match="no whole table, after row 10: .*CRC"):
+        texts_of(tmp_path)
+
+
+def test_a_table_whose_text_is_none(tmp_path):
+    """Whole in its pages, but the bytes of a string are no UTF-8."""
+    bad = pyarrow.array([b"a", b"\xff\xfe", b"b"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, bad.buffers())
+    table = pyarrow.table({"text": column})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(ValueError, match=f"{name} is no whole table.*UTF8"):
+            texts_of(tmp_path / name)
+
+
+def test_an_arrow_file_whose_strings_lie_elsewhere(tmp_path):
+    """An offset that is spoilt points out of what is there: nothing is read there."""
+    write_arrow(tmp_path / "a.arrow", ["abcd" * 9, "efgh" * 9])
+    data = (tmp_path / "a.arrow").read_bytes()
+    offsets = np.array([0, 36, 72], "<i4").tobytes()
+    assert data.count(offsets) == 1
+    spoilt = np.array([0, 36, 2**30], "<i4").tobytes()
+    (tmp_path / "a.arrow").write_bytes(data.replace(offsets, spoilt))
+    with pytest.raises(ValueError, match="a.arrow is no whole table"):
         texts_of(tmp_path)
 
 
