@@ -25,6 +25,7 @@ from ulysses_jax import train
 from ulysses_jax.config_file import load
 from ulysses_jax.data.corpus import find_documents
 from ulysses_jax.data.prepare import prepare
+from ulysses_jax.data.rows import Rows
 from ulysses_jax.data.split import split
 from ulysses_jax.data.stream import read_bytes
 from ulysses_jax.mesh import make_mesh
@@ -489,6 +490,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file, tmp_path, capfd):
         state = ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step))
         assert state["step"] == step
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.slow
+def test_a_wait_for_data_is_in_its_row_and_said(
+    whole_run, config_file, tmp_path, monkeypatch, capfd
+):
+    """Of a source that is slower than a step; of one that is not, there is next to
+    none."""
+    read = Rows.read
+
+    def slow(self, *where):
+        time.sleep(0.1)
+        return read(self, *where)
+
+    monkeypatch.setattr(Rows, "read", slow)
+    start(config_file, tmp_path / "slow", "--training.validation-batches=0")
+    out = capfd.readouterr().out
+    assert re.search(r"\d of the steps' \d+.\d s were waits for data: use a fas", out)
+    found = {}
+    for folder in (whole_run, tmp_path / "slow"):
+        rows = read_rows(folder / "metrics.jsonl")[2:]
+        found[folder.name] = [
+            sum(row.get(name, 0.0) for row in rows)
+            for name in ("data_seconds", "seconds")
+        ]
+    assert found["slow"][0] > 0.7 * found["slow"][1] > 0.5
+    assert found["run"][0] < 0.1 * found["slow"][0]
 
 
 class NoAnswers:

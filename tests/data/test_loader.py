@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from itertools import islice
 
@@ -420,3 +421,40 @@ def test_rows_that_validate_without_a_token_that_counts(tmp_path, monkeypatch):
     refuse_uncounted(rows, 3)
     with pytest.raises(ValueError, match="use training.validation_batches 0"):
         refuse_uncounted(rows, 2)
+
+
+class Slow(Rows):
+    """A disk on which a read takes its time."""
+
+    seconds = 0.0
+
+    def read(self, row, start, stop):
+        time.sleep(self.seconds)
+        return super().read(row, start, stop)
+
+
+@pytest.mark.parametrize("read_seconds, step_seconds", [(0.2, 0.3), (0.5, 0.1)])
+def test_no_step_waits_for_what_the_next_one_reads(
+    tmp_path, read_seconds, step_seconds
+):
+    """A source that takes less than a step adds nothing to it; one that takes more is
+    waited for, as long as two threads take together and no longer."""
+    rows = Slow(make_rows(tmp_path).stream, 16, mask_documents=True)
+    rows.seconds = read_seconds / 8  # a batch is a row in eight boxes, one by one
+    sharding = NamedSharding(make_mesh(seq=8), SPEC)
+    with contextlib.closing(batches(rows, (1, 1, 16), sharding, seed=0)) as stream:
+        next(stream)
+        time.sleep(2 * read_seconds)  # a first step compiles
+        begun, waits = time.monotonic(), []
+        for _ in range(8):
+            asked = time.monotonic()
+            next(stream)
+            waits.append(time.monotonic() - asked)
+            time.sleep(step_seconds)
+        whole = time.monotonic() - begun
+    if read_seconds < step_seconds:
+        assert np.median(waits) < 0.1 * read_seconds
+        assert whole < 8 * (step_seconds + 0.3 * read_seconds)
+    else:
+        assert sum(waits) > 0.5
+        assert whole < 8 * (step_seconds + 0.6 * read_seconds)

@@ -17,6 +17,7 @@ from ulysses_jax.training.events import Events
 from ulysses_jax.training.picture import draw_loss
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_MOST_WAITED = 0.05  # of the time, of which nothing is said
 
 
 class RunLog:
@@ -156,6 +157,13 @@ class RunLog:
             if last is None
             else f"final loss {last['loss']:.4f} at step {last['step']}"
         )
+        waited = sum(row.get("data_seconds", 0.0) for row in rows)
+        total = sum(row.get("seconds", 0.0) for row in rows)
+        if waited > max(_MOST_WAITED * total, 1.0):
+            self.say(
+                f"{waited:,.1f} of the steps' {total:,.1f} s were waits for data: use "
+                "a faster disk, or prepare it (python -m ulysses_jax.data prepare)"
+            )
         self.say(
             f"{self.folder}: {final}{validation}; see loss.png, metrics.jsonl, "
             "tensorboard/"
