@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from ulysses_jax.config import Data, Distributed, Run
-from ulysses_jax.training import run
+from ulysses_jax.training import by_length, run
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
     abstract_batch,
@@ -56,13 +56,13 @@ def shared_programs():
         )
 
     with pytest.MonkeyPatch.context() as patched:
-        for name, program in (
-            ("jit_train_step", step),
-            ("first_state", lambda config, make, *_: state(config, make)()),
-            ("make_validation_step", validation),
+        for module, name, program in (
+            (by_length, "jit_train_step", step),
+            (run, "first_state", lambda config, make, *_: state(config, make)()),
+            (run, "make_validation_step", validation),
         ):
             patched.setattr(
-                run,
+                module,
                 name,
                 lambda config, *args, program=program: program(alike(config), *args),
             )

@@ -18,6 +18,7 @@ BASE = {
     "fields",
     "rotary",
     "lora",
+    "lengths",
     "mesh",
     "sharding",
 }
@@ -31,7 +32,8 @@ ALLOWED = {
     "fields": set(),
     "rotary": {"config"},
     "lora": {"config"},
-    "complete": {"config", "fields", "lora", "rotary"},
+    "lengths": {"config"},
+    "complete": {"config", "fields", "lengths", "lora", "rotary"},
     "config_file": {"config", "complete", "fields", "run_folder"},
     "mesh": set(),
     "distributed": {"launcher"},

@@ -45,7 +45,7 @@ sys.path.insert(0, {root!r})
 import jax
 from ulysses_jax.training import endings, phases, run as story
 endings._SILENT_SECONDS = {silent}
-batches = story.batches
+batches = story.training_batches
 def slow(*args, **options):
     steps = batches(*args, **options)
     for number, batch in enumerate(steps, options["start_step"] + 1):
@@ -54,7 +54,7 @@ def slow(*args, **options):
         {at_step}
         yield batch
     steps.close()
-story.batches = slow
+story.training_batches = slow
 {prelude}
 from ulysses_jax.train import start
 start("train.py")

@@ -31,6 +31,7 @@ from ulysses_jax.data.stream import read_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
+from ulysses_jax.training import by_length
 from ulysses_jax.training import run as story
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.lock import RunLock
@@ -92,7 +93,7 @@ ORDER = []
 def whole_run(tmp_path_factory, config_file):
     """Six steps without interruption on data=2 x seq=4; the folder it left."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    log_step, batches = RunLog.log_step, story.batches
+    log_step, batches = RunLog.log_step, story.training_batches
 
     def log(self, step, *args, **numbers):
         ORDER.append(("row", step))
@@ -105,7 +106,7 @@ def whole_run(tmp_path_factory, config_file):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(RunLog, "log_step", log)
-        patched.setattr(story, "batches", taken)
+        patched.setattr(story, "training_batches", taken)
         start(config_file, folder)
     return folder
 
@@ -356,7 +357,7 @@ def test_another_learning_rate_is_said_before_the_first_step(
         def lower(self):
             raise SystemExit("compiles")
 
-    monkeypatch.setattr(story, "jit_train_step", lambda *_: NoCompile())
+    monkeypatch.setattr(by_length, "jit_train_step", lambda *_: NoCompile())
     config = str(whole_run / "config.yaml")
     with pytest.raises(SystemExit, match="compiles"):
         train.main(["--config", config, "--training.num-steps=12"])

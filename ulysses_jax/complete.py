@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from ulysses_jax.config import Config, Data, Memory, Model, Training, in_pieces
 from ulysses_jax.fields import checked
+from ulysses_jax.lengths import check_lengths
 from ulysses_jax.lora import check_lora
 from ulysses_jax.rotary import check_rope
 
@@ -52,6 +53,7 @@ def complete(config: Config, *, name: str) -> Config:
             f"training.sequence_tokens {training.sequence_tokens}: raise it"
         )
     _check_mixture(config.data)
+    check_lengths(config.data, training)
     if config.data.balance and not config.data.mask_documents:
         raise ValueError(
             "data.balance deals rows by their documents, and data.mask_documents is "

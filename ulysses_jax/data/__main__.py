@@ -115,14 +115,23 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     data = open_data(_config(options))
+    part = "validation" if options.validation else "training"
     rows = data.validation if options.validation else data.train
     if rows is None:
         raise ValueError("--validation: data.validation_fraction is 0")
+    if data.by_length is not None and rows is data.train:
+        of_length = data.by_length.rows
+        rows = of_length.get(options.sequence_tokens or max(of_length))
+        if rows is None:
+            raise ValueError(
+                f"--sequence-tokens {options.sequence_tokens} is none of data.lengths: "
+                f"give one of {', '.join(map(str, of_length))}"
+            )
+        part += f", of {rows.sequence_tokens:,} tokens each"
     for note in data.notes:
         print(note if options.config else _as_options(note))
     segments = segments_of(rows, options.row)
     console = Console(highlight=False)
-    part = "validation" if options.validation else "training"
     print(f"row {options.row:,} of {len(rows):,} of {part}; [what no label asks for]")
     for title, text in lines_of(segments, data.tokenizer):
         console.print(Text(title, style="bold"))
@@ -157,7 +166,9 @@ def _config(options: argparse.Namespace) -> Config:
             validation_fraction=options.validation_fraction,
             mask_documents=options.mask_documents,
         ),
-        training=Training(sequence_tokens=options.sequence_tokens, batch_size=1),
+        training=Training(
+            sequence_tokens=options.sequence_tokens or 2048, batch_size=1
+        ),
     )
 
 
@@ -235,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="of a run; its fields may follow, as there")
     _add_files(add, required=False)
     add("--tokenizer", metavar="FOLDER", help="with --files; default: bytes")
-    add("--sequence-tokens", type=int, default=2048, metavar="T", help="of a row")
+    add(
+        "--sequence-tokens",
+        type=int,
+        metavar="T",
+        help="of a row; default: 2048, and with data.lengths their longest",
+    )
     add("--validation-fraction", type=float, default=0.05, metavar="X")
     add("--mask-documents", action=argparse.BooleanOptionalAction, default=True)
     add("--seed", type=int, default=0)

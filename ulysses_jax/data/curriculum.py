@@ -1,13 +1,13 @@
 """Which length a step has, and which rows of it: by the seed and the step alone."""
 
 import hashlib
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int8, Int64
 
-Curriculum = Literal["uniform", "grow-linear", "grow-p2"]
+from ulysses_jax.config import Curriculum
 
 
 def odds(curriculum: Curriculum, num_lengths: int) -> tuple[int, ...]:
@@ -46,11 +46,12 @@ class Choice(NamedTuple):
 class LengthSampler:
     """Steps of one length each, all of the same number of tokens.
 
-    A pass takes the batches of all buckets once, in `num_cycles` parts with the same
-    share of each bucket: with 1 the lengths grow once a pass, with more again and
-    again (cyclic). In a cycle every batch that is left is drawn with its length's odds,
-    so the short ones run out first. Each bucket's rows are taken in a stream of
-    shuffled epochs, cut into batches: none comes again before all have come.
+    A pass takes the batches of all buckets once. Laid out evenly, pass after pass, they
+    are cut into cycles, so that each has every bucket's share. In a cycle every batch
+    that is left is drawn with its length's odds, so the short ones run out first, and
+    lengths grow once (with cycles shorter than a pass again and again: cyclic). Each
+    bucket's rows are taken in a stream of shuffled epochs, cut into batches: none comes
+    again before all have come.
 
     `at(step)` follows from the arguments and the step alone: a checkpoint needs the
     step, and resumes on any mesh.
@@ -59,18 +60,19 @@ class LengthSampler:
       num_rows: of each length, in tokens; lengths without rows are never drawn.
       tokens_a_step: a multiple of every length.
       curriculum: of `odds`.
-      num_cycles: in a pass; 8 in the paper.
+      cycle_steps: of a cycle; None: of a pass. The paper has up to 8 in a pass.
       seed: any integer.
 
     Attributes:
       steps_a_pass: over all lengths. A bucket has as many batches in a pass as its rows
         fill, rounded down, and at least one; what is over begins the next pass.
+      cycle_steps: of a cycle.
 
     Raises:
       ValueError: no rows, or lengths that do not divide tokens_a_step.
 
-    Cost: of two passes a byte a step, and of two epochs of each bucket 8 bytes a row;
-    a sort where a pass begins, a shuffle where an epoch does.
+    Cost: of a pass and two cycles a byte a step, and of two epochs of each bucket 8
+    bytes a row; a sort where a cycle begins, a shuffle where an epoch does.
 
     Source: arXiv 2405.13226. There a bucket's chance falls when it is empty; here with
     each batch that it gives, so that lengths change more smoothly.
@@ -82,7 +84,7 @@ class LengthSampler:
         tokens_a_step: int,
         *,
         curriculum: Curriculum = "grow-p2",
-        num_cycles: int = 1,
+        cycle_steps: int | None = None,
         seed: int = 0,
     ):
         lengths = sorted(num_rows)
@@ -98,26 +100,27 @@ class LengthSampler:
                 f"no document gives a row of {lengths} tokens: use shorter lengths, or "
                 "longer documents"
             )
-        if num_cycles < 1:
-            raise ValueError(f"{num_cycles} cycles draw nothing: use 1 or more")
-        self._lengths, self._seed, self._num_cycles = lengths, seed, num_cycles
+        if cycle_steps is not None and cycle_steps < 1:
+            raise ValueError(f"a cycle of {cycle_steps} steps has none: use 1 or more")
+        self._lengths, self._seed = lengths, seed
         self._batch = [tokens_a_step // length for length in lengths]
         rows = [num_rows[length] for length in lengths]
         steps = [max(n // b, min(n, 1)) for n, b in zip(rows, self._batch, strict=True)]
         self._steps = np.array(steps, np.int64)
         self.steps_a_pass = int(self._steps.sum())
+        self.cycle_steps = cycle_steps or self.steps_a_pass
         self._rows = rows
-        self._pass = lru_cache(maxsize=2)(self._draw_pass)
+        self._cycle = lru_cache(maxsize=2)(self._draw_cycle)
         self._epoch = lru_cache(maxsize=2 * len(lengths))(self._shuffle_epoch)
 
     def at(self, step: int) -> Choice:
         """The length and rows of a step, which counts from 0."""
-        number, here = divmod(step, self.steps_a_pass)
-        drawn = self._pass(number)
+        number, here = divmod(step, self.cycle_steps)
+        begin, drawn = self._cycle(number)
         which = int(drawn[here])
-        before = int(np.count_nonzero(drawn[:here] == which))
+        before = int(begin[which]) + int(np.count_nonzero(drawn[:here] == which))
         batch, rows = self._batch[which], self._rows[which]
-        at = (number * int(self._steps[which]) + before) * batch
+        at = before * batch
         stop, parts = at + batch, []
         while at < stop:
             epoch, first = divmod(at, rows)
@@ -125,26 +128,43 @@ class LengthSampler:
             at += len(parts[-1])
         return Choice(self._lengths[which], np.concatenate(parts))
 
+    def num_steps(self, stop: int) -> dict[int, int]:
+        """How many of the steps [0, stop) each length has."""
+        number, here = divmod(stop, self.cycle_steps)
+        begin, drawn = self._cycle(number)
+        found = begin + np.bincount(drawn[:here], minlength=len(begin))
+        return dict(zip(self._lengths, found.tolist(), strict=True))
+
     def _shuffle_epoch(self, which: int, epoch: int) -> Int64[np.ndarray, "rows"]:
         length = self._lengths[which]
         return self._random(f"rows {length} {epoch}").permutation(self._rows[which])
 
-    def _draw_pass(self, number: int) -> Int8[np.ndarray, "steps"]:
-        """Which length each step of a pass has."""
-        cuts = [
-            self._steps * i // self._num_cycles for i in range(self._num_cycles + 1)
-        ]
-        random = self._random(f"pass {number}")
-        cycles = []
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
-            batches = np.repeat(
-                np.arange(len(self._steps), dtype=np.int8), last - first
-            )
-            # Of clocks with these rates each rings first with its rate's share, and
-            # next of those that are left.
-            rings = random.exponential(size=len(batches)) / self._odds[batches]
-            cycles.append(batches[np.argsort(rings)])
-        return np.concatenate(cycles)
+    def _draw_cycle(
+        self, number: int
+    ) -> tuple[Int64[np.ndarray, "lengths"], Int8[np.ndarray, "steps"]]:
+        """How many batches each length has before a cycle, and which length each of its
+        steps has."""
+        first = number * self.cycle_steps
+        begin, end = (self._even(n) for n in (first, first + self.cycle_steps))
+        batches = np.repeat(np.arange(len(begin), dtype=np.int8), end - begin)
+        # Of clocks with these rates each rings first with its rate's share, and next of
+        # those that are left.
+        random = self._random(f"cycle {number}")
+        rings = random.exponential(size=len(batches)) / self._odds[batches]
+        return begin, batches[np.argsort(rings)]
+
+    def _even(self, num_steps: int) -> Int64[np.ndarray, "lengths"]:
+        """Batches of each length in the first steps, where all are laid out evenly."""
+        passes, rest = divmod(num_steps, self.steps_a_pass)
+        here = np.bincount(self._pass[:rest], minlength=len(self._steps))
+        return passes * self._steps + here
+
+    @cached_property
+    def _pass(self) -> Int8[np.ndarray, "steps"]:
+        """Which length each step of a pass has, where all are laid out evenly."""
+        places = [(np.arange(n) + 0.5) / n for n in self._steps]
+        which = np.repeat(np.arange(len(self._steps), dtype=np.int8), self._steps)
+        return which[np.argsort(np.concatenate(places), kind="stable")]
 
     def _random(self, what: str) -> np.random.Generator:
         digest = hashlib.blake2b(f"{what} {self._seed}".encode(), digest_size=16)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, Int64
 
+from ulysses_jax.lengths import check_powers
+
 
 def spans(
     stream: Int[np.ndarray, "tokens"],
@@ -43,7 +45,7 @@ def spans_of(
     ends: Int64[np.ndarray, "documents"], lengths: Sequence[int]
 ) -> Int64[np.ndarray, "spans 2"]:
     """As `spans`, of documents that end there, exclusive; O(documents + spans)."""
-    _check(lengths)
+    check_powers(lengths)
     at = np.concatenate([np.zeros(1, np.int64), np.asarray(ends, np.int64)])
     at, left = at[:-1], np.diff(at)
     starts, stops = [], []
@@ -84,12 +86,3 @@ def buckets(ends: Int64[np.ndarray, "documents"], lengths: Sequence[int]) -> Buc
         {length: found[sizes == length, 0] for length in lengths},
         num_tokens - int(sizes.sum()),
     )
-
-
-def _check(lengths: Sequence[int]) -> None:
-    are_powers = all(each > 0 and each & (each - 1) == 0 for each in lengths)
-    if not lengths or not are_powers or sorted(set(lengths)) != list(lengths):
-        raise ValueError(
-            f"lengths {tuple(lengths)} are not rising powers of 2: use some such as "
-            "256, 512, 1024, 2048, 4096, 8192"
-        )

@@ -1,7 +1,8 @@
 """Batches on the mesh: each process reads its own boxes of rows and tokens, ahead."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import grain
 import jax
@@ -10,11 +11,16 @@ from jaxtyping import Int, Int32
 
 from ulysses_jax.data.balance import deal, work
 from ulysses_jax.data.rows import Rows
+from ulysses_jax.data.span_rows import RowsByLength
 from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.parallel.zigzag import zigzag_ranges
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dim of a batch: accumulation steps, B, T."""
+
+Batch = dict[str, jax.Array]
+Batches = grain.DatasetIterator[Batch]
+Numbers = Int[np.ndarray, "rows"]
 
 # Batches that are made while the devices compute, and threads that make them.
 _AHEAD = 2
@@ -31,7 +37,7 @@ def batches(
     start_step: int = 0,
     zigzag_members: int = 1,
     balanced_groups: int = 1,
-) -> grain.DatasetIterator[dict[str, jax.Array]]:
+) -> Batches:
     """Training batches without end, from any step on.
 
     Batch n is the rows [n A B, (n + 1) A B) of `rows.shuffled`: epochs, each a shuffle
@@ -58,9 +64,36 @@ def batches(
     """
     order = rows.shuffled(seed)
     steps = range(start_step, len(order) // math.prod(shape[:2]))
-    return _read_ahead(
-        order, steps, rows, shape, sharding, zigzag_members, balanced_groups
-    )
+    lies = Layout(shape, sharding, zigzag_members)
+    return _read_in_order(order, steps, rows, lies, balanced_groups)
+
+
+class Layout(NamedTuple):
+    """How a batch lies: `shape`, `sharding` and `zigzag_members` of `batches`."""
+
+    shape: tuple[int, int, int]
+    sharding: jax.sharding.Sharding
+    zigzag_members: int = 1
+
+
+def batches_by_length(
+    rows: RowsByLength, layouts: Mapping[int, Layout], *, start_step: int = 0
+) -> Batches:
+    """As `batches`, of rows of one length each: which, and which rows, the sampler of
+    `rows` says of a step.
+
+    Args:
+      layouts: of a batch of each length.
+    """
+    read = {
+        length: _reader(rows.rows[length], layout) for length, layout in layouts.items()
+    }
+
+    def at(step: int) -> Batch:
+        length, numbers = rows.sampler.at(step)
+        return read[length](numbers)
+
+    return _ahead(at, range(start_step, np.iinfo(np.int32).max))
 
 
 def validation_batches(
@@ -70,7 +103,7 @@ def validation_batches(
     *,
     num_batches: int,
     zigzag_members: int = 1,
-) -> grain.DatasetIterator[dict[str, jax.Array]]:
+) -> Batches:
     """The first `num_batches` x A x B rows, in order: the same ones every time.
 
     Args:
@@ -85,8 +118,8 @@ def validation_batches(
     num = min(num_batches * accumulation_steps, math.ceil(len(rows) / batch))
     order = [*rows.in_order()[: num * batch]]
     order += range(len(rows), len(rows) + num * batch - len(order))  # padding
-    shape = (1, batch, tokens)
-    return _read_ahead(order, range(num), rows, shape, sharding, zigzag_members)
+    lies = Layout((1, batch, tokens), sharding, zigzag_members)
+    return _read_in_order(order, range(num), rows, lies)
 
 
 def refuse_uncounted(rows: Rows, num_rows: int) -> None:
@@ -143,28 +176,37 @@ def read_box(
     return arrays
 
 
-def _read_ahead(
+def _read_in_order(
     order: Sequence[int] | grain.MapDataset[int],
     steps: range,
     rows: Rows,
-    shape: tuple[int, int, int],
-    sharding: jax.sharding.Sharding,
-    zigzag_members: int,
+    layout: Layout,
     balanced_groups: int = 1,
-) -> grain.DatasetIterator[dict[str, jax.Array]]:
+) -> Batches:
     """Batches `steps`, where batch n is the rows order[n A B], ... of `order`."""
-    boxes = {
-        box: zigzag_ranges(*box[2], shape[2], zigzag_members)
-        for box in local_boxes(sharding, shape)
-    }
-    size = math.prod(shape[:2])
+    read = _reader(rows, layout)
+    size = math.prod(layout.shape[:2])
 
-    def read(step: int) -> dict[str, jax.Array]:
+    def at(step: int) -> Batch:
         numbers = [order[i] for i in range(step * size, (step + 1) * size)]
         numbers = np.array(numbers, np.int64)
         if balanced_groups > 1:
             works = [work(rows.lengths(int(number))) for number in numbers]
-            numbers = numbers[deal(works, shape[0], balanced_groups)]
+            numbers = numbers[deal(works, layout.shape[0], balanced_groups)]
+        return read(numbers)
+
+    return _ahead(at, steps)
+
+
+def _reader(rows: Rows, layout: Layout) -> Callable[[Numbers], Batch]:
+    """Makes a batch of the rows with A B numbers, on the devices."""
+    shape, sharding, zigzag_members = layout
+    boxes = {
+        box: zigzag_ranges(*box[2], shape[2], zigzag_members)
+        for box in local_boxes(sharding, shape)
+    }
+
+    def read(numbers: Numbers) -> Batch:
         numbers = numbers.reshape(shape[:2])
         pieces = {
             box: read_box(rows, numbers, box, ranges) for box, ranges in boxes.items()
@@ -180,9 +222,14 @@ def _read_ahead(
 
         return {name: place(name) for name in rows.names}
 
+    return read
+
+
+def _ahead(at: Callable[[int], Batch], steps: range) -> Batches:
+    """Batches `steps`, made in threads before they are asked for."""
     iterator = iter(
         grain.MapDataset.range(steps.start, steps.stop)
-        .map(read)
+        .map(at)
         .to_iter_dataset(
             grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         )

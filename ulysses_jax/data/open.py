@@ -23,6 +23,7 @@ from ulysses_jax.data.run_tokenizer import (
     tokenizer_of_prepared,
     tokenizer_of_run,
 )
+from ulysses_jax.data.span_rows import RowsByLength, rows_by_length
 from ulysses_jax.data.split import fingerprint
 from ulysses_jax.data.stream import Stream
 from ulysses_jax.data.streams import held_records, streams_of_text, streams_of_tokens
@@ -42,6 +43,7 @@ class RunData:
       tokenizer: of its text.
       meta: what the batches depend on beside the step number, as JSON can hold it; it
         goes into each checkpoint, and `refuse_other_data` compares it on resumption.
+      by_length: with `data.lengths`, what is trained on in place of `train`.
     """
 
     train: Rows
@@ -49,6 +51,7 @@ class RunData:
     notes: list[str]
     tokenizer: Tokenizer
     meta: dict[str, Any]
+    by_length: RowsByLength | None = None
 
 
 def open_data(config: Config) -> RunData:
@@ -179,7 +182,10 @@ def _open(config: Config) -> RunData:
     notes = [f"data.files {data.files!r}: {sizes}", *streams.notes, *notes]
     if isinstance(train, PackedRows):
         notes.append(_packed(train))
-    if len(train) < training.batch_size:
+    by_length = rows_by_length(streams.train, config) if data.lengths else None
+    if by_length is not None:
+        notes += by_length.notes
+    elif len(train) < training.batch_size:
         notes.append(
             f"the {train.num_tokens:,} training tokens are {len(train):,} rows of "
             f"{training.sequence_tokens:,}, fewer than training.batch_size "
@@ -195,13 +201,15 @@ def _open(config: Config) -> RunData:
     }
     if data.packing != "stream":
         meta["data.packing"] = data.packing
+    if by_length is not None:
+        meta |= by_length.meta
     if not isinstance(tokenizer, Bytes):
         notes.append(f"tokens: of {tokenizer.path}")
         meta |= {
             "tokenizer": digest_of(tokenizer),
             "tokens that end": list(tokenizer.ends),
         }
-    return RunData(train, validation, notes, tokenizer, meta)
+    return RunData(train, validation, notes, tokenizer, meta, by_length)
 
 
 def _open_mixture(config: Config) -> RunData:

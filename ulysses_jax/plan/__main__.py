@@ -27,6 +27,7 @@ from ulysses_jax.data.packing import pack
 from ulysses_jax.data.streams import document_ends
 from ulysses_jax.plan.check import check
 from ulysses_jax.plan.compare import compare
+from ulysses_jax.plan.lengths import lengths_on, longest_alone
 from ulysses_jax.plan.longest import longest
 from ulysses_jax.plan.picture import plot_plan
 from ulysses_jax.plan.plan import Cluster, make_plan, with_tokens
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(own: argparse.Namespace, rest: list[str]) -> None:
-    config = _stage(load_from_command_line(rest, program=PROGRAM), own.stage)
+    given = _stage(load_from_command_line(rest, program=PROGRAM), own.stage)
     for path in filter(None, (own.json, own.plot)):
         if not path.absolute().parent.is_dir():
             raise ValueError(
@@ -62,6 +63,13 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
             raise ValueError(f"{path} cannot be written as a file: give another")
     if not 0 < own.timeout < math.inf:
         raise ValueError(f"--timeout {own.timeout}: give a positive number of seconds")
+    if given.data.lengths and (own.longest or own.documents_of_data):
+        option = "--longest" if own.longest else "--documents-of-data"
+        raise ValueError(
+            f"{option} is of rows of one length cut from a stream, and the run has "
+            "data.lengths: leave one of them out (--data.lengths without a number)"
+        )
+    config = longest_alone(given)
     # Written to a file or a pipe, tables keep their width.
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, width=width)
@@ -94,6 +102,8 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
         timeout_seconds=own.timeout,
         use_cache=not own.no_cache,
     )
+    # Before anything is compiled: a length may not fit the mesh.
+    lengths = lengths_on(given, cluster) if given.data.lengths else []
     with _progress() as progress:
         task = progress.add_task(f"compiling for {cluster.name}")
         if own.longest:
@@ -107,6 +117,8 @@ def _run(own: argparse.Namespace, rest: list[str]) -> None:
             plan = longest(config, cluster, on_trial=show)
         else:
             plan = make_plan(config, cluster)
+    if lengths:
+        plan["lengths"] = lengths
     print_plan(plan, console)
     if own.longest:
         tokens = plan["longest_tokens"]

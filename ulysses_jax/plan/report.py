@@ -40,6 +40,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{_parts(plan['accumulation_steps'])}; compiled in "
         f"{plan['compile_seconds']:.0f} s"
     )
+    if "lengths" in plan:
+        _print_lengths(plan["lengths"], console)
     if plan["reckoning"]:
         _print_reckoning(plan["reckoning"], console)
     if "auto" in plan:
@@ -57,6 +59,31 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         )
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", style="yellow")
+
+
+def _print_lengths(rows: list[dict[str, Any]], console: Console) -> None:
+    table = _table(
+        "Lengths: the longest is what is compiled; FLOPs by formula",
+        "tokens",
+        "rows",
+        "mesh",
+        "strategy",
+        "TFLOP a step",
+        "of the longest's",
+        "attention",
+    )
+    for row in rows:
+        mesh = (f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1)
+        table.add_row(
+            f"{row['tokens']:,}",
+            f"{row['rows']:,}",
+            " x ".join(mesh),
+            row["strategy"],
+            f"{row['model_flops'] / 1e12:,.2f}",
+            f"{row['model_flops'] / rows[-1]['model_flops']:.2f}",
+            f"{row['attention_fraction']:.1%}",
+        )
+    console.print(table)
 
 
 def _print_attention(rows: list[dict[str, Any]], console: Console) -> None:

@@ -61,7 +61,8 @@ class InFlight:
         (number, metrics, started), self._step = self._step, None
         with self._phases("compute", number):
             row: dict[str, float | None] = {
-                name: float(value) for name, value in metrics.items()
+                name: value if isinstance(value, int) else float(value)
+                for name, value in metrics.items()
             }
         now = time.monotonic()
         self._seconds = seconds = now - max(started, self._last_read)

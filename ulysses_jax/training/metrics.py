@@ -106,7 +106,12 @@ class RunLog:
         self._row_start = self._file.seek(0, 2)
         self._row = {"step": step}
         self._is_drawn = False
-        self._add({name: float(value) for name, value in numbers.items()})
+        self._add(
+            {
+                name: value if isinstance(value, int) else float(value)
+                for name, value in numbers.items()
+            }
+        )
         self._show()
 
     def log_validation(self, step: int, validation_loss: float) -> None:

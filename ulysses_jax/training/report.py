@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -25,12 +26,7 @@ def describe(config: Config, state: TrainState, attention: str) -> list[str]:
     model, mesh = config.model, config.mesh
     assert model.num_kv_heads is not None
     layers = counted(model.num_layers, "layer")
-    lines = [f"{_size(state)}, {layers}; {_work(config)}"]
-    if mesh.ring * mesh.seq > 1:
-        order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
-        chunks = config.memory.head_chunks or 1
-        groups = f", heads in {chunks} groups" if chunks > 1 else ""
-        lines[0] += f"; strategy {model.strategy}{order}{groups}"
+    lines = [f"{_size(state)}, {layers}; {_work(config)}{_strategy(config)}"]
     lines.append(f"attention {attention}{_kinds(model)}; memory {_memory(config)}")
     lines += _padding(config)
     heads = model.num_heads // mesh.tensor
@@ -63,6 +59,27 @@ def describe_own(config: Config, state: TrainState, name: str) -> list[str]:
     ]
 
 
+def describe_lengths(configs: Sequence[Config]) -> list[str]:
+    """How the steps of each length are run; placed configs, the shortest first."""
+    return [
+        f"steps of {config.training.sequence_tokens:,} tokens: "
+        f"{counted(config.training.batch_size, 'row')}, mesh {_degrees(config)}"
+        + _strategy(config)
+        for config in configs
+    ]
+
+
+def _strategy(config: Config) -> str:
+    """Of a sequence that is spread."""
+    model, mesh = config.model, config.mesh
+    if mesh.ring * mesh.seq == 1:
+        return ""
+    order = ", tokens in zigzag order" if config.zigzag_members() > 1 else ""
+    chunks = config.memory.head_chunks or 1
+    groups = f", heads in {chunks} groups" if chunks > 1 else ""
+    return f"; strategy {model.strategy}{order}{groups}"
+
+
 def _padding(config: Config) -> list[str]:
     mesh, tokens = config.mesh, config.training.sequence_tokens
     padding = config.padded_tokens() - tokens
@@ -85,13 +102,16 @@ def _size(state: TrainState) -> str:
 
 
 def _work(config: Config) -> str:
-    training, mesh = config.training, config.mesh
-    degrees = {axis: n for axis, n in vars(mesh).items() if n > 1} or {"devices": 1}
+    training = config.training
     return (
         f"{training.batch_size} x {training.sequence_tokens:,} tokens a step of "
-        f"{training.optimizer}; mesh "
-        + " x ".join(f"{axis}={n}" for axis, n in degrees.items())
+        f"{training.optimizer}; mesh {_degrees(config)}"
     )
+
+
+def _degrees(config: Config) -> str:
+    degrees = {axis: n for axis, n in vars(config.mesh).items() if n > 1}
+    return " x ".join(f"{a}={n}" for a, n in (degrees or {"devices": 1}).items())
 
 
 def _kinds(model: Model) -> str:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.targets import target_of
-from ulysses_jax.data.loader import batches, refuse_uncounted, validation_batches
+from ulysses_jax.data.loader import refuse_uncounted, validation_batches
 from ulysses_jax.data.open import open_data, refuse_other_data
-from ulysses_jax.memory.offload import check_host_memory, check_offload, memory_stats
+from ulysses_jax.memory.offload import check_host_memory
 from ulysses_jax.mesh import (
     allow_promotion,
     devices_per_host,
@@ -27,7 +27,17 @@ from ulysses_jax.mesh import (
 )
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.expected import open_source
+from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
+from ulysses_jax.training.by_length import (
+    Split,
+    Steps,
+    configs_by_length,
+    relaid,
+    splits_of,
+    training_batches,
+    with_memory,
+)
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
@@ -52,21 +62,19 @@ from ulysses_jax.training.preflight import (
     refuse_other_optimizer,
 )
 from ulysses_jax.training.prepare import prepared
-from ulysses_jax.training.report import attention_of, describe, describe_own
+from ulysses_jax.training.report import (
+    attention_of,
+    describe,
+    describe_lengths,
+    describe_own,
+)
 from ulysses_jax.training.signals import Stopped, told_to_stop
 from ulysses_jax.training.state import (
     abstract_state,
     first_state,
-    host_bytes,
     read_from,
 )
-from ulysses_jax.training.step import (
-    abstract_batch,
-    batch_shape,
-    batch_spec,
-    jit_train_step,
-    make_validation_step,
-)
+from ulysses_jax.training.step import make_validation_step
 from ulysses_jax.training.together import Together
 
 
@@ -106,8 +114,11 @@ def train(
     return run_once(config, make_model, interrupted, is_last=True)
 
 
-def on_mesh(config: Config, make_model: MakeModel) -> tuple[Config, Mesh]:
-    """The config, complete and placed, and the mesh of a run.
+def on_mesh(
+    config: Config, make_model: MakeModel
+) -> tuple[Config, Mesh, dict[int, Split]]:
+    """The config, complete and placed, and the mesh of a run; the splits of its steps,
+    by the tokens of their rows.
 
     Raises:
       ValueError: this model, mesh or config cannot be run here.
@@ -118,7 +129,9 @@ def on_mesh(config: Config, make_model: MakeModel) -> tuple[Config, Mesh]:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
     # Of the same device on every process: all must compile one program.
     target = target_of(mesh.devices.flat[0])
-    return place_on(config, dict(mesh.shape), target, devices_per_host()), mesh
+    place = partial(place_on, target=target, gpus_per_host=devices_per_host())
+    placed = place(config, dict(mesh.shape))
+    return placed, mesh, splits_of(configs_by_length(config, placed, place), mesh)
 
 
 def run_once(
@@ -135,13 +148,16 @@ def run_once(
     """
     # ---- What to run, and on what. All that can be refused is refused here, before
     # anything is compiled or written.
-    config, mesh = on_mesh(config, make_model)
+    config, mesh, splits = on_mesh(config, make_model)
+    longest = max(splits)
     own = own_name(config, make_model)
     training = config.training
     data = open_data(config)
     tried: list[str] = []
     if config.memory.auto:
-        config, tried = choose_memory(config, mesh, make_model)
+        chosen, tried = choose_memory(splits[longest].config, mesh, make_model)
+        config = dataclasses.replace(config, memory=chosen.memory)
+        splits = with_memory(splits, chosen.memory)
     check_host_memory(config.memory.offload, mesh.local_devices[0])
     assert config.run.folder is not None
     folder = Path(config.run.folder)
@@ -154,8 +170,7 @@ def run_once(
     say = partial(print, flush=True) if is_main else lambda *_: None
     with RunLock(folder) as lock, checkpointer, jax.set_mesh(mesh):
         shapes = abstract_state(config, make_model)
-        step = jit_train_step(config, platform_of(mesh), make_model)
-        step = step.trace(shapes, abstract_batch(config))
+        steps = Steps(splits, make_model)
         # What a process finds on its own disk, all processes must hear of.
         validates = data.validation is not None and training.validation_batches > 0
         with agreed():
@@ -193,10 +208,13 @@ def run_once(
         with agreed():
             found = lock.take() if is_main else []
         if own is None:
-            attention = attention_of(config, platform_of(mesh), step)
+            traced = steps.traced[longest]
+            attention = attention_of(config, platform_of(mesh), traced)
             said = describe(config, shapes, attention)
         else:
             said = describe_own(config, shapes, own)
+        if data.by_length is not None:
+            said += describe_lengths([each.config for each in splits.values()])
         for line in (*said, *data.notes, *tried, *found, *changed):
             say(line)
 
@@ -221,27 +239,15 @@ def run_once(
         for line in changes:
             say(line)
 
-        # ---- The step, compiled once.
-        say("compiling the step")
-        started = time.monotonic()
-        step = step.lower().compile()
-        check_offload(host_bytes(config, shapes), memory_stats(step), platform_of(mesh))
+        # ---- The step, compiled once; of several lengths the longest here, for what
+        # does not fit, and the others when they are first met.
+        steps.compile(longest, say)
         validate = jax.jit(make_validation_step(config, make_model))
-        say(f"compiled the step in {time.monotonic() - started:.0f} s")
 
         # ---- The loop. A step is in flight while the numbers of the one before are
         # read; where it is validated or saved, its own are read first.
-        shape, sharding = batch_shape(config), NamedSharding(mesh, batch_spec(mesh))
-        members = config.zigzag_members()
-        stream = batches(
-            data.train,
-            shape,
-            sharding,
-            seed=config.run.seed,
-            start_step=first_step,
-            zigzag_members=members,
-            balanced_groups=config.balanced_groups(),
-        )
+        shape, sharding, members = Split(config, mesh).layout()
+        stream = training_batches(data, splits, start_step=first_step)
 
         def validation_loss() -> float | None:
             total, count = 0.0, 0
@@ -253,7 +259,7 @@ def run_once(
                 num_batches=training.validation_batches,
                 zigzag_members=members,
             )
-            parameters, stops = state.all_parameters(), False
+            parameters, stops = relaid(state.all_parameters(), lie), False
 
             def parts() -> Iterator[Any]:
                 nonlocal stops
@@ -269,6 +275,7 @@ def run_once(
                 return None
             return total / count  # more than 0: `refuse_uncounted` let it pass
 
+        lie = jax.tree.map(on_devices, shapes.all_parameters())
         every = training.validation_interval_steps or training.num_steps
         log = RunLog(
             folder,
@@ -320,7 +327,9 @@ def run_once(
                 started = time.monotonic()
                 with phases("data", number):
                     batch = next(stream)
-                state, metrics = step(state, batch)
+                state, metrics = steps(state, batch, log.say)
+                if data.by_length is not None:
+                    metrics |= {"sequence_tokens": batch["tokens"].shape[2]}
                 in_flight.add(number, metrics, started)
                 last = number == training.num_steps
                 if validates and (last or number % every == 0):
