@@ -61,10 +61,9 @@ ALLOWED["training"] = (
     | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
 )
 ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
-ALLOWED["inference"] = ALLOWED["interop"] | {"interop"}
+ALLOWED["inference"] = ALLOWED["interop"] | {"interop", "distributed"}
 ALLOWED["generate"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
-ALLOWED["inference"] = ALLOWED["interop"] | {"interop", "distributed"}
 ALLOWED["retrieval"] = {"inference", "data", "training"}
 ALLOWED["evaluate"] = ALLOWED["retrieval"] | {"run_folder"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}

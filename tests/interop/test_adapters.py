@@ -85,7 +85,8 @@ def test_adapters_go_on_from_stage_to_stage(trained, folder, tmp_path, capsys):
     now = train_stages(stages)
     said = capsys.readouterr().out
     assert f"starting after step 4 of {tmp_path}/run/stage_1" in said
-    assert f"parameters: of {tmp_path}/run/stage_1" in said
+    from_ = f"parameters: of {folder}, with the adapters of {tmp_path}/run/stage_1"
+    assert from_ in said
     for name, was, later in (("rope.base", 500000.0, 1e6), ("lora.alpha", 32.0, 8.0)):
         assert f"model.{name} was {was}, is {later}" in said
     assert float(abs(values_of(now)["layers"][0]["attention"]["q_adapter"]["b"]).max())

@@ -223,8 +223,12 @@ def run_once(
         if restored is None:
             first_step, changes = 0, []
             state = first_state(config, make_model, source, before)
-            if before is not None or source is not None:
-                say(f"parameters: of {config.run.after or config.model.from_}")
+            whole = None if source is None else config.model.from_
+            begun = None if before is None else config.run.after
+            if whole and begun:
+                say(f"parameters: of {whole}, with the adapters of {begun}")
+            elif whole or begun:
+                say(f"parameters: of {whole or begun}")
         else:
             first_step, state, then = restored
             if config.model.lora is not None:
