@@ -3,18 +3,21 @@
 import importlib
 import re
 import socket
+import threading
 
 import jax
 import pytest
 
-from ulysses_jax import distributed
+from ulysses_jax import roll_call
 from ulysses_jax.distributed import start_distributed
 
 
 @pytest.fixture
 def started(monkeypatch, no_launcher):
-    """What `jax.distributed.initialize` is called with; nothing starts."""
+    """What `jax.distributed.initialize` is called with; nothing starts, or waits."""
     calls = []
+    for name in ("ABSENT_SECONDS", "UNKNOWN_SECONDS"):
+        monkeypatch.setattr(roll_call, name, 0.0)
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
     )
@@ -36,7 +39,14 @@ def port_in_use():
         yield server.getsockname()[1]
 
 
-def test_flags_start_this_process(started, port):
+@pytest.fixture
+def called(monkeypatch):
+    """The roll, as if all had answered."""
+    monkeypatch.setattr(roll_call, "hold", lambda server, *_: server.close())
+    monkeypatch.setattr(roll_call, "answer", lambda *_: None)
+
+
+def test_flags_start_this_process(started, called, port):
     start_distributed(f"localhost:{port}", 2, 0)
     ((positional, named),) = started
     assert positional == (f"localhost:{port}", 2, 0)
@@ -46,7 +56,7 @@ def test_flags_start_this_process(started, port):
 
 
 def test_flags_under_a_launcher_take_its_share_of_the_gpus(
-    started, port_in_use, monkeypatch
+    started, called, port_in_use, monkeypatch
 ):
     """As with Open MPI 5, which does not say where process 0 is."""
     for name, value in dict(SIZE=8, RANK=3, LOCAL_SIZE=8, LOCAL_RANK=3).items():
@@ -72,17 +82,101 @@ def test_flags_under_a_launcher_take_its_share_of_the_gpus(
 def test_a_coordinator_that_cannot_be(
     started, monkeypatch, coordinator, message, process_id
 ):
-    monkeypatch.setattr(distributed, "_UNKNOWN_SECONDS", 0)
     with pytest.raises(ValueError, match=f"distributed.coordinator.*{message}"):
         start_distributed(coordinator, 2, process_id)
     assert not started
 
 
 def test_nobody_at_the_coordinators_port(started, monkeypatch, port):
-    monkeypatch.setattr(distributed, "_ABSENT_SECONDS", 0)
     with pytest.raises(ValueError, match="process 0 is not there after 0 s"):
         start_distributed(f"127.0.0.1:{port}", 2, 1)
     assert not started
+
+
+def gather(port, *calls):
+    """What each process meets that answers the roll, process 0 first: a sentence or
+    nothing."""
+    met = {}
+
+    def run(index, process, of):
+        address = "127.0.0.1", port
+        try:
+            if process:
+                roll_call.answer(address, process, of)
+            else:
+                roll_call.hold(socket.create_server(address), address, of)
+            met[index] = ""
+        except ValueError as error:
+            met[index] = str(error)
+
+    threads = [
+        threading.Thread(target=run, args=(index, *call))
+        for index, call in enumerate(calls)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [met[index] for index in range(len(calls))]
+
+
+def test_the_roll_is_called(port):
+    assert gather(port, (0, 3), (1, 3), (2, 3)) == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    "calls, message",
+    [
+        ([(0, 3), (1, 3), (1, 3)], "two processes are number 1, on .* and on "),
+        ([(0, 2), (1, 3)], "process 1 on .* knows of 3 processes, process 0 of 2"),
+        ([(0, 3), (1, 2)], "process 1 on .* knows of 2 processes, process 0 of 3"),
+        ([(0, 3), (2, 3)], r"of 3 processes \[1\] did not come in 2 s: start them"),
+    ],
+    ids=["one number twice", "more", "fewer", "one is missing"],
+)
+def test_all_are_told_who_is_wrong(monkeypatch, capsys, port, calls, message):
+    monkeypatch.setattr(roll_call, "ABSENT_SECONDS", 2.0)
+    monkeypatch.setattr(roll_call, "SAYS_SO_SECONDS", 0.5)
+    met = gather(port, *calls)
+    assert all(re.search(message, each) for each in met), met
+    if "did not come" in message:
+        assert (
+            "waiting for processes [1] of 3 to come, for 2 s" in capsys.readouterr().err
+        )
+
+
+def test_whoever_calls_in_another_way_is_nobody(port):
+    def scan():
+        for said in (b"GET / HTTP/1.0\r\n\r\n\n", b"", b"{}\n", b"[1]\n", b"x" * 5000):
+            with socket.create_connection(("127.0.0.1", port)) as server:
+                server.sendall(said)
+
+    server = socket.create_server(("127.0.0.1", port))
+    scanning = threading.Thread(target=scan)
+    scanning.start()
+    scanning.join()
+    answering = threading.Thread(
+        target=roll_call.answer, args=(("127.0.0.1", port), 1, 2)
+    )
+    answering.start()
+    roll_call.hold(server, ("127.0.0.1", port), 2)
+    answering.join(10)
+    assert not answering.is_alive()
+
+
+def test_another_program_at_the_port(port):
+    server = socket.create_server(("127.0.0.1", port))
+
+    def serve():
+        with server.accept()[0] as other:
+            other.sendall(b"SSH-2.0\n")
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    with pytest.raises(ValueError, match="another program is there, or a run"):
+        roll_call.answer(("127.0.0.1", port), 1, 2)
+    serving.join()
+    server.close()
 
 
 def test_a_port_in_use(started, monkeypatch, port_in_use):

@@ -2,15 +2,11 @@
 
 import os
 import socket
-import time
 
 import jax
 
+from ulysses_jax import roll_call
 from ulysses_jax.launcher import find_launcher, own_devices
-
-# How long a name may be unknown, as a new pod's is, and process 0 not be there: that
-# long JAX waits too, and ends the process then.
-_UNKNOWN_SECONDS, _ABSENT_SECONDS = 20, 300
 
 
 def start_distributed(
@@ -52,7 +48,7 @@ def start_distributed(
                 f"{num_processes - 1}"
             )
         if num_processes > 1:
-            _await_coordinator(coordinator, process_id)
+            _call_the_roll(coordinator, num_processes, process_id)
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
@@ -92,7 +88,8 @@ def start_distributed(
                     f"JAX_COORDINATOR_PORT is {port!r}, not a port of 1 to 65535: set "
                     "it for all processes, or unset it"
                 )
-            _check_port(int(port), "set JAX_COORDINATOR_PORT=PORT for all processes")
+            remedy = "set JAX_COORDINATOR_PORT=PORT for all processes"
+            _listen(int(port), remedy).close()
     try:
         jax.distributed.initialize(
             cluster_detection_method=launcher.method,
@@ -105,11 +102,11 @@ def start_distributed(
         ) from None
 
 
-def _await_coordinator(coordinator: str, process_id: int) -> None:
-    """Words for what ends the process without them, at once or after five minutes.
+def _call_the_roll(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Words for what ends the processes without them, at once or after five minutes.
 
     Raises:
-      ValueError: no such host or port, or nobody there.
+      ValueError: no such host or port, nobody there, or they are not one run's.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not _is_port(port):
@@ -118,49 +115,32 @@ def _await_coordinator(coordinator: str, process_id: int) -> None:
             "host0:1234, with a port of 1 to 65535"
         )
     address = host.strip("[]"), int(port)
-    started = time.monotonic()
-    while True:
-        try:
-            if process_id:
-                socket.create_connection(address, timeout=10).close()
-            else:
-                socket.getaddrinfo(*address)
-                _check_port(int(port), "use another one in --distributed.coordinator")
-            return
-        except (OSError, UnicodeError) as error:
-            # UnicodeError: a label of the name is too long, or empty.
-            if isinstance(error, socket.gaierror | UnicodeError):
-                what, seconds = f"the host {host!r} is not known", _UNKNOWN_SECONDS
-            else:
-                what = f"process 0 is not there after {_ABSENT_SECONDS} s"
-                seconds = _ABSENT_SECONDS
-            if time.monotonic() - started >= seconds:
-                why = getattr(error, "strerror", None) or error
-                raise ValueError(
-                    f"distributed.coordinator {coordinator}: {what} ({why}): give the "
-                    "host's name or address as all processes know it, and a port that "
-                    "they reach; process 0 must run there"
-                ) from None
-        time.sleep(min(1, seconds))
+    if process_id:
+        roll_call.answer(address, process_id, num_processes)
+    else:
+        remedy = "use another one in --distributed.coordinator"
+        roll_call.hold(_listen(int(port), remedy), address, num_processes)
 
 
 def _is_port(text: str) -> bool:
     return text.isdecimal() and 0 < int(text) < 2**16
 
 
-def _check_port(port: int, remedy: str) -> None:
+def _listen(port: int, remedy: str) -> socket.socket:
     """Of process 0: JAX's own service would crash where it cannot listen."""
-    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
-        return
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"process 0 cannot be the coordinator on port {port} of this host: "
-                f"{error.strerror}: {remedy}"
-            ) from None
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f":{port}")
+    host, _, port_there = bind.rpartition(":")
+    host = host.strip("[]")
+    dual = socket.has_dualstack_ipv6() and host in ("", "::")
+    is_6 = dual or ":" in host
+    try:
+        return socket.create_server(
+            (host, int(port_there)),
+            family=socket.AF_INET6 if is_6 else socket.AF_INET,
+            dualstack_ipv6=dual,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot be the coordinator on port {port} of this host: "
+            f"{error.strerror}: {remedy}"
+        ) from None
