@@ -193,7 +193,7 @@ def test_a_dataset_is_what_its_state_lists(tmp_path):
         texts_of(tmp_path / "in")
 
 
-@pytest.mark.parametrize("state", ["{", "[]", '{"_data_files": [1]}'])
+@pytest.mark.parametrize("state", ["{", "[" * 100_000, "[]", '{"_data_files": [1]}'])
 def test_a_dataset_with_a_broken_state(tmp_path, state):
     write_dataset(tmp_path, TEXTS)
     (tmp_path / "state.json").write_text(state)
@@ -209,6 +209,28 @@ def test_a_dataset_of_splits(tmp_path):
     with pytest.raises(ValueError, match="splits train, test .*such as .*/train"):
         texts_of(tmp_path)
     assert texts_of(tmp_path / "test") == TEXTS
+
+
+@pytest.mark.parametrize("splits", ["train", {"train": 1}, [], [1, "a"], 3, None])
+def test_splits_that_are_none(tmp_path, splits):
+    write_dataset(tmp_path / "train", TEXTS)
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(
+        ValueError, match="dataset_dict.json names no splits, a list of"
+    ):
+        texts_of(tmp_path)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "b.arrow"):
+        with pytest.raises(
+            ValueError, match=f"{name} has 2 columns 'text', and one is"
+        ):
+            texts_of(tmp_path / name)
 
 
 def test_a_file_that_is_written_meanwhile(tmp_path):

@@ -92,3 +92,10 @@ def test_ends_that_cannot_be_read(folder, text, message):
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         tokenizer_of(folder)
+
+
+def test_a_file_larger_than_any_tokenizer(words, monkeypatch):
+    """It is refused before it is read."""
+    monkeypatch.setattr("ulysses_jax.data.tokenizer._MOST_BYTES", 100)
+    with pytest.raises(ValueError, match=r"tokenizer.json has [\d,]+ bytes, and a tok"):
+        tokenizer_of(words)

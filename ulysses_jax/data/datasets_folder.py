@@ -16,12 +16,15 @@ def of_datasets(named: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
     kept, others = dict(named), []
     for name, path in named.items():
         if path.name == "dataset_dict.json":
-            splits = _read(path).get("splits", [])
+            splits = _read(path).get("splits")
+            if isinstance(splits, list) and splits and _are_text(splits):
+                raise ValueError(
+                    f"{path.parent} holds the splits {', '.join(splits)} of a dataset: "
+                    f"give one of them, such as {path.parent}/{splits[0]}"
+                )
             raise ValueError(
-                f"{path.parent} holds the splits {', '.join(map(str, splits))} of a "
-                f"dataset: give one of them, such as {path.parent}/{splits[0]}"
-                if splits
-                else f"{path} names no splits: give another folder"
+                f"{path} names no splits, a list of names: give the folder of one, or "
+                "save the dataset again"
             )
         folder = PurePath(name).parent
         if path.name != "state.json" or str(folder / "dataset_info.json") not in named:
@@ -46,6 +49,10 @@ def of_datasets(named: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
     return kept, others
 
 
+def _are_text(values: list) -> bool:
+    return all(isinstance(each, str) for each in values)
+
+
 def _data_files(path: Path) -> list[str]:
     files = _read(path).get("_data_files")
     if isinstance(files, list) and all(
@@ -59,7 +66,7 @@ def _data_files(path: Path) -> list[str]:
 def _read(path: Path) -> dict:
     try:
         said = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON: {error}: save the dataset again"
         ) from None

@@ -53,6 +53,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         wrong, by its name.
     """
     index = _said(folder)
+    if not index and not (folder / UNFINISHED).is_file():
+        what = "is no folder" if not folder.is_dir() else f"has no {INDEX}"
+        raise ValueError(
+            f"{folder} {what}: give one that python -m ulysses_jax.data prepare wrote"
+        )
     if not index:
         raise ValueError(
             f"{folder} is not prepared to its end: the same line of python -m "

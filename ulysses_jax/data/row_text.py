@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from ulysses_jax.data.rows import Rows
-from ulysses_jax.data.tokenizer import IGNORED, Tokenizer
+from ulysses_jax.data.tokenizer import IGNORED, Bytes, Tokenizer
 
 
 class Segment(NamedTuple):
@@ -82,10 +82,13 @@ def _marked(segment: Segment, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> str:
-    """As text; ids that are none, such as the end of a document, as <256>."""
+    """As text, special tokens by their names; of bytes the end of a document, which has
+    none, as <256>."""
+    if not isinstance(tokenizer, Bytes):
+        return tokenizer.decode(ids, special=True)
     parts, run = [], []
     for each in ids:
-        if tokenizer.decode([each]) or each not in tokenizer.ends:
+        if each not in tokenizer.ends:
             run.append(each)
             continue
         parts += [tokenizer.decode(run), f"<{each}>"]

@@ -99,6 +99,11 @@ def _check_column(file: Document, schema: Any, column: str, pyarrow: Any) -> Non
             f"{file.path} has no column {column!r} ({', '.join(schema.names)}): name "
             "the one that holds the text, data.text_field"
         )
+    if (num := schema.names.count(column)) > 1:
+        raise ValueError(
+            f"{file.path} has {num} columns {column!r}, and one is read: rename the "
+            "others, or name another, data.text_field"
+        )
     kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type

@@ -60,6 +60,11 @@ class Folder:
 
     def __init__(self, folder: Path):
         path = folder / _FILE
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise ValueError(
+                f"{path} has {size:,} bytes, and a tokenizer has at most "
+                f"{_MOST_BYTES:,}: take the model's own"
+            )
         try:
             self._own = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -113,12 +118,14 @@ class Folder:
         said["eos_token_id"] = list(self.ends) or None
         write_bytes(own, json.dumps(said).encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._own.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Special tokens by their names (special: they are), or left out."""
+        return self._own.decode(list(ids), skip_special_tokens=not special)
 
 
 Tokenizer = Bytes | Folder
 
+_MOST_BYTES = 2**28  # seven times those of 262,144 ids
 _FILE, _ENDS = "tokenizer.json", "generation_config.json"
 # What tokenizers lie in: also those that this does not read are no bytes.
 _OWN = (
