@@ -317,3 +317,22 @@ def test_it_saves_by_time(config_file, tmp_path):
         assert pod.ended(0, 1, seconds=200)[0] == [0, 0]
     saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved[-1] == STEPS and 2 <= len(saved) <= 6
+
+
+OTHER_CODE = """
+from ulysses_jax.training import alike
+code = alike._code
+alike._code = lambda: "other" if endings.store.this_process() == 1 else code()
+"""
+
+
+@pytest.mark.slow
+def test_one_with_other_code(config_file, tmp_path):
+    """Before anything is compiled or written."""
+    with Pod(config_file, tmp_path / "run", prelude=OTHER_CODE) as pod:
+        codes, _ = pod.ended(0, 1, seconds=60)
+        assert codes == [2, 2]
+        for rank in range(2):
+            assert "the code of ulysses_jax is other, there" in pod.said(rank)
+        assert "process 1 on" in pod.said(0) and "Traceback" not in pod.said(0)
+    assert not (tmp_path / "run").exists()

@@ -57,6 +57,7 @@ def main(
     from ulysses_jax.config_file import load_from_command_line
     from ulysses_jax.distributed import start_distributed
     from ulysses_jax.training import train_stages
+    from ulysses_jax.training.alike import refuse_others
     from ulysses_jax.training.endings import ends_in_words, ends_with_the_others, stop
     from ulysses_jax.training.signals import Stopped
 
@@ -64,6 +65,7 @@ def main(
         stages = load_from_command_line(argv, program=program)
         start_distributed(**dataclasses.asdict(stages[0].distributed))
         with ends_with_the_others():
+            refuse_others(stages)
             try:
                 train_stages(stages, interrupted=interrupted)
             except Stopped:

@@ -163,8 +163,8 @@ def differences(meta_model: dict[str, Any], model: dict[str, Any]) -> list[str]:
             "make_model that the run was trained with (train.py makes a Transformer), "
             "or use another run.folder (--run.folder)"
         )
-    saved = _flat(meta_model)
-    here = _flat(json.loads(json.dumps(model)))  # tuples are lists, as in meta
+    saved = flat(meta_model)
+    here = flat(json.loads(json.dumps(model)))  # tuples are lists, as in meta
     return [
         f"model.{name} was {saved.get(name, 'absent')}, is {here.get(name, 'absent')}"
         for name in {**saved, **here}
@@ -172,12 +172,12 @@ def differences(meta_model: dict[str, Any], model: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
     """Those of sections by their full names."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{inner}": x for inner, x in _flat(value).items()}
+            found |= {f"{name}.{inner}": x for inner, x in flat(value).items()}
         else:
             found[name] = value
     return found

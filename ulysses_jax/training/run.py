@@ -27,6 +27,7 @@ from ulysses_jax.mesh import (
 )
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.expected import open_source
+from ulysses_jax.training.alike import refuse_mixed_devices
 from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.by_length import (
@@ -127,6 +128,7 @@ def on_mesh(
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     check_processes(config.distributed)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    refuse_mixed_devices(mesh)
     # Of the same device on every process: all must compile one program.
     target = target_of(mesh.devices.flat[0])
     place = partial(place_on, target=target, gpus_per_host=devices_per_host())

@@ -47,6 +47,15 @@ def get(key: str) -> str | None:
         return None
 
 
+def wait(key: str, seconds: float) -> str:
+    """Its value, when somebody has set it.
+
+    Raises:
+      JaxRuntimeError: nobody has, in so long.
+    """
+    return _client().blocking_key_value_get(key, int(1000 * seconds))
+
+
 def get_all(folder: str) -> dict[int, str]:
     """Of keys `folder`/process, by the process; none where the store is gone."""
     try:

@@ -1,0 +1,40 @@
+"""What processes have in common, and what is said of one that has not."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ulysses_jax.config import Config, Distributed, Training
+from ulysses_jax.training.alike import facts_of, refuse_mixed_devices, unlike
+
+
+def test_processes_of_one_command_are_alike():
+    one, other = (
+        facts_of([Config(distributed=Distributed("a:1", 2, process))])
+        for process in range(2)
+    )
+    assert unlike(one | {"host": "a"}, other | {"host": "b"}) == []
+    assert {"jax", "jaxlib", "python", "the code of ulysses_jax"} < set(one)
+
+
+def test_what_differs_is_named():
+    first = [Config(), Config()]
+    training = Training(learning_rate=1e-3)
+    here = facts_of([Config(), dataclasses.replace(Config(), training=training)])
+    assert unlike(here | {"jax": "0.0.1"}, facts_of(first) | {"jax": "0.0.2"}) == [
+        "jax is 0.0.1, there 0.0.2",
+        "stage 2: training.learning_rate is 0.001, there 0.0003",
+    ]
+    assert len(unlike(facts_of(first[:1]), facts_of(first))) > 50
+
+
+def test_devices_of_two_kinds():
+    devices = [
+        SimpleNamespace(device_kind=kind, process_index=index)
+        for index, kind in enumerate(["H100", "H100", "A100"])
+    ]
+    with pytest.raises(ValueError, match=r"2 kinds .* \[0, 1\]; A100: .* \[2\]"):
+        refuse_mixed_devices(SimpleNamespace(devices=np.array(devices)))
+    refuse_mixed_devices(SimpleNamespace(devices=np.array(devices[:2])))
