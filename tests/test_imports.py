@@ -67,6 +67,7 @@ ALLOWED["generate"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["export"] = {"interop", "config_file", "run_folder", "training", "families"}
 ALLOWED["retrieval"] = {"inference", "data", "training"}
 ALLOWED["evaluate"] = ALLOWED["retrieval"] | {"run_folder"}
+ALLOWED["check_links"] = {"costs", "inference", "mesh", "training"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}

@@ -40,6 +40,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32"),
         help="of products; default: as the weights are, or as the run's",
     )
+    add_mesh_options(parser)
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """The mesh and the processes."""
+    add = parser.add_argument
     for axis in AXES:
         help = "default, where no degree is given: all devices" * (axis == "seq")
         add(f"--mesh.{axis}", type=int, metavar="N", help=help or None)
@@ -68,7 +74,7 @@ def mesh_of(options: argparse.Namespace) -> Iterator[Mesh]:
     """Starts the processes, checks what can be checked early, and sets the mesh.
 
     Args:
-      options: of `add_model_options`, and of `add_result_options` or not.
+      options: of `add_mesh_options`, and of `add_result_options` or not.
 
     Raises:
       ValueError: a count that is none, a file that cannot be written, a mesh that is
