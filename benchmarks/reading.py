@@ -70,7 +70,7 @@ def read_seconds(config: Config) -> float:
 
 def step_of(config: Config, num_steps: int) -> dict[str, float]:
     """Seconds of a step and its batch: of the processor, of the clock, of waits."""
-    config, mesh = on_mesh(config, Transformer)
+    config, mesh, _ = on_mesh(config, Transformer)
     sharding = NamedSharding(mesh, batch_spec(mesh))
     rows = open_data(config).train
     stream = batches(rows, batch_shape(config), sharding, seed=0)
