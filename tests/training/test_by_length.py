@@ -31,6 +31,7 @@ from ulysses_jax.training import load_run
 from ulysses_jax.training.by_length import (
     Steps,
     configs_by_length,
+    refuse_moves,
     relaid,
     splits_of,
 )
@@ -312,7 +313,8 @@ def test_the_state_stays_where_it_is():
 def test_parameters_that_would_be_moved_are_refused(degrees, options, message):
     mesh, config = mesh_of(**degrees), complete_config(**options)
     with pytest.raises(ValueError, match=message):
-        Steps(splits_of(placed_on(dict(mesh.shape), config), mesh), Transformer)
+        splits = splits_of(placed_on(dict(mesh.shape), config), mesh)
+        refuse_moves(splits, Transformer)
 
 
 # ---- A run.

@@ -137,6 +137,43 @@ def splits_of(configs: Mapping[int, Config], mesh: Mesh) -> dict[int, Split]:
     return {tokens: Split(config, own(config)) for tokens, config in configs.items()}
 
 
+def refuse_moves(splits: Mapping[int, Split], make_model: MakeModel) -> None:
+    """Refuses lengths between which a part of the state would have to be moved.
+
+    Raises:
+      ValueError: names the first, both meshes, and what would leave it in place.
+    """
+    (longest, (config, mesh)), *others = reversed(sorted(splits.items()))
+    if not others:
+        return
+    there = _places(splits[longest], make_model)
+    for tokens, split in others:
+        for (path, x), (_, y) in zip(_places(split, make_model), there, strict=True):
+            if x.sharding.is_equivalent_to(y.sharding, x.ndim):
+                continue
+            degrees = [
+                " x ".join(f"{a}={n}" for a, n in each.shape.items() if n > 1)
+                for each in (split.mesh, mesh)
+            ]
+            shared = config.mesh.fsdp * config.mesh.ring * config.mesh.seq
+            raise ValueError(
+                f"data.lengths {tokens} on mesh {degrees[0]} and {longest} on "
+                f"{degrees[1]} have state{jax.tree_util.keystr(path)} in different "
+                f"places, {x.sharding.spec} and {y.sharding.spec}: parameters stay "
+                f"where they are if fsdp x ring x seq, {shared} devices, divide "
+                "model.width (a module's own: if they are whole, or cut over these "
+                "three axes), and model.strategy is not megatron; or use mesh.ring 1 "
+                "and mesh.seq 1"
+            )
+
+
+def _places(split: Split, make_model: MakeModel) -> list[tuple[Any, Any]]:
+    """Where each array of the state lies, by its path."""
+    with jax.set_mesh(split.mesh):
+        shapes = jax.tree.map(on_devices, abstract_state(split.config, make_model))
+    return jax.tree.flatten_with_path(shapes)[0]
+
+
 def with_memory(splits: Mapping[int, Split], memory: Memory) -> dict[int, Split]:
     """The same with the memory options chosen for the longest; each length keeps its
     own groups of heads, where these leave it any."""
@@ -178,9 +215,6 @@ class Steps:
     Attributes:
       shapes: of the state where a length's step has it.
       traced, compiled: the steps; those that were asked for.
-
-    Raises:
-      ValueError: a parameter that would have to be moved between two lengths.
     """
 
     def __init__(self, splits: Mapping[int, Split], make_model: MakeModel):
@@ -194,8 +228,6 @@ class Steps:
                 self.shapes[tokens] = jax.tree.map(on_devices, shapes)
                 step = jit_train_step(config, platform_of(mesh), make_model)
                 self.traced[tokens] = step.trace(shapes, abstract_batch(config))
-        for tokens in splits:
-            _refuse_moves(self.shapes, splits, tokens, max(splits))
 
     def compile(self, tokens: int, say: Callable[[str], Any]) -> None:
         """Compiles the step of a length, unless it is."""
@@ -232,26 +264,3 @@ def relaid(tree: Any, like: Any) -> Any:
       like: shapes with shardings under which each device has the part that it has now.
     """
     return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), tree, like)
-
-
-def _refuse_moves(
-    shapes: Mapping[int, TrainState], splits: Mapping[int, Split], this: int, other: int
-) -> None:
-    here, there = (
-        jax.tree.flatten_with_path(shapes[tokens])[0] for tokens in (this, other)
-    )
-    for (path, x), (_, y) in zip(here, there, strict=True):
-        if x.sharding.is_equivalent_to(y.sharding, x.ndim):
-            continue
-        mesh, axes = splits[other].config.mesh, []
-        for tokens in (this, other):
-            degrees = vars(splits[tokens].config.mesh)
-            axes.append(" x ".join(f"{a}={n}" for a, n in degrees.items() if n > 1))
-        raise ValueError(
-            f"data.lengths {this} on mesh {axes[0]} and {other} on {axes[1]} have state"
-            f"{jax.tree_util.keystr(path)} in different places, {x.sharding.spec} and "
-            f"{y.sharding.spec}: parameters stay where they are if fsdp x ring x seq, "
-            f"{mesh.fsdp * mesh.ring * mesh.seq} devices, divide model.width (a "
-            "module's own: if they are whole, or cut over these three axes), and "
-            "model.strategy is not megatron; or use mesh.ring 1 and mesh.seq 1"
-        )

@@ -34,6 +34,7 @@ from ulysses_jax.training.by_length import (
     Split,
     Steps,
     configs_by_length,
+    refuse_moves,
     relaid,
     splits_of,
     training_batches,
@@ -133,7 +134,9 @@ def on_mesh(
     target = target_of(mesh.devices.flat[0])
     place = partial(place_on, target=target, gpus_per_host=devices_per_host())
     placed = place(config, dict(mesh.shape))
-    return placed, mesh, splits_of(configs_by_length(config, placed, place), mesh)
+    splits = splits_of(configs_by_length(config, placed, place), mesh)
+    refuse_moves(splits, make_model)
+    return placed, mesh, splits
 
 
 def run_once(
