@@ -15,6 +15,7 @@ from ulysses_jax.data.chat_template import ChatTemplate
 from ulysses_jax.data.tokenizer import tokenizer_of
 from ulysses_jax.generate import main
 from ulysses_jax.inference import generate, generation
+from ulysses_jax.inference.text import asked
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.kinds import KINDS
 
@@ -89,6 +90,25 @@ def test_what_a_user_says(chatting, capsys, monkeypatch):
     assert request.ends == (*tokenizer.ends, sign) and sign not in tokenizer.ends
     main([f"--model={chatting}", "--prompt=Hi?", "--max-tokens=2"])
     assert seen[1][1].ends == tokenizer.ends and len(seen[1][0][0]) < len(prompt)
+
+
+@pytest.mark.parametrize("behind, sign", [("\\n<|eot_id|>", "<|eot_id|>"), ("!", None)])
+def test_the_sign_behind_an_answer(chatting, tmp_path, behind, sign):
+    """A word is none."""
+    copy = Path(shutil.copytree(chatting, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ '" + behind + "' }}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(copy)
+    (prompt,), ends = asked(copy, tokenizer, ["Hi?"])
+    assert (
+        prompt
+        == tokenizer.encode_with_places(
+            "Hi?" + behind.replace("\\n", "\n"), around=False
+        )[0]
+    )
+    found = () if sign is None else (tokenizer._own.token_to_id(sign),)
+    assert ends == (*tokenizer.ends, *found)
 
 
 def vocabulary_of(folder, to):

@@ -114,6 +114,6 @@ def asked(
         {"role": "assistant", "content": answer},
     ]
     _, _, behind = template.render(messages).text.rpartition(answer)
-    sign = encoded(tokenizer, behind, around=False)[:1]
+    sign = encoded(tokenizer, behind.lstrip(), around=False)[:1]
     is_sign = sign and not tokenizer.decode(sign)  # it is no word
     return prompts, (*tokenizer.ends, *(sign if is_sign else ()))
