@@ -51,7 +51,9 @@ RUNS = {
     "uniform": ["--data.curriculum=uniform"],
     "grow-linear": ["--data.curriculum=grow-linear"],
     "grow-p2": ["--data.curriculum=grow-p2"],
+    "grow-p2, another seed": ["--data.curriculum=grow-p2", "--run.seed=1"],
     "grow-p2, 8 cycles": ["--data.curriculum=grow-p2"],
+    "grow-p2, 8 cycles, another seed": ["--data.curriculum=grow-p2", "--run.seed=1"],
 }
 LONGEST = [8192, 32768, 131072]
 
