@@ -167,6 +167,21 @@ def test_float64_of_spots_is_that_of_all(mask):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+def test_what_is_no_number_fails(name):
+    asked = errors._Asked(MASKS["causal"](1, 16, 8), 1, 16, Heads(1, 1, 8), "float16")
+    exact = errors._exact(asked, CPU)
+
+    def judged(*got):
+        return errors._judge(asked, lambda: exact, lambda *_: got).get("status")
+
+    assert judged(*exact) is None
+    got = dict(zip(errors.NAMES, exact, strict=False))
+    got[name] = got[name].copy()
+    got[name][0, 4] = np.nan
+    assert judged(*got.values()) == "FAIL"
+
+
 def test_shapes_have_several_tiles_and_a_part_of_one():
     tokens = Sizes().error_tokens
     assert tokens > 2 * BLOCK_TOKENS and tokens % BLOCK_STEP

@@ -16,6 +16,7 @@ from ulysses_jax.attention.mosaic import BLOCK_STEP
 from ulysses_jax.attention.parts import attention_of
 from ulysses_jax.attention.select import ATTENTIONS, PARTS, choose
 from ulysses_jax.mesh import Device
+from ulysses_jax.training.model import padding_apart
 
 
 class Problem(NamedTuple):
@@ -43,7 +44,7 @@ def _near(tokens: int, window: int | None = None) -> int:
 
 def _packed(batch: int, tokens: int, span: int, window: int | None = None) -> Problem:
     """Documents as the trainer packs them, in each row shorter than in the one before;
-    what is left at a row's end is padding, whose id is 0."""
+    what is left at a row's end is padding, each token of which sees itself."""
     segments = np.zeros((batch, tokens), np.int32)
     positions = np.zeros((batch, tokens), np.int32)
     pairs = 0
@@ -53,8 +54,8 @@ def _packed(batch: int, tokens: int, span: int, window: int | None = None) -> Pr
         places = np.arange(tokens, dtype=np.int32)
         segments[row] = np.where(places < whole * size, places // size + 1, 0)
         positions[row] = places % size
-        pairs += whole * _near(size, window) + _near(tokens % size, window)
-    ids, at = jnp.asarray(segments), jnp.asarray(positions)
+        pairs += whole * _near(size, window) + tokens % size
+    ids, at = padding_apart(jnp.asarray(segments)), jnp.asarray(positions)
     mask = Mask(
         causal=True,
         window=window,
