@@ -1,6 +1,6 @@
 """What does attention cost by its mask, where work should follow the visible pairs?
 
-    .venv/bin/python benchmarks/attention.py [--json FILE] [--quick]
+    .venv/bin/python benchmarks/attention.py [--json FILE] [--quick | --tokens 16384]
 
 Forward and backward of the blockwise kernel on one CPU device, two heads of 16,
 float32, causal, 1K to 64K tokens. The block-sparse layout shows a block of 256 queries
@@ -137,8 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows")
     parser.add_argument("--quick", action="store_true", help="to 8K tokens")
+    parser.add_argument(
+        "--tokens", type=int, choices=TOKENS, metavar="N", help="of one length alone"
+    )
     options = parser.parse_args()
     lengths = TOKENS[:4] if options.quick else TOKENS
+    lengths = [options.tokens] if options.tokens else lengths
     rows: list[dict[str, Any]] = []
     for tokens in track(lengths, console=Console(stderr=True)):
         rows += rows_of(tokens)
