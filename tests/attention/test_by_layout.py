@@ -275,3 +275,30 @@ def test_memory_is_of_the_tokens_and_the_tiles():
         return program_of(layout).memory_analysis().temp_size_in_bytes
 
     assert temp_bytes(256) < 4.2 * temp_bytes(64)
+
+
+def test_layers_in_a_scan_make_nothing_of_all_tiles():
+    """What follows from the layout alone is not made before the scan, for all steps of
+    the loop over tiles at once: the largest array is of what layers keep."""
+    layout = fixed(32, block_tokens=64, local_blocks=4)
+    tokens, _ = layout.num_tokens
+    x = jax.ShapeDtypeStruct((1, tokens, N, H), jnp.float32)
+    mask = Mask(causal=True, layout=layout)
+
+    @jax.checkpoint
+    def layer(x, _):
+        return blockwise_attention(x, x, x, mask=mask), None
+
+    def total(x):
+        return jax.lax.scan(layer, x, length=3)[0].sum()
+
+    assert max(sizes(jax.make_jaxpr(jax.grad(total))(x).jaxpr)) == 3 * x.size
+
+
+def sizes(jaxpr):
+    """Of every array that a program makes."""
+    for each in jaxpr.eqns:
+        yield from (made.aval.size for made in each.outvars)
+        for inner in jax.tree.leaves(list(each.params.values())):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from sizes(inner)

@@ -13,7 +13,7 @@ from ulysses_jax.attention import mosaic
 from ulysses_jax.attention.by_tiles import tiles_of
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.parts import attention_of
-from ulysses_jax.attention.ranges import key_ranges
+from ulysses_jax.attention.ranges import KeyRanges, key_ranges
 from ulysses_jax.attention.reference import reference_attention
 from ulysses_jax.attention.select import PARTS
 from ulysses_jax.attention.tiling import HIDDEN
@@ -103,6 +103,14 @@ def test_only_tiles_with_a_visible_pair_are_computed(monkeypatch, window):
     jax.block_until_ready(out_and_gradients(attend, q, k, k, jnp.ones(q.shape)))
     jax.effects_barrier()
     assert len(calls) == -(-count // 3) * 3
+
+
+def test_queries_that_see_nothing_have_no_tiles():
+    """In a block of others, and a block of them."""
+    start = jnp.asarray([[0, 8, 0, 9, 0, 0, 0, 0]])
+    stop = jnp.asarray([[0, 10, 0, 12, 0, 0, 0, 0]])
+    tiles = tiles_of(KeyRanges(start, stop, jnp.ones(1, bool)), 4, 4)
+    assert (int(tiles.number), int(tiles.q[0]), int(tiles.kv[0])) == (1, 0, 2)
 
 
 @pytest.mark.parametrize("fault", ["scale", "a key too few"])

@@ -16,6 +16,7 @@ from mosaic_stand_in import A100, H100
 from ulysses_jax.attention import mosaic, select
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.cudnn import cudnn_attention, through_jax_nn
+from ulysses_jax.attention.layouts import fixed
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.select import (
     ATTENTIONS,
@@ -91,6 +92,20 @@ def test_what_is_slow_on_a_gpu_says_so(installed, device, q, why):
     with pytest.warns(UserWarning, match=why):
         assert attention_parts("auto", device, q, q, mask) is PARTS["blockwise"]
     assert local_attention("blockwise", device, q, q, mask) is blockwise_attention
+
+
+def test_blocks_that_no_kernel_has(installed):
+    """Mosaic's are of a multiple of 64 tokens."""
+    q = shaped(tokens=192)
+    fits = Mask(causal=True, layout=fixed(3, block_tokens=64))
+    other = Mask(causal=True, layout=fixed(2, block_tokens=96))
+    for name in ("auto", "mosaic"):
+        assert choose(name, H100, q, q, fits).name == "mosaic"
+    lacks = "a layout's blocks of 96 tokens"
+    with pytest.warns(UserWarning, match=f"a layout of blocks, Mosaic not {lacks}"):
+        assert local_attention("auto", H100, q, q, other) is blockwise_attention
+    with pytest.raises(ValueError, match=f"no kernel for {lacks}: use attention auto"):
+        choose("mosaic", H100, q, q, other)
 
 
 @pytest.mark.parametrize("device", [CPU, TPU])

@@ -59,7 +59,6 @@ def statistics_by_layout(
         part, its = forward(*rows, blocks.mask_of(i, j))
         part = part.astype(jnp.float32).reshape(at_once, *of_q.shape[1:])
         its_highest, its_total = its.reshape(2, at_once, *shape[1:])
-        its_highest = jnp.where(is_tile.reshape(-1, 1, 1, 1), its_highest, HIDDEN)
         # Tiles of one block of queries are added up first: each then writes the same.
         alike = (i[:, None] == i) & is_tile
         highest, total, out = (x[i] for x in carry)
@@ -109,7 +108,7 @@ def gradients_by_layout(
     blocks = _Blocks(q, k, mask)
     tiles = blocks.tiles()
 
-    def pull_tiles(i, j, is_tile, query, its_out, its_dout, *more):
+    def pull_tiles(i, j, query, its_out, its_dout, *more):
         *its_rows, key, value = more
         its_rows = tuple(x[..., 0].transpose(0, 2, 1) for x in its_rows)
         its_mask = blocks.mask_of(i, j)

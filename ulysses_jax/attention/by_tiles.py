@@ -40,15 +40,19 @@ def over_tiles(
         at the end of the list, they are 0.
     """
 
-    def step(number, carry):
+    def step(carry):
+        number, carry = carry
         at = number * at_once + jnp.arange(at_once)
         is_tile = at < tiles.number
         at = jnp.minimum(at, len(tiles.q) - 1)
         is_tile &= tiles.q[at] >= 0
         q, kv = (jnp.where(is_tile, x[at], 0) for x in (tiles.q, tiles.kv))
-        return one_step(carry, q, kv, is_tile)
+        return number + 1, one_step(carry, q, kv, is_tile)
 
-    return lax.fori_loop(0, -(-tiles.number // at_once), step, start)
+    # Not fori_loop: where layers are scanned JAX would compute what follows from the
+    # list alone before the scan, for all steps of all tiles at once.
+    steps = -(-tiles.number // at_once)
+    return lax.while_loop(lambda carry: carry[0] < steps, step, (0, start))[1]
 
 
 def rows_of(x: Shaped[Array, "blocks B ..."], blocks: Array) -> Shaped[Array, "r ..."]:
@@ -67,15 +71,15 @@ def sum_gradients(
     """Float32 dq, dk, dv of all blocks, summed in an order that is always the same.
 
     Args:
-      pull: `f(q, kv, is_tile, *rows_of_q, *rows_of_kv) -> (dq, dk, dv)` of some tiles;
-        what it gives where is_tile is False does not count.
+      pull: `f(q, kv, *rows_of_q, *rows_of_kv) -> (dq, dk, dv)` of some tiles; what it
+        gives past the end of the list does not count.
       of_q: the first is the queries.
       of_kv: keys and values.
     """
 
     def some_tiles(carry, i, j, is_tile):
         rows = *(rows_of(x, i) for x in of_q), *(rows_of(x, j) for x in of_kv)
-        parts = pull(i, j, is_tile, *rows)
+        parts = pull(i, j, *rows)
         sums = []
         for total, part, at in zip(carry, parts, (i, j, j), strict=True):
             part = part.astype(jnp.float32).reshape(at_once, *total.shape[1:])
@@ -171,12 +175,9 @@ def gradients_by_tiles(
         kv_blocks,
     )
 
-    def pull_tiles(i, j, is_tile, *arrays):
+    def pull_tiles(i, j, *arrays):
         first = (j % kv_blocks * block_tokens)[:, None, None]
-        start, stop = (
-            jnp.clip(x[i] - first, 0, block_tokens) * is_tile[:, None, None]
-            for x in (starts, stops)
-        )
+        start, stop = (jnp.clip(x[i] - first, 0, block_tokens) for x in (starts, stops))
         start, stop = (x.reshape(-1, block_tokens) for x in (start, stop))
         queries, outs, douts, logsumexps, keys, values = arrays
         return pull(queries, keys, values, outs, logsumexps, douts, start, stop)
