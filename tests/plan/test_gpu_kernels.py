@@ -66,6 +66,22 @@ def test_documents_go_through_the_kernels(name):
     assert held(found) < 1.1 * held(causal)
 
 
+def test_a_layout_among_documents_goes_through_the_kernels():
+    """As without them, but for the loop over tiles, whose number is not known: fewer
+    FLOPs, and no more bytes."""
+    layout = dict(sparse="fixed", sparse_block_tokens=512, pattern=("sparse",))
+    found, alone = step(**layout), step(packed=False, **layout)
+    for each in (found, alone):
+        assert each["kernels"] == {"mosaic": ["forward", "backward"]}
+        assert [row["kernel"] for row in each["attention"]] == ["mosaic"]
+        assert each["warnings"] == []
+        assert exchange(each)["ratio"] == 1
+    fractions = [each["attention"][0]["pairs_fraction"] for each in (found, alone)]
+    assert fractions[0] < fractions[1]
+    assert found["attention_flops"] < alone["attention_flops"]
+    assert held(found) < 1.02 * held(alone)
+
+
 def held(found):
     memory = found["memory"]
     return memory["device_bytes"] + memory["estimated_bytes"]
