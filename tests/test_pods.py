@@ -217,13 +217,12 @@ def test_a_process_that_is_killed_in_a_save(config_file, tmp_path, unbroken, ran
 
 
 WHILE_IT_COMPILES = """
-from ulysses_jax.training import run
-jit_train_step = run.jit_train_step
+abstract_state = story.abstract_state
 def long(*args):
     print("compiles", flush=True)
     time.sleep(3600 if jax.process_index() == 1 else 0)
-    return jit_train_step(*args)
-run.jit_train_step = long
+    return abstract_state(*args)
+story.abstract_state = long
 """
 
 
@@ -298,6 +297,17 @@ def test_the_same_signal_again_ends_all_at_once(config_file, tmp_path):
         time.sleep(0.5)
         pod.send(1, signal.SIGINT)
         codes, seconds = pod.ended(1, 0, seconds=15)
+        assert codes == [130, 130] and seconds < 5
+        assert "process 1 was interrupted" in pod.said(0)
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_compiles(config_file, tmp_path):
+    """Before the first step there is nothing to save, and no reason to wait."""
+    with Pod(config_file, tmp_path / "run", prelude=WHILE_IT_COMPILES) as pod:
+        pod.until(1, "compiles\n")
+        pod.send(1, signal.SIGTERM)
+        codes, seconds = pod.ended(0, 1, seconds=30)
         assert codes == [130, 130] and seconds < 5
         assert "process 1 was interrupted" in pod.said(0)
 

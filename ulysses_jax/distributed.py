@@ -39,6 +39,8 @@ def start_distributed(
             f"missing: {', '.join(missing)}"
         )
     launcher = find_launcher()
+    # JAX's own handler would keep SIGTERM from Python's: `training.together` agrees.
+    jax.config.update("jax_enable_preemption_service", False)
     if not missing:
         assert coordinator is not None
         assert num_processes is not None and process_id is not None
@@ -118,7 +120,10 @@ def _call_the_roll(coordinator: str, num_processes: int, process_id: int) -> Non
     if process_id:
         roll_call.answer(address, process_id, num_processes)
     else:
-        remedy = "use another one in --distributed.coordinator"
+        remedy = (
+            "use another one in --distributed.coordinator; or, where another process "
+            "has --distributed.process-id 0 too, give each its own"
+        )
         roll_call.hold(_listen(int(port), remedy), address, num_processes)
 
 

@@ -74,9 +74,10 @@ def _text(line: bytes, field: str, where: str) -> bytes:
             "utf-8 makes it so"
         ) from None
     except json.JSONDecodeError as error:
+        why = error.msg.removesuffix(" at")
         raise ValueError(
-            f"{where} is not JSON: {error.msg} at letter {error.pos + 1}: mend the "
-            "line or take it out"
+            f"{where} is not JSON: {why} at letter {error.pos + 1}: mend the line or "
+            "take it out"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
