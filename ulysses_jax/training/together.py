@@ -1,5 +1,6 @@
 """What the processes of a run do at one place in it: they save, and they stop."""
 
+import itertools
 import threading
 from types import TracebackType
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from ulysses_jax.training import store
 
 Act = Literal["save", "stop"]
 _POLL_SECONDS = 0.5
-_ROUND = "ulysses_jax/together"
+_KEYS = "ulysses_jax/together"
+_LOOPS = itertools.count()  # of this process; the others count alike
 
 
 class Together:
@@ -26,6 +28,7 @@ class Together:
 
     def __init__(self) -> None:
         self._many = jax.process_count() > 1
+        self._keys = f"{_KEYS}/{next(_LOOPS)}"  # a stage's are not the next one's
         self._change = threading.Condition()
         self._asked: list[Act] = []  # here, and not yet by a round
         self._dispatched = 0
@@ -72,7 +75,7 @@ class Together:
     def _look(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
             with self._change:
-                here, asked = f"{_ROUND}/{self._round}", self._asked[:1]
+                here, asked = f"{self._keys}/{self._round}", self._asked[:1]
                 if self._place is not None:
                     continue  # it goes there
             for act in asked:
@@ -90,7 +93,7 @@ class Together:
                     self._change.notify_all()
 
     def _say_where(self) -> None:
-        key = f"{_ROUND}/{self._round}/at/{store.this_process()}"
+        key = f"{self._keys}/{self._round}/at/{store.this_process()}"
         store.set_once(key, f"{self._dispatched}")
 
     def __enter__(self) -> "Together":
