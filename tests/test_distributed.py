@@ -140,9 +140,9 @@ def test_all_are_told_who_is_wrong(monkeypatch, capsys, port, calls, message):
     met = gather(port, *calls)
     assert all(re.search(message, each) for each in met), met
     if "did not come" in message:
-        assert (
-            "waiting for processes [1] of 3 to come, for 2 s" in capsys.readouterr().err
-        )
+        # As it was when the others had a while to come: the second one may have.
+        waits = r"waiting for processes \[1(, 2)?\] of 3 to come, for 2 s at most"
+        assert re.search(waits, capsys.readouterr().err)
 
 
 def test_whoever_calls_in_another_way_is_nobody(port):

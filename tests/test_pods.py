@@ -61,6 +61,11 @@ start("train.py")
 """
 
 
+def waits_at(step):
+    """A step that lasts until something happens, so that it does happen in it."""
+    return f"time.sleep(60 * (number == {step}))"
+
+
 class Pod:
     """Processes of one run, each with two devices."""
 
@@ -158,7 +163,7 @@ def goes_on(config_file, folder, unbroken, after, num=2):
     "rank", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["one", "the coordinator"]
 )
 def test_a_process_that_is_killed_in_a_step(config_file, tmp_path, unbroken, rank):
-    with Pod(config_file, tmp_path / "run") as pod:
+    with Pod(config_file, tmp_path / "run", at_step=waits_at(7)) as pod:
         pod.until(rank, "step 7\n")
         pod.send(rank, signal.SIGKILL)
         codes, seconds = pod.ended(1 - rank, seconds=60)
@@ -173,7 +178,7 @@ def test_a_process_that_is_killed_in_a_step(config_file, tmp_path, unbroken, ran
 @pytest.mark.slow
 @pytest.mark.parametrize("num", [4])
 def test_one_of_four_is_killed(config_file, tmp_path, num):
-    with Pod(config_file, tmp_path / "run", num) as pod:
+    with Pod(config_file, tmp_path / "run", num, at_step=waits_at(3)) as pod:
         pod.until(2, "step 3\n")
         pod.send(2, signal.SIGKILL)
         codes, seconds = pod.ended(0, 1, 3, seconds=60)
@@ -185,7 +190,8 @@ def test_one_of_four_is_killed(config_file, tmp_path, num):
 @pytest.mark.slow
 def test_thirty_seconds_are_enough(config_file, tmp_path):
     """With the silence that a run really waits for."""
-    with Pod(config_file, tmp_path / "run", silent=30.0) as pod:
+    silence = {"silent": 30.0, "at_step": waits_at(3)}
+    with Pod(config_file, tmp_path / "run", **silence) as pod:
         pod.until(1, "step 3\n")
         pod.send(1, signal.SIGKILL)
         codes, seconds = pod.ended(0, seconds=90)
@@ -241,7 +247,7 @@ def test_a_process_that_is_killed_in_start_up(config_file, tmp_path, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_stopped(config_file, tmp_path, rank):
     """Its sockets take whatever is sent: nothing but its silence says so."""
-    with Pod(config_file, tmp_path / "run") as pod:
+    with Pod(config_file, tmp_path / "run", at_step=waits_at(3)) as pod:
         pod.until(rank, "step 3\n")
         pod.send(rank, signal.SIGSTOP)
         codes, seconds = pod.ended(1 - rank, seconds=60)
@@ -277,11 +283,13 @@ def test_a_wait_without_end(config_file, tmp_path):
 )
 def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, rank):
     """By a signal to one of them, which says at once that it heard."""
-    with Pod(config_file, tmp_path / "run") as pod:
+    in_a_long_step = "time.sleep(3 * (number == 5))"
+    with Pod(config_file, tmp_path / "run", at_step=in_a_long_step) as pod:
         pod.until(rank, "step 5\n")
         pod.send(rank, signal.SIGTERM)
         if rank == 0:
-            pod.until(rank, "SIGTERM: step", seconds=0.2)
+            pod.until(rank, "SIGTERM: step", seconds=2)
+            assert "stopped at" not in pod.said(rank)  # it said so before
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [130, 130] and seconds < 30, pod.said(0) + pod.said(1)
         (found,) = re.findall(r"stopped at step (\d+); .* it is saved", pod.said(0))

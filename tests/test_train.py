@@ -564,6 +564,7 @@ def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd
             taken.append(len(taken) + 1)
             if len(taken) == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.5)  # a thread hears it
             yield batch
 
     monkeypatch.setattr(story, "validation_batches", killed)
