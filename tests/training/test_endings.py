@@ -1,12 +1,15 @@
 """Whose fault an error is, and how a process ends."""
 
 import importlib.util
+import signal
 import sys
+import threading
 from pathlib import Path
 
+import jax
 import pytest
 
-from ulysses_jax.training import endings
+from ulysses_jax.training import endings, phases
 from ulysses_jax.training.endings import as_program, ends_in_words
 from ulysses_jax.training.preflight import check_folder
 
@@ -104,3 +107,96 @@ def test_a_program_that_succeeds_ends_as_any(monkeypatch):
         assert sys.stdout is not stdout
     with pytest.raises(SystemExit), as_program(pytest.fail):
         raise SystemExit(0)
+
+
+@pytest.fixture
+def pod(monkeypatch):
+    """This process as one of several; what it does, in order."""
+    did = []
+
+    class Store:
+        process, told = 0, None
+
+        def this_process(self):
+            return self.process
+
+        def num_processes(self):
+            return 1
+
+        def get(self, key):
+            return self.told
+
+        def get_all(self, folder):
+            return {}
+
+        def set_once(self, key, value):
+            self.told = value
+            did.append("told")
+
+        def set_again(self, key, value):
+            did.append(value)
+
+    def leave(code):
+        did.append(code)
+        raise Exited(code)
+
+    store = Store()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(endings, "store", store)
+    monkeypatch.setattr(endings, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(endings.os, "_exit", leave)
+    monkeypatch.setattr(endings, "say_where", lambda: None)
+    monkeypatch.setattr(phases, "say_where", lambda: None)
+    monkeypatch.setattr(endings.time, "sleep", lambda _: did.append("waits"))
+    return store, did
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("how", ["another", "itself", "a hang", "a second signal"])
+def test_process_0_leaves_last(pod, how, process):
+    """It keeps what the others look up: who found it gone would say that it is lost."""
+    store, did = pod
+    store.process = process
+    if how == "another":
+        store.told = "2 process 3 ended the run: why"
+        with pytest.raises(Exited):
+            endings._look(threading.Event(), [0.0])
+    elif how == "itself":
+        with pytest.raises(Exited):
+            endings.stop(2, "why")
+    elif how == "a hang":
+        with pytest.raises(Exited):
+            phases.Phases()._end("compute", 1.0)
+    else:
+        endings.with_the_others(lambda: did.append(130))()
+    code = {"a hang": endings.LOST, "a second signal": 130}.get(how, 2)
+    did = [each for each in did if not isinstance(each, str) or each == "waits"]
+    assert did == ["waits"] * (process == 0) + [code]
+
+
+def test_who_fails_without_a_word_has_not_ended(pod):
+    """The others would wait for it as for one whose work is done."""
+    _, did = pod
+    with pytest.raises(KeyboardInterrupt), endings.ends_with_the_others():
+        raise KeyboardInterrupt
+    assert "ended" not in did
+    with endings.ends_with_the_others():
+        pass
+    assert did[-1] == "ended"
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_before_the_first_step_has_words(monkeypatch, number):
+    """The system would end the process without, and with a code that means a fault."""
+    number, heard = signal.Signals[number], threading.Event()
+    monkeypatch.setattr(endings, "guard_output", lambda: None)
+    monkeypatch.setattr(endings.os, "_exit", lambda _: None)
+    before = {each: signal.getsignal(each) for each in endings.that_end()}
+    signal.signal(number, lambda *_: pytest.fail("the handler from before"))
+    try:
+        with as_program(heard.set):
+            signal.raise_signal(number)
+            assert heard.wait(10)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -18,7 +18,7 @@ import jax
 
 from ulysses_jax.training import store
 from ulysses_jax.training.output import guard_output
-from ulysses_jax.training.signals import at_signals
+from ulysses_jax.training.signals import at_signals, that_end
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ENDED, _ALIVE = "ulysses_jax/ended", "ulysses_jax/alive"
@@ -73,9 +73,18 @@ def stop(code: int, why: str) -> NoReturn:
         code, said = int(first.split(" ", 1)[0]), first.split(" ", 1)[1]
         if said != f"process {store.this_process()} ended the run: {why}":
             print(said, file=sys.stderr, flush=True)
-    if store.this_process() == 0:
-        time.sleep(2 * _POLL_SECONDS)  # its process keeps what the others look up
+    leave_last(code)
+
+
+def leave_last(code: int) -> NoReturn:
+    """`leave`; process 0 of a pod keeps what the others look up, and waits for them."""
+    _wait_for_others()
     leave(code)
+
+
+def _wait_for_others() -> None:
+    if jax.distributed.is_initialized() and store.this_process() == 0:
+        time.sleep(2 * _POLL_SECONDS)
 
 
 def tell_others(code: int, why: str) -> None:
@@ -92,6 +101,7 @@ def with_the_others(interrupted: Callable[[], Any]) -> Callable[[], Any]:
         telling = threading.Thread(target=tell_others, args=(130, why), daemon=True)
         telling.start()
         telling.join(_POLL_SECONDS)  # who interrupts does not wait for a lost store
+        _wait_for_others()
         interrupted()
 
     return end
@@ -127,8 +137,9 @@ def ends_with_the_others() -> Iterator[None]:
         done.set()
         for each in threads:
             each.join()
-        with suppress(jax.errors.JaxRuntimeError):
-            store.set_again(f"{_ALIVE}/{store.this_process()}", "ended")
+    # Not where it fails: who ends without a word is lost to the others.
+    with suppress(jax.errors.JaxRuntimeError):
+        store.set_again(f"{_ALIVE}/{store.this_process()}", "ended")
 
 
 def _look(done: threading.Event, looked: list[float]) -> None:
@@ -145,11 +156,11 @@ def _look(done: threading.Event, looked: list[float]) -> None:
             print(why, file=sys.stderr, flush=True)
             if int(code) == LOST:
                 say_where()
-            leave(int(code))
+            leave_last(int(code))
         now = time.monotonic()
         signs = store.get_all(_ALIVE) if me == 0 else {0: store.get(f"{_ALIVE}/0")}
         for process in range(store.num_processes() if me == 0 else 1):
-            sign = signs.get(process) or "its host"  # before the first sign
+            sign = signs.get(process) or "its host 0"  # before the first sign
             before, since = seen.get(process, ("", now))
             seen[process] = sign, now if sign != before else since
             if now - seen[process][1] > _SILENT_SECONDS and sign != "ended":
@@ -198,10 +209,7 @@ def _coordinator_lost_in_words() -> Iterator[None]:
         try:
             socket.create_connection(address, timeout=5).close()
         except OSError:
-            said = _lost(0, address[0]).replace(
-                f"for {_SILENT_SECONDS:.0f} s", "any more"
-            )
-            os.write(2, f"{program}: {said}\n".encode())
+            os.write(2, f"{program}: {_lost(0, address[0])}\n".encode())
             os._exit(LOST)
         os._exit(128 + signal.SIGABRT)  # another fault: what it wrote says which
 
@@ -217,11 +225,12 @@ def as_program(interrupted: Callable[[], Any]) -> Iterator[None]:
     """Runs a program whose end is its own: no thread of a library's keeps the process.
 
     Args:
-      interrupted: what Ctrl-C and SIGTERM call, in a thread; it ends the process.
+      interrupted: what a signal that ends a run calls, in a thread; it ends the
+        process.
     """
     guard_output()
     # The thread alone ends it; without a handler of Python's the system would.
-    ends = signal.SIGINT, signal.SIGTERM
+    ends = that_end()
     for each in ends:
         signal.signal(each, lambda *_: None)
     try:

@@ -18,6 +18,16 @@ class Stopped(KeyboardInterrupt):
     """A run was told to stop, and has: the message says where."""
 
 
+def that_end() -> dict[int, Any]:
+    """The signals that end a run, with the handlers that they have now."""
+    return {
+        each: handler
+        for each in _SIGNALS
+        if (handler := signal.getsignal(each)) is not None  # one that is not Python's
+        and not (each == signal.SIGHUP and handler == signal.SIG_IGN)
+    }
+
+
 @contextmanager
 def told_to_stop(
     stop: Callable[[str], Any], end: Callable[[], Any] | None
@@ -39,12 +49,7 @@ def told_to_stop(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        each: handler
-        for each in _SIGNALS
-        if (handler := signal.getsignal(each)) is not None  # one that is not Python's
-        and not (each == signal.SIGHUP and handler == signal.SIG_IGN)
-    }
+    before = that_end()
     first: dict[int, float] = {}
 
     def tell(number: int) -> None:
