@@ -287,14 +287,27 @@ def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, rank):
     with Pod(config_file, tmp_path / "run", at_step=in_a_long_step) as pod:
         pod.until(rank, "step 5\n")
         pod.send(rank, signal.SIGTERM)
-        if rank == 0:
-            pod.until(rank, "SIGTERM: step", seconds=2)
-            assert "stopped at" not in pod.said(rank)  # it said so before
+        pod.until(rank, "SIGTERM: step", seconds=2)
+        assert "stopped at" not in pod.said(rank)  # it said so before
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [130, 130] and seconds < 30, pod.said(0) + pod.said(1)
         (found,) = re.findall(r"stopped at step (\d+); .* it is saved", pod.said(0))
         assert 5 <= int(found) <= 8 and "Traceback" not in pod.said(0) + pod.said(1)
     goes_on(config_file, tmp_path / "run", unbroken, after=int(found))
+
+
+@pytest.mark.slow
+def test_told_to_stop_in_a_later_stage(config_file, tmp_path):
+    """Where the processes stood at the end of the stage before is of no account."""
+    path = tmp_path / "stages.yaml"
+    stages = [{"training": {"num_steps": number}} for number in (4, 40)]
+    config = yaml.safe_load(config_file.read_text()) | {"stages": stages}
+    path.write_text(yaml.safe_dump(config))
+    with Pod(path, tmp_path / "run") as pod:
+        pod.until(1, "step 8\n", seconds=300)
+        pod.send(1, signal.SIGTERM)
+        codes, seconds = pod.ended(0, 1, seconds=60)
+        assert codes == [130, 130] and seconds < 30, pod.said(0) + pod.said(1)
 
 
 @pytest.mark.slow

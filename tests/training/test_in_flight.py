@@ -49,6 +49,27 @@ def test_one_step_is_in_flight_and_seconds_are_of_a_step(monkeypatch):
         assert row == numbers | {"compute_seconds": 2.0}
 
 
+def test_the_end_of_the_step_added_last(monkeypatch):
+    """While the one before is waited for, as nearly always."""
+    clock, left = Clock(monkeypatch), []
+    steps = InFlight(100, lambda number, **row: None, Phases())
+    assert steps.seconds_left() is None
+
+    class Seen:
+        def __init__(self, loss):
+            self.loss = loss
+
+        def __float__(self):
+            left.append(steps.seconds_left())
+            return float(self.loss)
+
+    for number in range(1, 5):
+        steps.add(number, {"loss": Seen(clock.dispatch(number)["loss"])}, clock.now)
+    assert left == [None, 4.0, 4.0] and steps.seconds_left() == 2.0
+    clock.now += 50
+    assert steps.seconds_left() == 0.0
+
+
 def test_a_wait_for_data_is_part_of_the_step(monkeypatch):
     clock, rows = Clock(monkeypatch), []
     steps = InFlight(100, lambda number, **row: rows.append(row["seconds"]), Phases())

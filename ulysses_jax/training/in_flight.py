@@ -25,7 +25,7 @@ class InFlight:
         self._phases = phases
         self._seconds = 0.0
         self._log = log
-        self._step: tuple[int, Mapping[str, Any], float] | None = None
+        self._steps: list[tuple[int, Mapping[str, Any], float]] = []
         self._last_read = -inf
 
     def add(self, number: int, metrics: Mapping[str, Any], started: float) -> None:
@@ -38,14 +38,17 @@ class InFlight:
         Raises:
           ValueError: as `settle`, of the step before.
         """
-        self.settle()
-        self._step = number, metrics, started
+        self._steps.append((number, metrics, started))
+        self._read(len(self._steps) - 1)
 
-    def seconds_left(self) -> float:
-        """Until the step in flight should end, if it takes as long as the last one."""
-        step = self._step
-        since = -inf if step is None else max(step[2], self._last_read)
-        return max(0.0, self._seconds - (time.monotonic() - since))
+    def seconds_left(self) -> float | None:
+        """Until the step added last should end, if each takes as long as the last one
+        that was read; None: none was. From any thread."""
+        steps, now = list(self._steps), time.monotonic()
+        if not self._seconds:
+            return None
+        since = max(steps[0][2], self._last_read) if steps else now
+        return max(0.0, len(steps) * self._seconds - (now - since))
 
     def settle(self) -> None:
         """Waits for the step in flight and logs it: then its state may be saved.
@@ -56,9 +59,18 @@ class InFlight:
         Raises:
           ValueError: a number is not finite, and neither is the state then.
         """
-        if self._step is None:
-            return
-        (number, metrics, started), self._step = self._step, None
+        self._read(len(self._steps))
+
+    def _read(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                self._read_one(*self._steps[0])
+            finally:
+                del self._steps[0]
+
+    def _read_one(
+        self, number: int, metrics: Mapping[str, Any], started: float
+    ) -> None:
         with self._phases("compute", number):
             row: dict[str, float | None] = {
                 name: value if isinstance(value, int) else float(value)

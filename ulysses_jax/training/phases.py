@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from ulysses_jax.training.endings import LOST, leave, say_where, tell_others
+from ulysses_jax.training.endings import LOST, leave_last, say_where, tell_others
 
 Phase = Literal["data", "compute", "checkpoint", "validation"]
 _POLL_SECONDS = 1.0
@@ -28,6 +28,7 @@ class Phases:
         self._now: tuple[Phase, float] | None = None
         self._longest = 0.0
         self._step = 0
+        self._unlike: int | None = None
 
     @contextmanager
     def __call__(self, phase: Phase, step: int) -> Iterator[None]:
@@ -41,6 +42,13 @@ class Phases:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
             if phase == "compute":
                 self._longest = max(self._longest, seconds)
+                if self._unlike is not None and step >= self._unlike:
+                    self._unlike = None
+
+    def unlike(self, step: int) -> None:
+        """Of a step that may take far longer than all before, as one of longer rows:
+        until it has been waited for, `hang_minutes` None ends nothing."""
+        self._unlike = step
 
     def take(self) -> dict[str, float]:
         """`<phase>_seconds` of each, since they were last taken."""
@@ -76,7 +84,7 @@ class Phases:
     def _limit_seconds(self) -> float | None:
         if self._hang_minutes is not None:
             return 60 * self._hang_minutes
-        if not self._longest:
+        if not self._longest or self._unlike is not None:
             return None
         return max(60 * _MINUTES, _TIMES_THE_LONGEST * self._longest)
 
@@ -89,4 +97,4 @@ class Phases:
         print(why, file=sys.stderr, flush=True)
         say_where()
         tell_others(LOST, why)
-        leave(LOST)
+        leave_last(LOST)

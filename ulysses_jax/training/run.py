@@ -301,14 +301,21 @@ def run_once(
             training.batch_size * training.sequence_tokens, log.log_step, phases
         )
         number, saved_at, stops = first_step, time.monotonic(), False
-        together = Together()
+        together, met = Together(), set[int]()
 
         def told(signal: str) -> None:
-            log.say(
-                f"{signal}: step {number} should end in {in_flight.seconds_left():.0f} "
-                "s; then the run is saved and ends; the same again ends it at once"
-            )
             together.ask("stop")
+            seconds = in_flight.seconds_left()
+            ends = (
+                "goes to its end"
+                if seconds is None
+                else f"should end in {seconds:.0f} s"
+            )
+            said = (
+                f"{signal}: step {number} {ends}; then the run is saved and ends; the "
+                "same again ends it at once"
+            )
+            log.say(said) if is_main else print(said, flush=True)
 
         def save() -> None:
             nonlocal saved_at
@@ -336,9 +343,12 @@ def run_once(
                 started = time.monotonic()
                 with phases("data", number):
                     batch = next(stream)
+                if (tokens := batch["tokens"].shape[2]) not in met:
+                    phases.unlike(number)
+                met.add(tokens)
                 state, metrics = steps(state, batch, log.say)
                 if data.by_length is not None:
-                    metrics |= {"sequence_tokens": batch["tokens"].shape[2]}
+                    metrics |= {"sequence_tokens": tokens}
                 in_flight.add(number, metrics, started)
                 last = number == training.num_steps
                 if validates and (last or number % every == 0):
