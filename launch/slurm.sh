@@ -18,7 +18,8 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 source launch/environment.sh
 srun --kill-on-bad-exit=0 "${PYTHON:-python}" train.py --quiet "$@"
 code=$?
-if [[ $code == 130 || $code == 75 ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
+# 137: srun's code is the highest, and a process that is killed has that.
+if [[ $code =~ ^(75|130|137)$ ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -20,7 +20,8 @@ srun --kill-on-bad-exit=0 --container-image="${IMAGE:?the image}" \
     --container-mounts="${SHARED:?the shared folder}:$SHARED,$PWD:$PWD" \
     --container-workdir="$PWD" "${PYTHON:-python}" train.py --quiet "$@"
 code=$?
-if [[ $code == 130 || $code == 75 ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
+# 137: srun's code is the highest, and a process that is killed has that.
+if [[ $code =~ ^(75|130|137)$ ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -8,18 +8,20 @@ cd "$(dirname "$0")/.." || exit 2
 read -ra hosts <<< "${HOSTS:?the hosts, with spaces between them}"
 port=${PORT:-1234}
 arguments=$(printf ' %q' "$@")
-pids=()
+pids=() lines=() told=0
 for rank in "${!hosts[@]}"; do
-    # -tt: a terminal there, so that the process ends with its connection.
-    ssh -tt "${hosts[$rank]}" "cd $(printf %q "$PWD") && source launch/environment.sh && \
+    # -tt: a terminal there, so that the process ends with its connection; Ctrl-C is a
+    # letter for it. An ssh that gets the signal itself would end, or ignore it.
+    exec {line}> >(trap '' INT; exec ssh -tt "${hosts[$rank]}" "cd $(printf %q "$PWD") && source launch/environment.sh && \
         exec ${PYTHON:-.venv/bin/python} train.py --quiet \
         --distributed.coordinator ${hosts[0]}:$port \
-        --distributed.num-processes ${#hosts[@]} --distributed.process-id $rank$arguments" &
-    pids+=($!)
+        --distributed.num-processes ${#hosts[@]} --distributed.process-id $rank$arguments")
+    pids+=($!) lines+=("$line")
 done
-trap 'kill -INT "${pids[@]}"' INT TERM
+trap 'told=1; for line in "${lines[@]}"; do printf "\003" >&"$line"; done' INT TERM
 worst=0
 for pid in "${pids[@]}"; do
-    wait "$pid" || { code=$?; ((code > worst)) && worst=$code; }
+    while wait "$pid"; code=$?; ((told)); do told=0; done  # a signal ends a wait
+    ((code > worst)) && worst=$code
 done
 exit $worst

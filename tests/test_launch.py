@@ -3,9 +3,11 @@
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -93,13 +95,13 @@ def test_bash_reads_them(file):
 
 
 @pytest.mark.parametrize("file", ["slurm.sh", "slurm_container.sh"])
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
 def test_a_job_goes_back_into_the_queue(cluster, tmp_path, file, code):
     """After what the same command goes on from, and after nothing else."""
     named = {"ENDS": str(code), "IMAGE": "here", "SHARED": "/shared"}
     assert launched(file, cluster | named).returncode == code
     asked = tmp_path / "scontrol"
-    assert asked.exists() == (code in (75, 130))
+    assert asked.exists() == (code in (75, 130, 137))
     if code == 130:
         assert asked.read_text() == "requeue 4242\n"
     if "container" in file:
@@ -124,6 +126,49 @@ def test_two_processes_of_a_job(cluster, tmp_path, config_file, file):
         assert set((tmp_path / "ssh").read_text().split()) == set(
             hosts["HOSTS"].split()
         )
+
+
+TERMINAL = """#!{python}
+import os, pty, sys
+there = ["env", "--default-signal=INT", "bash", "-c", sys.argv[3]]
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(there)))
+"""
+RUNS = """#!/bin/bash
+trap 'echo "told $8"; sleep 1; exit 130' INT
+echo "runs $8"
+while :; do sleep 0.1; done
+"""
+
+
+def test_ctrl_c_here_is_ctrl_c_there(cluster, tmp_path):
+    """A terminal sends it to the script and to all that it started."""
+    for name, text in {
+        "ssh": TERMINAL.format(python=sys.executable),
+        "runs": RUNS,
+    }.items():
+        path = tmp_path / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+    with subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "ssh.sh")],
+        env=cluster | {"HOSTS": "a b", "PYTHON": str(tmp_path / "bin" / "runs")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as script:
+        try:
+            assert script.stdout is not None
+            assert {script.stdout.readline().strip() for _ in range(2)} == {
+                "runs 0",
+                "runs 1",
+            }
+            os.killpg(script.pid, signal.SIGINT)
+            said, _ = script.communicate(timeout=10)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    assert script.returncode == 130 and "told 0" in said and "told 1" in said
 
 
 @pytest.fixture(scope="module")
