@@ -65,6 +65,12 @@ def test_the_program_sends_what_it_says(kind):
     assert jax.numpy.all(call() == 1)
 
 
+def test_what_is_sent_is_made_where_it_lies():
+    """On one device it would be of the whole cluster's size."""
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        _program(make_mesh(data=2, seq=4), "seq", KINDS[0], 4096)
+
+
 def test_hosts_of_a_group():
     mesh = make_mesh(data=2, seq=4)
     assert [_hosts(mesh, "seq", n) for n in (8, 4, 2, 1)] == [1, 1, 2, 4]

@@ -122,9 +122,9 @@ def _program(
         return jax.lax.ppermute(x, axis, ring)
 
     spec = P(mesh.axis_names)
-    x = jax.device_put(
-        jnp.ones(elements * mesh.size, jnp.bfloat16), NamedSharding(mesh, spec)
-    )
+    # Made where it lies: the whole of it, of all devices, has room on none.
+    ones = partial(jnp.ones, elements * mesh.size, jnp.bfloat16)
+    x = jax.jit(ones, out_shardings=NamedSharding(mesh, spec))()
     run = jax.jit(
         jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     )
