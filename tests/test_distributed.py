@@ -1,9 +1,11 @@
 """A process as one of many: what starts it, and words for what would hang or crash."""
 
 import importlib
+import json
 import re
 import socket
 import threading
+import time
 
 import jax
 import pytest
@@ -143,6 +145,34 @@ def test_all_are_told_who_is_wrong(monkeypatch, capsys, port, calls, message):
         # As it was when the others had a while to come: the second one may have.
         waits = r"waiting for processes \[1(, 2)?\] of 3 to come, for 2 s at most"
         assert re.search(waits, capsys.readouterr().err)
+
+
+def test_one_that_ended_may_come_again(port):
+    """While others are missing; whoever starts it again need not start all."""
+    call = json.dumps({"process": 1, "of": 3, "host": "h"}).encode() + b"\n"
+    held = threading.Thread(
+        target=roll_call.hold,
+        args=(socket.create_server(("127.0.0.1", port)), ("127.0.0.1", port), 3),
+    )
+    held.start()
+    with socket.create_connection(("127.0.0.1", port)) as ended:
+        ended.sendall(call)
+        time.sleep(0.2)
+    met = []
+
+    def come(process):
+        try:
+            roll_call.answer(("127.0.0.1", port), process, 3)
+        except ValueError as error:
+            met.append(str(error))
+
+    both = [threading.Thread(target=come, args=(process,)) for process in (1, 2)]
+    for each in both:
+        time.sleep(1.5)
+        each.start()
+    for each in (*both, held):
+        each.join(20)
+    assert met == []
 
 
 def test_whoever_calls_in_another_way_is_nobody(port):

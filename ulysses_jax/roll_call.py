@@ -4,7 +4,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ def hold(server: socket.socket, address: tuple[str, int], num_processes: int) ->
     with ExitStack() as stack:
         stack.enter_context(server).settimeout(1.0)
         _tried(lambda: socket.getaddrinfo(*address), address)
-        waiting: list[socket.socket] = []
+        waiting: dict[socket.socket, int | None] = {}  # which process it is
         wait = _Wait(ABSENT_SECONDS)
         try:
             while len(heard) < num_processes:
@@ -44,8 +44,13 @@ def hold(server: socket.socket, address: tuple[str, int], num_processes: int) ->
                         "(--distributed.num-processes)"
                     )
                 with suppress(TimeoutError):
-                    waiting.append(stack.enter_context(server.accept()[0]))
-                    _hear(waiting[-1], heard, num_processes)
+                    other = stack.enter_context(server.accept()[0])
+                    waiting[other] = None
+                    waiting[other] = _hear(other, heard, num_processes)
+                # One that ended while it waited may come again.
+                for other in [each for each in waiting if _is_gone(each)]:
+                    if (process := waiting.pop(other)) is not None:
+                        del heard[process]
         except ValueError as error:
             _answer(waiting, str(error))
             raise
@@ -124,14 +129,28 @@ class _Wait:
         return waited < self.seconds
 
 
-def _hear(other: socket.socket, heard: dict[int, str], num_processes: int) -> None:
+def _is_gone(other: socket.socket) -> bool:
+    other.setblocking(False)
+    try:
+        return not other.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        other.settimeout(5.0)
+
+
+def _hear(
+    other: socket.socket, heard: dict[int, str], num_processes: int
+) -> int | None:
     """Adds who calls; whoever calls in another way, as a port's scanner, is nobody."""
     other.settimeout(5.0)
     try:
         call: Any = json.loads(_line(other) or "")
         process, of, host = int(call["process"]), int(call["of"]), str(call["host"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
+        return None
     who = f"process {process} on {host}"
     if of != num_processes:
         raise ValueError(
@@ -145,9 +164,10 @@ def _hear(other: socket.socket, heard: dict[int, str], num_processes: int) -> No
             f"{num_processes - 1}"
         )
     heard[process] = host
+    return process
 
 
-def _answer(waiting: list[socket.socket], said: str) -> None:
+def _answer(waiting: Iterable[socket.socket], said: str) -> None:
     for other in waiting:
         with suppress(OSError):
             other.sendall(json.dumps(said).encode() + b"\n")
