@@ -8,11 +8,13 @@ from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.layouts import (
     bigbird,
     fixed,
+    layout_of,
     longformer,
     random,
     strided,
 )
 from ulysses_jax.attention.mask import Mask
+from ulysses_jax.config import Model
 
 
 def drawn(layout, head=0):
@@ -29,6 +31,9 @@ def test_fixed():
     assert drawn(by_head, 1)[3:] == [".x.x..", ".x.xx.", ".x.xxx"]
     both = fixed(4, block_tokens=1, local_blocks=2, causal=False)
     assert drawn(both) == ["xx.x", "xx.x", ".xxx", ".xxx"]
+    two = fixed(8, block_tokens=1, local_blocks=4, global_blocks=2, num_heads=2)
+    assert drawn(two)[5:] == ["..xxxx..", "..xxxxx.", "..xxxxxx"]
+    assert drawn(two, 1)[5:] == ["xx..xx..", "xx..xxx.", "xx..xxxx"]
 
 
 def test_strided():
@@ -41,6 +46,40 @@ def test_longformer():
     assert drawn(layout) == ["x....", "xx...", "xxx..", "x.xx.", "x..xx"]
     both = longformer(5, block_tokens=1, local_blocks=2, causal=False)
     assert drawn(both) == ["xxxxx", "xxx..", "xxxx.", "x.xxx", "x..xx"]
+    two = longformer(5, block_tokens=1, local_blocks=1, global_blocks=2, causal=False)
+    assert drawn(two) == ["xxxxx", "xxxxx", "xxx..", "xx.x.", "xx..x"]
+
+
+OF_A_MODEL = dict(block_tokens=4, local_blocks=6)
+
+
+@pytest.mark.parametrize(
+    "sparse, by_head, want",
+    [
+        ("fixed", True, fixed(24, global_blocks=2, num_heads=3, **OF_A_MODEL)),
+        ("strided", False, strided(24, **OF_A_MODEL)),
+        ("longformer", False, longformer(24, global_blocks=2, **OF_A_MODEL)),
+        (
+            "bigbird",
+            False,
+            bigbird(24, global_blocks=2, random_blocks=3, **OF_A_MODEL),
+        ),
+    ],
+)
+def test_a_models_numbers_are_the_layouts(sparse, by_head, want):
+    model = Model(
+        vocab_size=8,
+        width=24,
+        num_layers=1,
+        num_heads=3,
+        sparse=sparse,
+        sparse_block_tokens=4,
+        sparse_local_blocks=6,
+        sparse_global_blocks=2,
+        sparse_random_blocks=3,
+        sparse_by_head=by_head,
+    )
+    assert layout_of(model, 96) == want
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -66,6 +105,12 @@ def test_two_of_the_same_content_are_one():
     assert layout != BlockLayout(seen, block_tokens=4)
     assert layout != BlockLayout(seen.T, block_tokens=8)
     seen[:] = 1  # the layout is its own
+    with pytest.raises(ValueError, match="read-only"):
+        layout.blocks[0, 0, 1] = True
+    # As many blocks, cut otherwise: of each its own tiles.
+    square, wide = (BlockLayout(np.ones(x), block_tokens=8) for x in ((4, 4), (2, 8)))
+    assert square != wide
+    assert [len(np.unique(x.tiles()[0][:, 0])) for x in (square, wide)] == [4, 2]
     assert layout.density(causal=False) == 10 / 16
     assert "4 x 4 blocks of 8 tokens, 62.5%" in repr(layout)
 
