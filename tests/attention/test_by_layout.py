@@ -201,6 +201,20 @@ def holds_a_pair(mask):
     return seen.any(axis=(0, 3, 5))
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_where_positions_decide_the_order_of_tokens_hides_no_tile(window):
+    """Those above the diagonal hold pairs, and those that are far from it."""
+    positions = jax.tree.map(jnp.asarray, SHUFFLED)
+    mask = Mask(causal=True, window=window, layout=FULL, **positions)
+    _, arrays = problem("fixed")
+    tiles = _Blocks(*arrays[:2], mask).tiles()
+    computed = np.zeros((BLOCKS, BLOCKS), bool)
+    computed[tiles.q[: tiles.number], tiles.kv[: tiles.number]] = True
+    (holds,) = holds_a_pair(mask)
+    assert np.triu(holds, 1).any() and np.tril(holds, -3).any()
+    assert not (holds & ~computed).any()
+
+
 @pytest.mark.parametrize("layout", slow_but_for([UNEVEN], [FIXED, UNEVEN]))
 def test_tiles_of_documents_that_do_not_meet_are_not_computed(layout):
     """Those that a query of any row sees, forward and backward, and no others."""
