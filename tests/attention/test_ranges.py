@@ -11,7 +11,8 @@ from attention_cases import CASES, GREATEST, LEAST, Case, both
 from ulysses_jax.attention.ranges import key_ranges
 
 # Padding 0 at the end; ids of any size; a part of a row in zigzag order; a row whose
-# keys do not lie in order beside one whose do.
+# keys do not lie in order beside one whose do; a number of keys that bisection halves
+# evenly, once more than any below it.
 MORE = {
     "padding": Case(
         causal=True, arrays=both("segment_ids", [[1] * 4 + [2] * 6 + [0] * 3, [0] * 13])
@@ -34,6 +35,12 @@ MORE = {
         window=3,
         arrays=both("positions", [[*range(7), *range(6)]] * 2)
         | both("segment_ids", [[1] * 7 + [2] * 6] * 2),
+    ),
+    "a power of two": Case(
+        T=16,
+        S=16,
+        causal=True,
+        arrays=both("segment_ids", [[1] * 5 + [2] * 11, [3] * 16]),
     ),
     "one row of two": Case(
         causal=True,
