@@ -187,6 +187,10 @@ ENTRY %main (q: bf16[1,64,4,8], k: bf16[1,64,2,8]) -> bf16[1,4,64,8] {
         narrow = module.computations["main"].by_name["f"]
         found = attention_flops(module, module.computations["main"], narrow)
         assert found == 2 * 2 * pairs * 4 * 8
+    # To more keys than there are queries, all of them.
+    module = parse(text.replace("bf16[1,64,2,8]", "bf16[1,96,2,8]"))
+    entry = module.computations["main"]
+    assert attention_flops(module, entry, entry.by_name["b"]) == 5 * unit * 96 // 64
     extras = {e["name"]: e["bytes"] for e in estimated_extras(module, [])}
     assert extras["cuDNN workspace"] == 4 * 64 * 4 * 8
     assert "NCCL buffers" not in extras
@@ -222,6 +226,11 @@ ENTRY %main (q: bf16[2,32,6,16], k: bf16[2,32,2,16], s: (s32[], f32[8,1,8,6,16])
         assert attention_flops(module, entry, backward) == (
             7 * 2 * 2 * tiles * 8 * 8 * 6 * 16
         )
+    # Some queries and more keys, as in layers in pieces.
+    module = parse(text.replace("bf16[2,32,2,16]", "bf16[2,96,2,16]"))
+    entry = module.computations["main"]
+    found = attention_flops(module, entry, entry.by_name["f"])
+    assert found == 2 * 2 * 2 * 32 * 96 * 6 * 16
 
 
 def test_attention_flops_by_layout():

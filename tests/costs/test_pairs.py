@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ulysses_jax import config as configs
+from ulysses_jax.attention.block_layout import BlockLayout
 from ulysses_jax.attention.by_layout import _Blocks
 from ulysses_jax.attention.by_tiles import tiles_of
 from ulysses_jax.attention.layouts import bigbird, fixed
@@ -72,6 +73,16 @@ def test_tiles_of_a_layout(rows):
     assert pairs.layout_tiles(rows) == pytest.approx(counted, rel=0.03)
     assert pairs.layout_fraction(rows) == pairs.layout_tiles(rows) / longest < 0.7
     assert Pairs((layout,)).layout_tiles(rows) == longest
+
+
+def test_heads_have_as_many_tiles_as_the_one_with_the_most():
+    """Of one document a row. Among short ones a block meets its neighbour at most: of
+    the two heads, in the mean, 4 and three halves."""
+    uneven = BlockLayout(np.stack([np.tri(4), np.eye(4)]), block_tokens=8)
+    assert Pairs((uneven,)).layout_tiles(1) == 10
+    assert Pairs((uneven,)).layout_fraction(1) == 1
+    apart = Pairs((uneven,), 1e-3)
+    assert (apart.layout_tiles(1), apart.layout_fraction(1)) == (5.5, 0.55)
 
 
 def test_without_documents():
