@@ -1,5 +1,6 @@
 """The check of a GPU, on the CPU: rows, faults that it must see, processes that die."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,14 +14,15 @@ from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mosaic import BLOCK_STEP, BLOCK_TOKENS
 from ulysses_jax.attention.reference import dense_mask
 from ulysses_jax.check_gpu import __main__ as command
-from ulysses_jax.check_gpu import errors, steps
+from ulysses_jax.check_gpu import errors, steps, timings
 from ulysses_jax.check_gpu.measure import UNTIL, NoMachine, measure
-from ulysses_jax.check_gpu.problems import MASKS, Heads, sinks
-from ulysses_jax.check_gpu.rows import QUICK, Sizes
+from ulysses_jax.check_gpu.problems import MASKS, Heads, kernels, sinks
+from ulysses_jax.check_gpu.rows import QUICK, Sizes, Skip
 from ulysses_jax.check_gpu.tables import BEGIN, END, markdown, page_with
 from ulysses_jax.check_gpu.worker import run
 from ulysses_jax.mesh import Device
 from ulysses_jax.plan.check import bytes_row
+from ulysses_jax.plan.compile import PlanError
 
 # Two masks, and an attention whose scale is 4 % off at head size 16.
 FAULTY = """
@@ -167,19 +169,123 @@ def test_float64_of_spots_is_that_of_all(mask):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
-def test_what_is_no_number_fails(name):
-    asked = errors._Asked(MASKS["causal"](1, 16, 8), 1, 16, Heads(1, 1, 8), "float16")
+@pytest.fixture(scope="module")
+def judged():
+    """`f(**got)`: the status where a kernel gives this, and else float64's."""
+    asked = errors._Asked(MASKS["sinks"](1, 16, 8), 1, 16, Heads(2, 1, 8), "float16")
+    exact = dict(zip(errors.NAMES, errors._exact(asked, CPU), strict=True))
+
+    def status(**got):
+        results = tuple((exact | got).values())
+        row = errors._judge(asked, lambda: tuple(exact.values()), lambda *_: results)
+        return row.get("status")
+
+    return exact, status
+
+
+@pytest.mark.parametrize("name", errors.NAMES)
+def test_each_result_is_held_to_its_tolerance(judged, name):
+    """A NaN is beyond any."""
+    exact, status = judged
+    most = errors.TOLERANCES["float16"][name]
+    assert status(**{name: exact[name] * (1 + 0.9 * most)}) is None
+    assert status(**{name: exact[name] * (1 + 1.1 * most)}) == "FAIL"
+    got = exact[name].copy()
+    got.flat[1] = np.nan
+    assert status(**{name: got}) == "FAIL"
+
+
+def test_tolerances_are_below_a_scale_that_is_off_by_some_per_cent():
+    for dtype, rounding in (("bfloat16", 2**-9), ("float16", 2**-12)):
+        for most in errors.TOLERANCES[dtype].values():
+            assert rounding < most < 0.01
+
+
+def test_a_gradient_of_queries_that_have_none_fails():
+    spots = 3, 9
+    problem = MASKS["causal"](1, 16, 8)
+    asked = errors._Asked(problem, 1, 16, Heads(1, 1, 8), "float16", spots)
     exact = errors._exact(asked, CPU)
+    out, dq = (np.zeros((1, 16, 1, 8)) for _ in range(2))
+    for whole, some in zip((out, dq), exact, strict=False):
+        whole[:, spots] = some
+    for wrong, status in ((0.0, None), (1e-3, "FAIL"), (np.nan, "FAIL")):
+        dq[0, 5] = wrong
+        got = out, dq, *exact[2:]
+        row = errors._judge(asked, lambda: exact, lambda *_, got=got: got)
+        assert row.get("status") == status
 
-    def judged(*got):
-        return errors._judge(asked, lambda: exact, lambda *_: got).get("status")
 
-    assert judged(*exact) is None
-    got = dict(zip(errors.NAMES, exact, strict=False))
-    got[name] = got[name].copy()
-    got[name][0, 4] = np.nan
-    assert judged(*got.values()) == "FAIL"
+def test_seconds_are_of_one_call_that_has_ended(monkeypatch):
+    """By a clock that goes on where a result is waited for, in each round otherwise."""
+    now, started = 0.0, 0
+    # The calls that do not count, 6 of which take 20 ms; five rounds.
+    each = iter((9, 0.003, 0.001, 0.003, 0.009, 0.003, 0.002))
+
+    def call():
+        nonlocal started
+        started += 1
+
+    def wait(_):
+        nonlocal now, started
+        now, started = now + started * next(each), 0
+
+    monkeypatch.setattr(timings.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timings.jax, "block_until_ready", wait)
+    assert timings.seconds_of(call) == pytest.approx(0.003)
+    assert not list(each)
+
+
+def test_rates_are_of_the_products_of_visible_pairs(monkeypatch):
+    monkeypatch.setattr(timings, "seconds_of", lambda call: 2.0)
+    (row,) = timings.rate_rows(QUICK)
+    assert row.measure(None) == {"ms": 2000, "TFLOP/s": 2 * 256**3 / 2 / 1e12}
+    sizes = dataclasses.replace(QUICK, timed_tokens=(256, 512), longest_call_seconds=7)
+    named = {
+        tuple(row.name[x] for x in ("tokens", "pass")): row
+        for row in timings.timing_rows(CPU, kernels(CPU), sizes)
+        if (row.name["kernel"], row.name["mask"]) == ("blockwise", "window")
+    }
+    pairs = 64 * 65 // 2 + (256 - 64) * 64
+    for name, products in (("forward", 2), ("forward and backward", 7)):
+        (row, longer) = (named[tokens, name] for tokens in (256, 512))
+        rate = products * 2 * pairs * 4 * 16 / 2 / 1e12
+        assert row.measure(None) == {"ms": 2000, "TFLOP/s": pytest.approx(rate)}
+        assert longer.measure(None)["ms"] == 2000  # 4.3 s were expected
+    monkeypatch.setattr(timings, "seconds_of", lambda call: 4.0)
+    named[256, "forward"].measure(None)
+    with pytest.raises(Skip, match="would take some 9 s"):
+        named[512, "forward"].measure(None)
+
+
+def test_the_share_of_the_rate_that_was_measured():
+    rows = [
+        {"table": "rates", "product": "8^3", "ms": 1.0, "TFLOP/s": 800.0},
+        {"table": "timings", "kernel": "mosaic", "ms": 1.0, "TFLOP/s": 200.0},
+    ]
+    rows = [row | {"status": "ok"} for row in rows]
+    machine = dict(card="none", versions={}, driver=None, python="3")
+    results = dict(rows=rows, machine=machine, started="2026-01-01", quick=False)
+    assert "| mosaic | 1 | 200 | 25% | ok |" in markdown(results)
+
+
+@pytest.mark.parametrize(
+    "error, status", [(PlanError("no plan"), "FAIL"), (ValueError("none"), "skipped")]
+)
+def test_a_step_without_a_kernel_is_skipped_and_without_a_plan_fails(
+    monkeypatch, error, status
+):
+    def check(config, *, num_steps):
+        raise error
+
+    monkeypatch.setattr(steps, "check", check)
+    rows, said = steps.step_rows(QUICK)[:1], []
+    run(
+        rows,
+        {"done": [], "tables": ["steps"], "until": {"steps": math.inf}},
+        said.append,
+    )
+    assert said[1]["status"] == status and str(error) in said[1]["why"]
 
 
 def test_shapes_have_several_tiles_and_a_part_of_one():
