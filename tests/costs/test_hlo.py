@@ -138,6 +138,21 @@ def test_flops(module):
     assert total == 6 * (2 * 8 * 4 * 16)
 
 
+def test_flops_of_cublas():
+    """What contracts stands in its own words; a workspace is no result."""
+    text = """HloModule m
+ENTRY %main (a: bf16[32,64], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %g = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}
+  ROOT %o = bf16[64,16]{1,0} get-tuple-element(%g), index=0
+}
+"""
+    module = parse(text)
+    entry = module.computations["main"]
+    assert matmul_flops(module, entry, entry.by_name["g"]) == 2 * 64 * 32 * 16
+
+
 def test_one_branch_of_a_conditional_runs():
     """The greatest counts; the other one's FLOPs are not added."""
 

@@ -91,6 +91,8 @@ def test_without_documents():
     assert Pairs((5000,)).visible(100) == Pairs((None,)).visible(100)
     assert Pairs((None,)).tiles(4, 8) == 10  # half of 16, and the diagonal
     assert Pairs((8,)).tiles(4, 8) == 7  # its own, and but for the first the one before
+    # The first query of a block reaches 8 or 9 keys back.
+    assert (Pairs((9,)).tiles(4, 8), Pairs((10,)).tiles(4, 8)) == (7, 9)
     assert Pairs((None, 8)).tiles(4, 8) == 8.5
     assert Pairs((None, 10)).visible(100) == 5000 + 950
     # A document much longer than a row is one.
