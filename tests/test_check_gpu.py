@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 
+import jax
 import numpy as np
 import pytest
 
@@ -133,6 +135,7 @@ def test_a_step_beside_a_wrong_plan_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "measure", lambda **options: results)
     assert command.main(["--json", str(tmp_path / "measured.json")]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "(" in line]
+    assert "high-water mark of a device (MB) | 8.000 | 9.600 | 1.200 |" in lines[1]
     assert [line.split(" | ")[-1] for line in lines] == [
         "ok |",
         "**FAIL** high-water mark of a device: planned 8,000,000 bytes, measured "
@@ -167,6 +170,23 @@ def test_float64_of_spots_is_that_of_all(mask):
     want = want[0][:, at], want[1][:, at], *want[2:]
     for a, b in zip(errors._exact(some, CPU), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_every_kernel_under_every_mask_has_a_row():
+    beside = kernels(CPU)
+    rows = errors.error_rows(CPU, beside, QUICK)
+    found = [
+        tuple(row.name[x] for x in ("kernel", "mask", "dtype", "heads")) for row in rows
+    ]
+    want = {
+        *product(beside, MASKS, ("bfloat16", "float16"), ("4/2",)),
+        *product(beside, ("causal", "packed window"), ("bfloat16",), ("2/2",)),
+    }
+    assert set(found) == want and len(found) == len(want)
+    spots = errors.spot_rows(CPU, beside, QUICK)
+    masks = set(MASKS) - {"packed window", "full"}
+    want = set(product(beside, masks))
+    assert {(row.name["kernel"], row.name["mask"]) for row in spots} == want
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +257,10 @@ def test_seconds_are_of_one_call_that_has_ended(monkeypatch):
 
 
 def test_rates_are_of_the_products_of_visible_pairs(monkeypatch):
+    def num_results(function, mask, like):
+        return len(jax.tree.leaves(jax.eval_shape(function, mask, *like)))
+
+    monkeypatch.setattr(timings, "compiled", num_results)
     monkeypatch.setattr(timings, "seconds_of", lambda call: 2.0)
     (row,) = timings.rate_rows(QUICK)
     assert row.measure(None) == {"ms": 2000, "TFLOP/s": 2 * 256**3 / 2 / 1e12}
@@ -247,8 +271,12 @@ def test_rates_are_of_the_products_of_visible_pairs(monkeypatch):
         if (row.name["kernel"], row.name["mask"]) == ("blockwise", "window")
     }
     pairs = 64 * 65 // 2 + (256 - 64) * 64
-    for name, products in (("forward", 2), ("forward and backward", 7)):
+    for name, products, results in (
+        ("forward", 2, 1),
+        ("forward and backward", 7, 4),
+    ):
         (row, longer) = (named[tokens, name] for tokens in (256, 512))
+        assert row.prepare() == results
         rate = products * 2 * pairs * 4 * 16 / 2 / 1e12
         assert row.measure(None) == {"ms": 2000, "TFLOP/s": pytest.approx(rate)}
         assert longer.measure(None)["ms"] == 2000  # 4.3 s were expected
@@ -400,6 +428,20 @@ def test_the_page_takes_the_tables(tmp_path):
     with pytest.raises(ValueError, match="has not the lines"):
         page_with(page, "")
     assert page_with(command.PAGE, "x")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_tiny_shapes_leave_the_page_as_it_is(quick, tmp_path, monkeypatch):
+    page = tmp_path / "measured.md"
+    page.write_text(f"{BEGIN}\nMeasured.\n{END}\n")
+    machine = dict(card="a card", versions={}, driver=None, python="3")
+    results = dict(rows=[], machine=machine, started="2026-01-01", quick=quick)
+    monkeypatch.setattr(command, "PAGE", page)
+    monkeypatch.setattr(command, "measure", lambda **options: results)
+    json_at = str(tmp_path / "measured.json")
+    assert command.main(["--write-docs", "--json", json_at]) == 0
+    assert ("Measured." in page.read_text()) == quick
+    assert ("a card" in page.read_text()) != quick
 
 
 @pytest.mark.parametrize(
