@@ -18,7 +18,7 @@ from ulysses_jax.attention.reference import dense_mask
 from ulysses_jax.check_gpu import __main__ as command
 from ulysses_jax.check_gpu import errors, steps, timings
 from ulysses_jax.check_gpu.measure import UNTIL, NoMachine, measure
-from ulysses_jax.check_gpu.problems import MASKS, Heads, kernels, sinks
+from ulysses_jax.check_gpu.problems import MASKS, Heads, both_ways, kernels, sinks
 from ulysses_jax.check_gpu.rows import QUICK, Sizes, Skip
 from ulysses_jax.check_gpu.tables import BEGIN, END, markdown, page_with
 from ulysses_jax.check_gpu.worker import run
@@ -127,7 +127,10 @@ def test_a_step_beside_a_wrong_plan_fails(tmp_path, monkeypatch, capsys):
     (_, result) = said
     machine = dict(card="none", versions={}, driver=None, python="3")
     results = {
-        "rows": [dict(table="steps", **rows[0].name, **result)],
+        "rows": [
+            dict(table="rates", product="8^3", status="ok"),
+            dict(table="steps", **rows[0].name, **result),
+        ],
         "machine": machine,
         "started": "2026-01-01",
         "quick": False,
@@ -213,6 +216,14 @@ def test_each_result_is_held_to_its_tolerance(judged, name):
     got = exact[name].copy()
     got.flat[1] = np.nan
     assert status(**{name: got}) == "FAIL"
+
+
+def test_a_kernel_that_is_true_passes():
+    problem = MASKS["sinks"](1, 16, 8)
+    asked = errors._Asked(problem, 1, 16, Heads(2, 1, 8), "float16")
+    program = jax.jit(both_ways(kernels(CPU)["blockwise"], problem))
+    row = errors._judge(asked, lambda: errors._exact(asked, CPU), program)
+    assert list(row) == list(errors.NAMES) and all(row.values())
 
 
 def test_tolerances_are_below_a_scale_that_is_off_by_some_per_cent():
