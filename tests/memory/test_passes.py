@@ -11,7 +11,7 @@ import pytest
 from ulysses_jax.attention.exact import exact_attention
 from ulysses_jax.attention.mask import Mask
 from ulysses_jax.attention.select import PARTS
-from ulysses_jax.memory.block_attention import Pieces
+from ulysses_jax.memory.block_attention import Pieces, attend_group, pull_group
 from ulysses_jax.memory.passes import backward, forward
 
 H = 4
@@ -93,6 +93,31 @@ def test_large_logits(size, tolerance):
     for name, a, b in zip(names, got, want, strict=True):
         error = np.abs(a - b).max() / np.abs(b).max()
         assert error < tolerance, name
+
+
+def test_two_pieces_of_a_chunk_add_up():
+    """As a chunk has of every member of seq: each gives a part of dk, dv and dsinks."""
+    pieces = attention_alone(4)
+
+    def cut(x):
+        return jnp.stack(jnp.split(x, 2, axis=1))
+
+    def joined(x):
+        return jnp.concatenate(tuple(x), axis=1)
+
+    @jax.jit
+    def run(x, upstream, sinks):
+        q, *keys = map(cut, split(x))
+        keys = tuple(k[None] for k in keys)
+        out, logsumexp = attend_group(pieces, q, sinks, keys, 0, 0)
+        given = out, logsumexp, cut(split(upstream)[0])
+        zeros = jax.tree.map(jnp.zeros_like, keys)
+        (dq, dsinks), dkeys = pull_group(pieces, q, sinks, keys, *given, zeros, 0, 0)
+        return joined(out), joined(dq), *(joined(k[0]) for k in dkeys), dsinks
+
+    arrays = *inputs(8, jnp.float32), jnp.array([-1.0, 2.0])
+    for a, b in zip(run(*arrays), exact(*arrays), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_sums_over_chunks_are_float32():
