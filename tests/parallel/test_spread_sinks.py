@@ -114,6 +114,20 @@ def test_equals_float64(strategy, heads, mask, options):
     assert_close(got, oracle(mask, *heads))
 
 
+def test_every_chunk_has_the_sinks_of_its_own_heads():
+    """Chunks over the key heads of a device, and over the queries of each."""
+    q, k, v, _ = inputs(8, 4)
+    attention = functools.partial(
+        attend,
+        mesh=mesh_of(seq=2),
+        mask=MASKS["causal"],
+        attention="reference",
+        head_chunks=4,
+    )
+    out = jax.jit(attention)(q, k, v, sinks=sinks_of(8))
+    np.testing.assert_allclose(out, oracle("causal", 8, 4)[0], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "degrees", slow_but_for([dict(ring=2, seq=2)], [dict(ring=2, seq=2), dict(seq=4)])
 )
