@@ -146,6 +146,20 @@ def test_the_tolerance_catches_faults(fault):
     assert (errors(got, want) > 1e-3).all()
 
 
+def test_their_gradient_is_summed_in_float32():
+    """Of results in bfloat16, as exact as one of results in float32."""
+    rng = np.random.default_rng(0)
+    out, dout = (
+        jnp.asarray(rng.standard_normal((1, 64, 4, 8)), jnp.bfloat16) for _ in range(2)
+    )
+    logsumexp = jnp.asarray(3 + rng.random((1, 4, 64)), jnp.float32)
+    got = jax.jit(PARTS["blockwise"].sinks_gradient)(SINKS, out, logsumexp, dout)
+    shared = (np.asarray(out, np.float64) * np.asarray(dout, np.float64)).sum(axis=3)
+    logits = np.asarray(SINKS, np.float64)[:, None] - np.asarray(logsumexp, np.float64)
+    want = -(np.exp(logits) * shared.swapaxes(1, 2)).sum(axis=(0, 2))
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
 def test_remat_attention_keeps_what_has_the_sinks():
     """The forward pass, two loops in one another, runs once; not kept, twice."""
     case = CASES["causal"]
