@@ -297,7 +297,7 @@ def main() -> None:
     target = TARGETS[args.gpu]
     rows: list[dict[str, Any]] = []
     for name, (hosts, _) in list(HEADLINE.items())[: 1 if args.quick else None]:
-        cluster = Cluster(target, hosts, 8)
+        cluster = Cluster(target, hosts, 8, timeout_seconds=3600)
         if args.sparse:
             rows += sparse_table(name, cluster, 1 if args.quick else 6)
             continue
@@ -316,7 +316,7 @@ def main() -> None:
     found = []
     scaling = (1,) if args.quick else (1, 2, 4, 8)
     for hosts in () if args.sparse else scaling:
-        cluster = Cluster(target, hosts, 8)
+        cluster = Cluster(target, hosts, 8, timeout_seconds=3600)
         config = run("gpt_1b", "ulysses", cluster, 8 * hosts, 128 * K * hosts, 1)
         found.append(row("gpt_1b", config, cluster))
     if found:
