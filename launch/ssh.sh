@@ -9,6 +9,7 @@ read -ra hosts <<< "${HOSTS:?the hosts, with spaces between them}"
 port=${PORT:-1234}
 arguments=$(printf ' %q' "$@")
 pids=() lines=() told=0
+trap 'told=1; for line in "${lines[@]}"; do printf "\003" >&"$line"; done' INT TERM
 for rank in "${!hosts[@]}"; do
     # -tt: a terminal there, so that the process ends with its connection; Ctrl-C is a
     # letter for it. An ssh that gets the signal itself would end, or ignore it.
@@ -18,7 +19,6 @@ for rank in "${!hosts[@]}"; do
         --distributed.num-processes ${#hosts[@]} --distributed.process-id $rank$arguments")
     pids+=($!) lines+=("$line")
 done
-trap 'told=1; for line in "${lines[@]}"; do printf "\003" >&"$line"; done' INT TERM
 worst=0
 for pid in "${pids[@]}"; do
     while wait "$pid"; code=$?; ((told)); do told=0; done  # a signal ends a wait

@@ -140,6 +140,7 @@ while :; do sleep 0.1; done
 """
 
 
+@pytest.mark.slow  # a stand-in with a terminal: once in many runs, under load, it hung
 def test_ctrl_c_here_is_ctrl_c_there(cluster, tmp_path):
     """A terminal sends it to the script and to all that it started."""
     for name, text in {
@@ -150,7 +151,8 @@ def test_ctrl_c_here_is_ctrl_c_there(cluster, tmp_path):
         path.write_text(text)
         path.chmod(0o755)
     with subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "ssh.sh")],
+        # A background job's children ignore it, and bash traps nothing that is ignored.
+        ["env", "--default-signal=INT", "bash", str(ROOT / "launch" / "ssh.sh")],
         env=cluster | {"HOSTS": "a b", "PYTHON": str(tmp_path / "bin" / "runs")},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
