@@ -14,7 +14,7 @@ from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Model, Run, Training
 from ulysses_jax.data.decomposition import buckets
-from ulysses_jax.data.loader import Layout, batches_by_length
+from ulysses_jax.data.loader import Layout, batches_in_order
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.data.span_rows import SpanRows
 from ulysses_jax.data.tokenizer import IGNORED
@@ -118,7 +118,9 @@ def drawn(files, degrees, steps, **options):
     layouts = {
         length: Layout((1, 64 // length, length), sharding) for length in LENGTHS
     }
-    stream = batches_by_length(rows, layouts, start_step=steps.start)
+    stream = batches_in_order(
+        rows.sampler.at, rows.rows, layouts, start_step=steps.start
+    )
     with contextlib.closing(stream):
         batches = [next(stream) for _ in steps]
     return [

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ulysses_jax.data.balance import deal, work
+from ulysses_jax.data.curriculum import Choice
 from ulysses_jax.data.rows import Rows
-from ulysses_jax.data.span_rows import RowsByLength
 from ulysses_jax.data.tokenizer import IGNORED
 from ulysses_jax.parallel.zigzag import zigzag_ranges
 
@@ -62,10 +62,12 @@ def batches(
 
     Cost: three batches' own boxes, in host and in device memory, 4 bytes an element.
     """
-    order = rows.shuffled(seed)
-    steps = range(start_step, len(order) // math.prod(shape[:2]))
-    lies = Layout(shape, sharding, zigzag_members)
-    return _read_in_order(order, steps, rows, lies, balanced_groups)
+    order = shuffled_order(rows, shape, seed=seed, balanced_groups=balanced_groups)
+    length = rows.sequence_tokens
+    layout = Layout(shape, sharding, zigzag_members)
+    return batches_in_order(
+        order, {length: rows}, {length: layout}, start_step=start_step
+    )
 
 
 class Layout(NamedTuple):
@@ -76,21 +78,44 @@ class Layout(NamedTuple):
     zigzag_members: int = 1
 
 
-def batches_by_length(
-    rows: RowsByLength, layouts: Mapping[int, Layout], *, start_step: int = 0
+Order = Callable[[int], Choice]
+"""Which rows a step reads, by the step, from 0 on; in the order in which they lie."""
+
+
+def shuffled_order(
+    rows: Rows, shape: tuple[int, int, int], *, seed: int, balanced_groups: int = 1
+) -> Order:
+    """That of `batches`, which has the arguments; it reads no tokens."""
+    order, size = rows.shuffled(seed), math.prod(shape[:2])
+
+    def at(step: int) -> Choice:
+        numbers = _numbers(order, step, size)
+        if balanced_groups > 1:
+            works = [work(rows.lengths(int(number))) for number in numbers]
+            numbers = numbers[deal(works, shape[0], balanced_groups).ravel()]
+        return Choice(rows.sequence_tokens, numbers)
+
+    return at
+
+
+def batches_in_order(
+    order: Order,
+    rows: Mapping[int, Rows],
+    layouts: Mapping[int, Layout],
+    *,
+    start_step: int = 0,
 ) -> Batches:
-    """As `batches`, of rows of one length each: which, and which rows, the sampler of
-    `rows` says of a step.
+    """As `batches`, of rows of one length each.
 
     Args:
+      order: which length a step has, and which of its rows.
+      rows: of each length.
       layouts: of a batch of each length.
     """
-    read = {
-        length: _reader(rows.rows[length], layout) for length, layout in layouts.items()
-    }
+    read = {length: _reader(rows[length], layout) for length, layout in layouts.items()}
 
     def at(step: int) -> Batch:
-        length, numbers = rows.sampler.at(step)
+        length, numbers = order(step)
         return read[length](numbers)
 
     return _ahead(at, range(start_step, np.iinfo(np.int32).max))
@@ -118,8 +143,8 @@ def validation_batches(
     num = min(num_batches * accumulation_steps, math.ceil(len(rows) / batch))
     order = [*rows.in_order()[: num * batch]]
     order += range(len(rows), len(rows) + num * batch - len(order))  # padding
-    lies = Layout((1, batch, tokens), sharding, zigzag_members)
-    return _read_in_order(order, range(num), rows, lies)
+    read = _reader(rows, Layout((1, batch, tokens), sharding, zigzag_members))
+    return _ahead(lambda step: read(_numbers(order, step, batch)), range(num))
 
 
 def refuse_uncounted(rows: Rows, num_rows: int) -> None:
@@ -176,26 +201,11 @@ def read_box(
     return arrays
 
 
-def _read_in_order(
-    order: Sequence[int] | grain.MapDataset[int],
-    steps: range,
-    rows: Rows,
-    layout: Layout,
-    balanced_groups: int = 1,
-) -> Batches:
-    """Batches `steps`, where batch n is the rows order[n A B], ... of `order`."""
-    read = _reader(rows, layout)
-    size = math.prod(layout.shape[:2])
-
-    def at(step: int) -> Batch:
-        numbers = [order[i] for i in range(step * size, (step + 1) * size)]
-        numbers = np.array(numbers, np.int64)
-        if balanced_groups > 1:
-            works = [work(rows.lengths(int(number))) for number in numbers]
-            numbers = numbers[deal(works, layout.shape[0], balanced_groups)]
-        return read(numbers)
-
-    return _ahead(at, steps)
+def _numbers(
+    order: Sequence[int] | grain.MapDataset[int], step: int, size: int
+) -> Numbers:
+    """Those of batch `step`, where each takes the next `size` of `order`."""
+    return np.array([order[i] for i in range(step * size, (step + 1) * size)], np.int64)
 
 
 def _reader(rows: Rows, layout: Layout) -> Callable[[Numbers], Batch]:

@@ -16,7 +16,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ulysses_jax.config import Config, Memory
-from ulysses_jax.data.loader import Batches, Layout, batches, batches_by_length
+from ulysses_jax.data.loader import (
+    Batches,
+    Layout,
+    Order,
+    batches_in_order,
+    shuffled_order,
+)
 from ulysses_jax.data.open import RunData
 from ulysses_jax.memory.offload import check_offload, memory_stats
 from ulysses_jax.mesh import make_mesh, platform_of
@@ -186,24 +192,38 @@ def with_memory(splits: Mapping[int, Split], memory: Memory) -> dict[int, Split]
     return {n: Split(own(each.config), each.mesh) for n, each in splits.items()}
 
 
+def rows_of_steps(data: RunData, splits: Mapping[int, Split]) -> Order:
+    """Which rows each step of a run reads: by (config, data, step) alone.
+
+    Returns:
+      `f(step)`, the step from 0 on, of `curriculum.Choice`: the tokens of its rows, and
+      their numbers, in the order in which they lie in the batch. With `data.lengths`
+      each length's rows are numbered by themselves. It reads no tokens.
+    """
+    if data.by_length is not None:
+        return data.by_length.sampler.at
+    ((config, _),) = splits.values()
+    return shuffled_order(
+        data.train,
+        batch_shape(config),
+        seed=config.run.seed,
+        balanced_groups=config.balanced_groups(),
+    )
+
+
 def training_batches(
     data: RunData, splits: Mapping[int, Split], start_step: int
 ) -> Batches:
-    """`loader.batches` of a run, or with `data.lengths` `loader.batches_by_length`."""
-    layouts = {tokens: each.layout() for tokens, each in splits.items()}
+    """The rows of `rows_of_steps`, read ahead: `loader.batches` of a run."""
     if data.by_length is not None:
-        return batches_by_length(data.by_length, layouts, start_step=start_step)
-    (split,) = splits.values()
-    shape, sharding, members = split.layout()
-    return batches(
-        data.train,
-        shape,
-        sharding,
-        seed=split.config.run.seed,
-        start_step=start_step,
-        zigzag_members=members,
-        balanced_groups=split.config.balanced_groups(),
-    )
+        rows = data.by_length.rows
+        layouts = {tokens: each.layout() for tokens, each in splits.items()}
+    else:
+        (split,) = splits.values()
+        tokens = data.train.sequence_tokens
+        rows, layouts = {tokens: data.train}, {tokens: split.layout()}
+    order = rows_of_steps(data, splits)
+    return batches_in_order(order, rows, layouts, start_step=start_step)
 
 
 class Steps:
