@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from ulysses_jax.config import Data, Distributed, Run
-from ulysses_jax.training import by_length, run
+from ulysses_jax.training import by_length, loop, run
 from ulysses_jax.training.state import abstract_state, init_state
 from ulysses_jax.training.step import (
     abstract_batch,
@@ -59,7 +59,7 @@ def shared_programs():
         for module, name, program in (
             (by_length, "jit_train_step", step),
             (run, "first_state", lambda config, make, *_: state(config, make)()),
-            (run, "make_validation_step", validation),
+            (loop, "make_validation_step", validation),
         ):
             patched.setattr(
                 module,

@@ -43,7 +43,7 @@ DRIVER = """
 import sys, time
 sys.path.insert(0, {root!r})
 import jax
-from ulysses_jax.training import endings, phases, run as story
+from ulysses_jax.training import endings, loop as story, phases
 endings._SILENT_SECONDS = {silent}
 batches = story.training_batches
 def slow(*args, **options):
@@ -223,12 +223,13 @@ def test_a_process_that_is_killed_in_a_save(config_file, tmp_path, unbroken, ran
 
 
 WHILE_IT_COMPILES = """
-abstract_state = story.abstract_state
+from ulysses_jax.training import run
+abstract_state = run.abstract_state
 def long(*args):
     print("compiles", flush=True)
     time.sleep(3600 if jax.process_index() == 1 else 0)
     return abstract_state(*args)
-story.abstract_state = long
+run.abstract_state = long
 """
 
 
@@ -255,7 +256,7 @@ def test_a_process_that_is_stopped(config_file, tmp_path, rank):
         assert codes == [LOST] and seconds < 30, said
         assert f"process {rank} on" in said
         # Where the one that is left stands: in the loop.
-        assert f"process {1 - rank} stands here:" in said and "training/run.py" in said
+        assert f"process {1 - rank} stands here:" in said and "training/loop.py" in said
         pod.send(rank, signal.SIGCONT)
         assert pod.ended(rank, seconds=60)[0] == [LOST]
 

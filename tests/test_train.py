@@ -31,8 +31,7 @@ from ulysses_jax.data.stream import read_bytes
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.placement import place
 from ulysses_jax.sharding import activation
-from ulysses_jax.training import by_length
-from ulysses_jax.training import run as story
+from ulysses_jax.training import by_length, loop, run
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.metrics import RunLog, read_rows
@@ -93,7 +92,7 @@ ORDER = []
 def whole_run(tmp_path_factory, config_file):
     """Six steps without interruption on data=2 x seq=4; the folder it left."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    log_step, batches = RunLog.log_step, story.training_batches
+    log_step, batches = RunLog.log_step, loop.training_batches
 
     def log(self, step, *args, **numbers):
         ORDER.append(("row", step))
@@ -106,7 +105,7 @@ def whole_run(tmp_path_factory, config_file):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(RunLog, "log_step", log)
-        patched.setattr(story, "training_batches", taken)
+        patched.setattr(loop, "training_batches", taken)
         start(config_file, folder)
     return folder
 
@@ -299,7 +298,7 @@ def test_validation_switched_off(config_file, tmp_path, override, measured):
 def test_quiet_and_null_reach_the_run(config_file, tmp_path, monkeypatch):
     quiet = []
     monkeypatch.setattr(
-        story, "RunLog", lambda *a, **k: quiet.append(k["quiet"]) or RunLog(*a, **k)
+        run, "RunLog", lambda *a, **k: quiet.append(k["quiet"]) or RunLog(*a, **k)
     )
     one = ("--training.num-steps=1", "--training.accumulation-steps", "null")
     start(config_file, tmp_path / "a", *one, "--quiet")
@@ -546,7 +545,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(
     config_file, tmp_path, monkeypatch, capfd
 ):
     broken = lambda *_: (jnp.float32(jnp.nan), jnp.int32(1))  # noqa: E731
-    monkeypatch.setattr(story, "make_validation_step", lambda *_: broken)
+    monkeypatch.setattr(loop, "make_validation_step", lambda *_: broken)
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         start(config_file, folder)
@@ -557,7 +556,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(
 
 def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd):
     """It is left, and the step saved: a scheduler does not wait for long."""
-    batches, taken = story.validation_batches, []
+    batches, taken = loop.validation_batches, []
 
     def killed(*args, **options):
         for batch in batches(*args, **options):
@@ -567,7 +566,7 @@ def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd
                 time.sleep(0.5)  # a thread hears it
             yield batch
 
-    monkeypatch.setattr(story, "validation_batches", killed)
+    monkeypatch.setattr(loop, "validation_batches", killed)
     long = ("--training.validation-batches=100", "--data.validation-fraction=0.9")
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
@@ -755,14 +754,14 @@ checkpoint.aside = aside
 
 TOLD = """
 import os, signal
-from ulysses_jax.training import run as story
-batches = story.validation_batches
+from ulysses_jax.training import loop
+batches = loop.validation_batches
 def told(*args, **options):
     for batch in batches(*args, **options):
         if jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
-story.validation_batches = told
+loop.validation_batches = told
 """
 # The other one is in it still when this one is told.
 LONG_VALIDATION = (

@@ -1,9 +1,7 @@
 """The story of a run, for Python: from a config to its last checkpoint."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from ulysses_jax.complete import complete
 from ulysses_jax.config import Config
 from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.targets import target_of
-from ulysses_jax.data.loader import refuse_uncounted, validation_batches
+from ulysses_jax.data.loader import refuse_uncounted
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.memory.offload import check_host_memory
 from ulysses_jax.mesh import (
@@ -28,23 +26,20 @@ from ulysses_jax.mesh import (
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.expected import open_source
 from ulysses_jax.training.alike import refuse_mixed_devices
-from ulysses_jax.training.arrays import on_devices
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.by_length import (
     Split,
     Steps,
     configs_by_length,
     refuse_moves,
-    relaid,
     splits_of,
-    training_batches,
     with_memory,
 )
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
-from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.load import open_run
 from ulysses_jax.training.lock import RunLock
+from ulysses_jax.training.loop import Loop
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.model import (
     MakeModel,
@@ -54,7 +49,6 @@ from ulysses_jax.training.model import (
 )
 from ulysses_jax.training.optimizer import rate_change, schedule_fields
 from ulysses_jax.training.output import print_every_name
-from ulysses_jax.training.phases import Phases
 from ulysses_jax.training.preflight import (
     agreed,
     check_folder,
@@ -70,14 +64,12 @@ from ulysses_jax.training.report import (
     describe_lengths,
     describe_own,
 )
-from ulysses_jax.training.signals import Stopped, told_to_stop
+from ulysses_jax.training.signals import Stopped
 from ulysses_jax.training.state import (
     abstract_state,
     first_state,
     read_from,
 )
-from ulysses_jax.training.step import make_validation_step
-from ulysses_jax.training.together import Together
 
 
 @allow_promotion()
@@ -251,41 +243,8 @@ def run_once(
         # ---- The step, compiled once; of several lengths the longest here, for what
         # does not fit, and the others when they are first met.
         steps.compile(longest, say)
-        validate = jax.jit(make_validation_step(config, make_model))
 
-        # ---- The loop. A step is in flight while the numbers of the one before are
-        # read; where it is validated or saved, its own are read first.
-        shape, sharding, members = Split(config, mesh).layout()
-        stream = training_batches(data, splits, start_step=first_step)
-
-        def validation_loss() -> float | None:
-            total, count = 0.0, 0
-            assert data.validation is not None
-            validation = validation_batches(
-                data.validation,
-                shape,
-                sharding,
-                num_batches=training.validation_batches,
-                zigzag_members=members,
-            )
-            parameters, stops = relaid(state.all_parameters(), lie), False
-
-            def parts() -> Iterator[Any]:
-                nonlocal stops
-                for batch in validation:
-                    if stops := stops_here():
-                        return  # who waits for the end may not wait for long
-                    yield validate(parameters, batch)
-
-            for part, tokens in one_behind(parts()):
-                with phases("validation", number):
-                    total, count = total + float(part), count + int(tokens)
-            if stops:
-                return None
-            return total / count  # more than 0: `refuse_uncounted` let it pass
-
-        lie = jax.tree.map(on_devices, shapes.all_parameters())
-        every = training.validation_interval_steps or training.num_steps
+        # ---- The loop.
         log = RunLog(
             folder,
             num_steps=training.num_steps,
@@ -296,80 +255,24 @@ def run_once(
         if is_main:
             (folder / "config.yaml").write_text(config.to_yaml())
             data.tokenizer.copy_to(folder)
-        phases = Phases(training.hang_minutes)
-        in_flight = InFlight(
-            training.batch_size * training.sequence_tokens, log.log_step, phases
+        loop = Loop(
+            Split(config, mesh),
+            splits,
+            steps,
+            make_model,
+            data=data,
+            validates=validates,
+            state=state,
+            first_step=first_step,
+            checkpointer=checkpointer,
+            meta=meta,
+            log=log,
+            interrupted=interrupted,
         )
-        number, saved_at, stops = first_step, time.monotonic(), False
-        together, met = Together(), set[int]()
-
-        def told(signal: str) -> None:
-            together.ask("stop")
-            seconds = in_flight.seconds_left()
-            ends = (
-                "goes to its end"
-                if seconds is None
-                else f"should end in {seconds:.0f} s"
-            )
-            said = (
-                f"{signal}: step {number} {ends}; then the run is saved and ends; the "
-                "same again ends it at once"
-            )
-            log.say(said) if is_main else print(said, flush=True)
-
-        def save() -> None:
-            nonlocal saved_at
-            in_flight.settle()
-            with phases("checkpoint", number):
-                checkpointer.save(number, state.without_frozen(), meta)
-            saved_at = time.monotonic()
-
-        def stops_here() -> bool:
-            """Before a program: saves, where all processes do so here."""
-            minutes = (time.monotonic() - saved_at) / 60
-            if is_main and minutes >= training.checkpoint_interval_minutes:
-                together.ask("save")
-            while act := together.before_a_program():
-                if number > first_step:
-                    save()
-                if act == "stop":
-                    return True
-            return False
-
-        watch = nullcontext() if interrupted is None else phases.watched()
-        with log, closing(stream), together, watch, told_to_stop(told, interrupted):
-            while number < training.num_steps and not (stops := stops_here()):
-                number += 1
-                started = time.monotonic()
-                with phases("data", number):
-                    batch = next(stream)
-                if (tokens := batch["tokens"].shape[2]) not in met:
-                    phases.unlike(number)
-                met.add(tokens)
-                state, metrics = steps(state, batch, log.say)
-                if data.by_length is not None:
-                    metrics |= {"sequence_tokens": tokens}
-                in_flight.add(number, metrics, started)
-                last = number == training.num_steps
-                if validates and (last or number % every == 0):
-                    in_flight.settle()
-                    if stops := (loss := validation_loss()) is None:
-                        break
-                    check_finite(number, {"validation_loss": loss})
-                    log.log_validation(number, loss)
-                if last or checkpointer.due(number):
-                    save()
-            with phases("checkpoint", number):
-                checkpointer.wait()
-            if stops:
-                where = ": it is saved" if number > first_step else ""
-                what = (
-                    f"stopped at step {number}; the same command goes on from there"
-                    f"{where}"
-                )
-                log.say(what)
-                raise Stopped(what)
+        del state  # the loop's alone: each step gives it up
+        with log:
+            told = loop.run()
             log.finish()
-            if together.asked_to_stop() and (interrupted is None or not is_last):
+            if told and (interrupted is None or not is_last):
                 raise Stopped(f"{folder} is done, and its last step saved")
-        return handed_over(config, state.all_parameters(), make_model)
+        return handed_over(config, loop.state.all_parameters(), make_model)

@@ -1,0 +1,185 @@
+"""The loop of a run: its steps, and where it validates, saves and stops."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from typing import Any
+
+import jax
+
+from ulysses_jax.config import Config
+from ulysses_jax.data.loader import validation_batches
+from ulysses_jax.data.open import RunData
+from ulysses_jax.training.by_length import Split, Steps, relaid, training_batches
+from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
+from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.model import MakeModel
+from ulysses_jax.training.phases import Phases
+from ulysses_jax.training.signals import Stopped, told_to_stop
+from ulysses_jax.training.state import TrainState
+from ulysses_jax.training.step import make_validation_step
+from ulysses_jax.training.together import Together
+
+
+class Loop:
+    """Takes a run from one step to its last; made once, and run once.
+
+    A step is in flight while the numbers of the one before are read; where it is
+    validated or saved, its own are read first.
+
+    Args:
+      split: of the longest rows, whose mesh is set.
+      splits, steps: of each length.
+      state: after `first_step`; it is given up.
+      meta: of the checkpoints.
+      log: open.
+      interrupted: as `training.train`'s.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        splits: dict[int, Split],
+        steps: Steps,
+        make_model: MakeModel,
+        *,
+        data: RunData,
+        validates: bool,
+        state: TrainState,
+        first_step: int,
+        checkpointer: Checkpointer,
+        meta: dict[str, Any],
+        log: RunLog,
+        interrupted: Callable[[], Any] | None,
+    ):
+        self.config: Config = split.config
+        self.state = state
+        self.number = first_step
+        self._first_step = first_step
+        self._layout = split.layout()
+        self._splits, self._steps = splits, steps
+        self._data, self._validates = data, validates
+        self._validate = jax.jit(make_validation_step(split.config, make_model))
+        self._checkpointer, self._meta = checkpointer, meta
+        self._log, self._interrupted = log, interrupted
+        training = split.config.training
+        self._phases = Phases(training.hang_minutes)
+        self._in_flight = InFlight(
+            training.batch_size * training.sequence_tokens, log.log_step, self._phases
+        )
+        self._together = Together()
+        self._saved_at = time.monotonic()
+        self._met: set[int] = set()  # lengths of rows
+
+    def run(self) -> bool:
+        """Returns whether it was told to stop in its last step, which is saved.
+
+        Raises:
+          Stopped: it was told to stop before.
+          ValueError: a number of a step is not finite.
+          OSError: the disk cannot be read or written.
+        """
+        training, phases, stops = self.config.training, self._phases, False
+        stream = training_batches(self._data, self._splits, start_step=self.number)
+        watched = self._interrupted is not None
+        watch = phases.watched() if watched else nullcontext()
+        told = told_to_stop(self._told, self._interrupted)
+        with closing(stream), self._together, watch, told:
+            while self.number < training.num_steps and not (stops := self._stops()):
+                self._step(stream)
+                last = self.number == training.num_steps
+                every = training.validation_interval_steps or training.num_steps
+                if self._validates and (last or self.number % every == 0):
+                    self._in_flight.settle()
+                    if stops := (loss := self._validation_loss()) is None:
+                        break
+                    check_finite(self.number, {"validation_loss": loss})
+                    self._log.log_validation(self.number, loss)
+                if last or self._checkpointer.due(self.number):
+                    self._save()
+            with phases("checkpoint", self.number):
+                self._checkpointer.wait()
+            if stops:
+                where = ": it is saved" if self.number > self._first_step else ""
+                what = (
+                    f"stopped at step {self.number}; the same command goes on from "
+                    f"there{where}"
+                )
+                self._log.say(what)
+                raise Stopped(what)
+            return self._together.asked_to_stop()
+
+    def _step(self, stream: Iterator[Any]) -> None:
+        self.number += 1
+        started = time.monotonic()
+        with self._phases("data", self.number):
+            batch = next(stream)
+        if (tokens := batch["tokens"].shape[2]) not in self._met:
+            self._phases.unlike(self.number)
+        self._met.add(tokens)
+        self.state, metrics = self._steps(self.state, batch, self._log.say)
+        if self._data.by_length is not None:
+            metrics |= {"sequence_tokens": tokens}
+        self._in_flight.add(self.number, metrics, started)
+
+    def _validation_loss(self) -> float | None:
+        """None: told to stop before its end."""
+        total, count, stops = 0.0, 0, False
+        assert self._data.validation is not None
+        shape, sharding, members = self._layout
+        validation = validation_batches(
+            self._data.validation,
+            shape,
+            sharding,
+            num_batches=self.config.training.validation_batches,
+            zigzag_members=members,
+        )
+        lie = self._steps.shapes[max(self._splits)].all_parameters()
+        parameters = relaid(self.state.all_parameters(), lie)
+
+        def parts() -> Iterator[Any]:
+            nonlocal stops
+            for batch in validation:
+                if stops := self._stops():
+                    return  # who waits for the end may not wait for long
+                yield self._validate(parameters, batch)
+
+        for part, tokens in one_behind(parts()):
+            with self._phases("validation", self.number):
+                total, count = total + float(part), count + int(tokens)
+        if stops:
+            return None
+        return total / count  # more than 0: `refuse_uncounted` let it pass
+
+    def _save(self) -> None:
+        self._in_flight.settle()
+        with self._phases("checkpoint", self.number):
+            state = self.state.without_frozen()
+            self._checkpointer.save(self.number, state, self._meta)
+        self._saved_at = time.monotonic()
+
+    def _stops(self) -> bool:
+        """Before a program: saves, where all processes do so here; whether to stop."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_main = jax.process_index() == 0
+        if is_main and minutes >= self.config.training.checkpoint_interval_minutes:
+            self._together.ask("save")
+        while act := self._together.before_a_program():
+            if self.number > self._first_step:
+                self._save()
+            if act == "stop":
+                return True
+        return False
+
+    def _told(self, signal: str) -> None:
+        self._together.ask("stop")
+        seconds = self._in_flight.seconds_left()
+        ends = (
+            "goes to its end" if seconds is None else f"should end in {seconds:.0f} s"
+        )
+        said = (
+            f"{signal}: step {self.number} {ends}; then the run is saved and ends; the "
+            "same again ends it at once"
+        )
+        self._log.say(said) if jax.process_index() == 0 else print(said, flush=True)
