@@ -4,6 +4,7 @@ import io
 import json
 import resource
 import struct
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,6 +72,8 @@ def test_one_row_a_step(tmp_path):
     run(tmp_path, range(1, 11))
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 11))
+    began, now = min(r["unix_seconds"] for r in rows), time.time()
+    assert now - 60 < began <= rows[0].pop("unix_seconds") <= now
     assert rows[0] == {
         "step": 1,
         "loss": 6.0,
@@ -154,7 +157,9 @@ def test_quiet_lines_are_plain(tmp_path, capfd):
 
 def test_quiet_lines_come_every_so_often(tmp_path, capfd, monkeypatch):
     clock = iter(np.arange(0.0, 1000.0, 4.0))
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        metrics, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time)
+    )
     run(tmp_path, range(1, 11), num_steps=100, validate_every=1000)
     lines = capfd.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines] == [
@@ -247,6 +252,38 @@ def test_rows_of_others_are_passed_over(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [1]
     run(tmp_path, range(2, 6), first_step=1, finish=True)
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_events_are_kept_and_say_what_is_taken_again(tmp_path):
+    """Of a run that was killed after its fifth step, and goes on from its third."""
+    options = dict(num_steps=9, quiet=True, is_main=True)
+    with RunLog(tmp_path, **options) as log:
+        log.started(10.5, num_devices=8)
+        for step in range(1, 6):
+            log.log_step(step, 1.0, 1.0, 0.5)
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'{"unix_sec')  # as a full disk leaves it
+    with pytest.raises(KeyboardInterrupt):
+        with RunLog(tmp_path, first_step=3, **options) as log:
+            log.started(20.5)
+            log.happened("saved", 4, seconds=0.25)
+            raise KeyboardInterrupt
+    with pytest.raises(ValueError), RunLog(tmp_path, first_step=4, **options):
+        raise ValueError("loss is nan")
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert lines.pop(1) == '{"unix_sec'
+    events = [json.loads(line) for line in lines]
+    times = [event.pop("unix_seconds") for event in events]
+    assert times[:2] == [10.5, 20.5] and times[2:] == sorted(times[2:])
+    assert abs(times[-1] - time.time()) < 60
+    nothing = {"lost_steps": 0, "lost_seconds": 0}
+    assert events == [
+        {"step": 0, "event": "started", "num_devices": 8, **nothing},
+        {"step": 3, "event": "started", "lost_steps": 2, "lost_seconds": 1.0},
+        {"step": 4, "event": "saved", "seconds": 0.25},
+        {"step": 3, "event": "stopped"},
+        {"step": 4, "event": "failed", "why": "loss is nan"},
+    ]
 
 
 @pytest.mark.parametrize("which", ["metrics.jsonl", "tensorboard"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import re
 import shutil
@@ -100,6 +101,11 @@ def killed_at(monkeypatch, step, *numbers):
     monkeypatch.setattr(RunLog, "log_step", log)
 
 
+def read_events(folder):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def parameters(model):
     return nnx.to_pure_dict(nnx.state(model))
 
@@ -108,6 +114,18 @@ def test_it_returns_the_trained_model(config, whole, capsys):
     rows = read_rows(whole.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    events = read_events(whole.folder)
+    assert [e["event"] for e in events if e["event"] != "saved"] == [
+        *("started", "compiled", "done")
+    ]
+    assert {"num_devices": 8, "device_kind": "cpu", "lost_steps": 0}.items() <= events[
+        0
+    ].items()
+    assert (
+        0
+        < events[1]["seconds"]
+        < events[1]["unix_seconds"] - (events[0]["unix_seconds"])
+    )
     for leaf in jax.tree.leaves(parameters(whole.model)):
         assert dict(leaf.sharding.mesh.shape)["seq"] == 4
     assert whole.logits.shape == (2, 128, 320)

@@ -235,12 +235,14 @@ class Steps:
     Attributes:
       shapes: of the state where a length's step has it.
       traced, compiled: the steps; those that were asked for.
+      seconds: that it took to compile each of these.
     """
 
     def __init__(self, splits: Mapping[int, Split], make_model: MakeModel):
         self.traced: dict[int, jax.stages.Traced] = {}
         self.compiled: dict[int, jax.stages.Compiled] = {}
         self.shapes: dict[int, TrainState] = {}
+        self.seconds: dict[int, float] = {}
         self._splits = splits
         for tokens, (config, mesh) in splits.items():
             with jax.set_mesh(mesh):
@@ -261,7 +263,8 @@ class Steps:
             step = self.traced[tokens].lower().compile()
         needed = host_bytes(config, self.shapes[tokens])
         check_offload(needed, memory_stats(step), platform_of(mesh))
-        say(f"compiled the step{of} in {time.monotonic() - started:.0f} s")
+        self.seconds[tokens] = time.monotonic() - started
+        say(f"compiled the step{of} in {self.seconds[tokens]:.0f} s")
         self.compiled[tokens] = step
 
     def __call__(

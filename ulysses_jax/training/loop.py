@@ -20,6 +20,7 @@ from ulysses_jax.training.signals import Stopped, told_to_stop
 from ulysses_jax.training.state import TrainState
 from ulysses_jax.training.step import make_validation_step
 from ulysses_jax.training.together import Together
+from ulysses_jax.training.use import Use, peak_bytes_by_device
 
 
 class Loop:
@@ -66,8 +67,9 @@ class Loop:
         training = split.config.training
         self._phases = Phases(training.hang_minutes)
         self._in_flight = InFlight(
-            training.batch_size * training.sequence_tokens, log.log_step, self._phases
+            training.batch_size * training.sequence_tokens, self._log_row, self._phases
         )
+        self._use = Use(splits, make_model)
         self._together = Together()
         self._saved_at = time.monotonic()
         self._met: set[int] = set()  # lengths of rows
@@ -108,6 +110,9 @@ class Loop:
                 )
                 self._log.say(what)
                 raise Stopped(what)
+            self._log.happened(
+                "done", self.number, device_peak_bytes=peak_bytes_by_device()
+            )
             return self._together.asked_to_stop()
 
     def _step(self, stream: Iterator[Any]) -> None:
@@ -115,13 +120,22 @@ class Loop:
         started = time.monotonic()
         with self._phases("data", self.number):
             batch = next(stream)
-        if (tokens := batch["tokens"].shape[2]) not in self._met:
+        if is_new := (tokens := batch["tokens"].shape[2]) not in self._met:
             self._phases.unlike(self.number)
         self._met.add(tokens)
         self.state, metrics = self._steps(self.state, batch, self._log.say)
+        if is_new:
+            seconds = self._steps.seconds[tokens]
+            self._log.happened(
+                "compiled", self.number, seconds=seconds, sequence_tokens=tokens
+            )
         if self._data.by_length is not None:
             metrics |= {"sequence_tokens": tokens}
         self._in_flight.add(self.number, metrics, started)
+
+    def _log_row(self, number: int, *, seconds: float, **row: Any) -> None:
+        row |= self._use.row(seconds, row.get("sequence_tokens"))
+        self._log.log_step(number, seconds=seconds, **row)
 
     def _validation_loss(self) -> float | None:
         """None: told to stop before its end."""
@@ -154,10 +168,13 @@ class Loop:
 
     def _save(self) -> None:
         self._in_flight.settle()
+        started = time.monotonic()
         with self._phases("checkpoint", self.number):
             state = self.state.without_frozen()
             self._checkpointer.save(self.number, state, self._meta)
         self._saved_at = time.monotonic()
+        stood_still = self._saved_at - started
+        self._log.happened("saved", self.number, seconds=stood_still)
 
     def _stops(self) -> bool:
         """Before a program: saves, where all processes do so here; whether to stop."""
@@ -174,6 +191,7 @@ class Loop:
 
     def _told(self, signal: str) -> None:
         self._together.ask("stop")
+        self._log.happened("told", self.number, signal=signal)
         seconds = self._in_flight.seconds_left()
         ends = (
             "goes to its end" if seconds is None else f"should end in {seconds:.0f} s"

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from ulysses_jax.training.events import Events
+from ulysses_jax.training.journal import Journal
 from ulysses_jax.training.picture import draw_loss
 
 _PLAIN_INTERVAL_SECONDS = 10.0
@@ -24,8 +25,10 @@ class RunLog:
     """Shows a run's progress and writes it to `folder`; a context manager.
 
     `metrics.jsonl` has one row a step, on disk as soon as the step is logged:
-    `step, loss, tokens_per_second, seconds`, whatever else was given, and
-    `validation_loss` where measured. `tensorboard/` has the same numbers;
+    `step, loss, tokens_per_second, seconds, unix_seconds` (when it was logged),
+    whatever else was given, and `validation_loss` where measured. `tensorboard/` has
+    the same numbers; `events.jsonl` what else happened (`journal.Journal`), the end by
+    an error among it;
     `loss.png` is drawn at every validation and at the end, however that comes. Costs: a
     line written a step; a picture takes a part of a second, and reads all rows.
 
@@ -58,7 +61,8 @@ class RunLog:
         self._path = folder / "metrics.jsonl"
         self._row: dict[str, float] = {"step": first_step}
         with self._on_disk():
-            _cut_rows(self._path, after=first_step)
+            self._lost = _cut_rows(self._path, after=first_step)
+            self._journal = Journal(folder)
             self._file = open(self._path, "r+b")
             self._row_start = self._file.seek(0, 2)
             self._events = Events(folder / "tensorboard", first_step=first_step + 1)
@@ -72,6 +76,19 @@ class RunLog:
                 escape(self._name), total=num_steps, completed=first_step, text=""
             )
             self._bar.start()
+
+    def started(self, at: float, **fields: Any) -> None:
+        """Logs that the run started, at `time.time()`; and what it takes again."""
+        if self._is_main:
+            lost = [row.get("seconds", 0.0) for row in self._lost]
+            fields |= {"lost_steps": len(lost), "lost_seconds": sum(lost)}
+            self.happened("started", int(self._row["step"]), at=at, **fields)
+
+    def happened(self, event: str, step: int, **fields: Any) -> None:
+        """Logs an event, as `Journal.add`."""
+        if self._is_main:
+            with self._on_disk():
+                self._journal.add(event, step, **fields)
 
     def log_step(
         self,
@@ -99,6 +116,7 @@ class RunLog:
         if step <= self._row["step"]:
             raise ValueError(f"step {step} comes after step {self._row['step']}")
         numbers = dict(tokens_per_second=tokens_per_second, seconds=seconds, **extra)
+        numbers["unix_seconds"] = time.time()
         if loss is None:
             self.say(f"step {step}: none of its tokens counts, so it has no loss")
         else:
@@ -182,13 +200,21 @@ class RunLog:
             with self._on_disk():
                 self._file.close()
                 self._events.close()
+                self._journal.close()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        step = int(self._row["step"]) if self._is_main else 0
         try:
-            self.close()
+            try:
+                if isinstance(error, KeyboardInterrupt):
+                    self.happened("stopped", step)
+                elif error is not None:
+                    self.happened("failed", step, why=str(error) or repr(error))
+            finally:
+                self.close()
         except OSError:
             if error is None:  # else that one is to be read
                 raise
@@ -201,7 +227,8 @@ class RunLog:
             self._file.write(json.dumps(self._row).encode() + b"\n")
             self._file.flush()  # a killed run keeps the row
             for name, value in numbers.items():
-                self._events.add(name, value, int(self._row["step"]))
+                if name != "unix_seconds":  # TensorBoard has its own
+                    self._events.add(name, value, int(self._row["step"]))
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
@@ -272,13 +299,18 @@ def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
     )
 
 
-def _cut_rows(path: Path, *, after: int) -> None:
-    """Keeps the rows up to a step; by rename, so that a kill here loses none."""
+def _cut_rows(path: Path, *, after: int) -> list[dict[str, float]]:
+    """Keeps the rows up to a step; by rename, so that a kill here loses none.
+
+    Returns:
+      The rows that are cut off.
+    """
     rows = read_rows(path) if path.exists() else []
     kept = "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= after)
     new = path.with_suffix(".new")
     new.write_text(kept)
     new.replace(path)
+    return [row for row in rows if row["step"] > after]
 
 
 def _make_bar(console: Console) -> Progress:

@@ -1,6 +1,7 @@
 """The story of a run, for Python: from a config to its last checkpoint."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,7 @@ def run_once(
     Args:
       is_last: none does: to be told to stop in the last step is then no end.
     """
+    began = time.time()
     # ---- What to run, and on what. All that can be refused is refused here, before
     # anything is compiled or written.
     config, mesh, splits = on_mesh(config, make_model)
@@ -271,6 +273,12 @@ def run_once(
         )
         del state  # the loop's alone: each step gives it up
         with log:
+            log.started(
+                began,
+                num_devices=mesh.size,
+                num_processes=jax.process_count(),
+                device_kind=mesh.devices.flat[0].device_kind,
+            )
             told = loop.run()
             log.finish()
             if told and (interrupted is None or not is_last):
