@@ -1,11 +1,11 @@
 """A process as one of many: what starts it, and words for what would hang or crash."""
 
-import importlib
 import json
 import re
 import socket
 import threading
 import time
+from contextlib import ExitStack, closing, suppress
 
 import jax
 import pytest
@@ -18,7 +18,7 @@ from ulysses_jax.distributed import start_distributed
 def started(monkeypatch, no_launcher):
     """What `jax.distributed.initialize` is called with; nothing starts, or waits."""
     calls = []
-    for name in ("ABSENT_SECONDS", "UNKNOWN_SECONDS"):
+    for name in ("ABSENT_SECONDS", "STRANGER_SECONDS"):
         monkeypatch.setattr(roll_call, name, 0.0)
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
@@ -44,6 +44,7 @@ def port_in_use():
 @pytest.fixture
 def called(monkeypatch):
     """The roll, as if all had answered."""
+    monkeypatch.setattr(roll_call, "find_host", lambda *_: None)
     monkeypatch.setattr(roll_call, "hold", lambda server, *_: server.close())
     monkeypatch.setattr(roll_call, "answer", lambda *_: None)
 
@@ -106,7 +107,7 @@ def gather(port, *calls):
             if process:
                 roll_call.answer(address, process, of)
             else:
-                roll_call.hold(socket.create_server(address), address, of)
+                roll_call.hold(socket.create_server(address), of)
             met[index] = ""
         except ValueError as error:
             met[index] = str(error)
@@ -152,7 +153,7 @@ def test_one_that_ended_may_come_again(port):
     call = json.dumps({"process": 1, "of": 3, "host": "h"}).encode() + b"\n"
     held = threading.Thread(
         target=roll_call.hold,
-        args=(socket.create_server(("127.0.0.1", port)), ("127.0.0.1", port), 3),
+        args=(socket.create_server(("127.0.0.1", port)), 3),
     )
     held.start()
     with socket.create_connection(("127.0.0.1", port)) as ended:
@@ -175,63 +176,150 @@ def test_one_that_ended_may_come_again(port):
     assert met == []
 
 
-def test_whoever_calls_in_another_way_is_nobody(port):
-    def scan():
-        for said in (b"GET / HTTP/1.0\r\n\r\n\n", b"", b"{}\n", b"[1]\n", b"x" * 5000):
-            with socket.create_connection(("127.0.0.1", port)) as server:
-                server.sendall(said)
+JUNK = {
+    "HTTP": b"GET / HTTP/1.0\r\n\r\n\n",
+    "nothing": b"",
+    "no line": b"x",
+    "no fields": b"{}\n",
+    "a list": b"[1]\n",
+    "deep": b"[" * 4000 + b"\n",
+    "long": b"x" * 100_000,
+    "too large a number": b'{"process": 7, "of": 2, "host": "h"}\n',
+    "process 0": b'{"process": 0, "of": 2, "host": "h"}\n',
+    "a negative number": b'{"process": -1, "of": 2, "host": "h"}\n',
+    "a number in words": b'{"process": "1", "of": "2", "host": "h"}\n',
+    "a part of a number": b'{"process": 1.5, "of": 2, "host": "h"}\n',
+    "true": b'{"process": true, "of": 2, "host": "h"}\n',
+}
 
+
+@pytest.mark.parametrize("is_left_open", [False, True])
+def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
+    """He does not count, and nobody waits for him: a scanner may never close."""
     server = socket.create_server(("127.0.0.1", port))
-    scanning = threading.Thread(target=scan)
-    scanning.start()
-    scanning.join()
-    answering = threading.Thread(
-        target=roll_call.answer, args=(("127.0.0.1", port), 1, 2)
-    )
-    answering.start()
-    roll_call.hold(server, ("127.0.0.1", port), 2)
-    answering.join(10)
-    assert not answering.is_alive()
+    held = threading.Thread(target=roll_call.hold, args=(server, 2))
+    held.start()
+    scans = []
+    for said in (*JUNK.values(), *[b""] * 100):
+        scans.append(socket.create_connection(("127.0.0.1", port)))
+        with suppress(OSError):
+            scans[-1].sendall(said)
+        if not is_left_open:
+            scans[-1].close()
+    time.sleep(0.5)
+    assert held.is_alive()
+    started = time.monotonic()
+    roll_call.answer(("127.0.0.1", port), 1, 2)
+    held.join(10)
+    assert not held.is_alive() and time.monotonic() - started < 2
+    for each in scans:
+        each.close()
 
 
-def test_another_program_at_the_port(port):
+def test_who_takes_his_time_is_let_go(monkeypatch, port):
+    """A letter a second is no line, whatever it is the beginning of; and few may."""
+    monkeypatch.setattr(roll_call, "_LINE_SECONDS", 1.0)
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        roll = stack.enter_context(closing(roll_call._Roll(server, 2)))
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(roll_call._MOST_UNHEARD + 5)
+        ]
+        for _ in slow:
+            roll.listen(0.1)
+        assert len(roll._callers) == roll_call._MOST_UNHEARD
+        for letter in b'{"process"':
+            with suppress(OSError):
+                slow[-1].sendall(bytes([letter]))
+            roll.listen(0.1)
+            time.sleep(0.12)
+        assert not roll._callers and roll.missing() == [1]
+
+
+def serving(port, said):
+    """Another program: what it says to one that calls, before it closes."""
     server = socket.create_server(("127.0.0.1", port))
 
     def serve():
-        with server.accept()[0] as other:
-            other.sendall(b"SSH-2.0\n")
+        while True:
+            try:
+                other = server.accept()[0]
+            except OSError:
+                return
+            with other, suppress(OSError):
+                other.sendall(said) if said is not None else time.sleep(60)
 
-    serving = threading.Thread(target=serve)
-    serving.start()
-    with pytest.raises(ValueError, match="another program is there, or a run"):
-        roll_call.answer(("127.0.0.1", port), 1, 2)
-    serving.join()
+    threading.Thread(target=serve, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"SSH-2.0\n", b"", b"x" * 10_000, b'["what", ""]\n', b"[" * 4000 + b"\n", None],
+    ids=["a line", "nothing", "long", "another kind", "deep", "silent"],
+)
+def test_another_program_at_the_port(monkeypatch, port, said):
+    """One that is about to end, as a run before, is waited for; not for long."""
+    monkeypatch.setattr(roll_call, "STRANGER_SECONDS", 1.0)
+    monkeypatch.setattr(roll_call, "_LINE_SECONDS", 0.5)
+    started = time.monotonic()
+    with serving(port, said) as server:
+        with pytest.raises(ValueError, match="another program is there, or a run"):
+            roll_call.answer(("127.0.0.1", port), 1, 2)
+        server.shutdown(socket.SHUT_RDWR)
+    assert 1 < time.monotonic() - started < 10
+
+
+def test_another_program_that_ends(port):
+    server = serving(port, b"SSH-2.0\n")
+    met = []
+    answering = threading.Thread(
+        target=lambda: met.append(roll_call.answer(("127.0.0.1", port), 1, 2))
+    )
+    answering.start()
+    time.sleep(1.5)
+    server.shutdown(socket.SHUT_RDWR)
     server.close()
+    roll_call.hold(socket.create_server(("127.0.0.1", port)), 2)
+    answering.join(10)
+    assert met == [None]
+
+
+SLURM = dict(
+    SLURM_STEP_NODELIST="127.0.0.1", SLURM_NTASKS="2", SLURM_PROCID="0"
+) | dict(SLURM_LOCALID="0", SLURM_JOB_ID="1")
 
 
 def test_a_port_in_use(started, monkeypatch, port_in_use):
     """JAX's own service crashes there."""
     with pytest.raises(ValueError, match=f"port {port_in_use} of this host.*another"):
         start_distributed(f"127.0.0.1:{port_in_use}", 2, 0)
-    step = dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="2", SLURM_PROCID="0")
-    for name, value in (step | dict(JAX_COORDINATOR_PORT=str(port_in_use))).items():
+    for name, value in (SLURM | dict(JAX_COORDINATOR_PORT=str(port_in_use))).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="set JAX_COORDINATOR_PORT"):
         start_distributed()
     assert not started
 
 
+@pytest.mark.parametrize("bind", ["0.0.0.0", "", "host:port", ":70000"])
+def test_an_address_to_listen_at_without_a_port(started, monkeypatch, port, bind):
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", bind)
+    with pytest.raises(ValueError, match=f"BIND_ADDRESS is '{bind}', not host:port"):
+        start_distributed(f"127.0.0.1:{port}", 2, 0)
+    assert not started
+
+
 @pytest.mark.parametrize("port", ["", "any", "0", "70000"])
 def test_no_port_for_jax(started, monkeypatch, port):
-    step = dict(SLURM_STEP_NODELIST="n0", SLURM_NTASKS="2", SLURM_PROCID="0")
-    for name, value in (step | dict(JAX_COORDINATOR_PORT=port)).items():
+    for name, value in (SLURM | dict(JAX_COORDINATOR_PORT=port)).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"JAX_COORDINATOR_PORT is '{port}', not a"):
         start_distributed()
     assert not started
 
 
-def test_the_port_that_jax_takes_under_slurm_is_in_use(started, monkeypatch):
+def test_the_port_that_jax_takes_under_slurm_is_in_use(started, called, monkeypatch):
     """As by another step of the same job: the port follows from the job's number."""
     first = 2**16 - 2**12
     with socket.socket() as server:
@@ -242,15 +330,15 @@ def test_the_port_that_jax_takes_under_slurm_is_in_use(started, monkeypatch):
             except OSError:
                 continue
         server.listen()
-        step = dict(STEP_NODELIST="n0", NTASKS="2", PROCID="0", LOCALID="0")
-        for name, value in (step | dict(JOB_ID=f"{2**20 + port - first}")).items():
-            monkeypatch.setenv(f"SLURM_{name}", value)
+        job = dict(SLURM_JOB_ID=f"{2**20 + port - first}")
+        for name, value in (SLURM | job).items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"port {port} of this host"):
             start_distributed()
     start_distributed()  # free again
-    assert len(started) == 1
-    jax_takes = importlib.import_module("jax._src.clusters").SlurmCluster
-    assert jax_takes.get_coordinator_address(1, None) == f"n0:{port}"
+    (((address, num, process), named),) = started
+    assert (address, num, process) == (f"127.0.0.1:{port}", 2, 0)
+    assert named["local_device_ids"] == [0]
 
 
 @pytest.mark.parametrize(

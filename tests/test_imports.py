@@ -28,6 +28,7 @@ ALLOWED = {
     "ids": set(),
     "launcher": set(),
     "roll_call": set(),
+    "aborts": set(),
     "run_folder": set(),
     "config": {"strategies"},
     "fields": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
     "complete": {"config", "fields", "lengths", "lora", "rotary"},
     "config_file": {"config", "complete", "fields", "run_folder"},
     "mesh": set(),
-    "distributed": {"launcher", "roll_call"},
+    "distributed": {"aborts", "launcher", "roll_call"},
     "sharding": {"config", "mesh"},
     "layout": BASE,
     "weights": BASE | {"layout"},
@@ -60,6 +61,7 @@ ALLOWED["training"] = (
     ALLOWED["memory"]
     | ALLOWED["costs"]
     | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
+    | {"aborts", "roll_call"}
 )
 ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
 ALLOWED["inference"] = ALLOWED["interop"] | {"interop", "distributed"}

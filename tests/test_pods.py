@@ -1,144 +1,16 @@
 """Processes that die, hang and are told to stop, for real: what the others do."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
+from pod_cases import STEPS, Pod, waits_at
+from pod_cases import config_file as config_file
 
 from ulysses_jax.training.endings import LOST
-from ulysses_jax.training.metrics import read_rows
-
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = 12
-CONFIG = {
-    "run": {"simulated_cpu_devices": 2},
-    "model": {
-        "vocab_size": 264,
-        "width": 16,
-        "num_layers": 1,
-        "num_heads": 4,
-        "feed_forward_width": 16,
-        "compute_dtype": "float32",
-    },
-    "training": {
-        "num_steps": STEPS,
-        "batch_size": 2,
-        "sequence_tokens": 64,
-        "validation_batches": 0,
-        "checkpoint_interval_steps": 4,
-    },
-    "mesh": {"seq": -1},
-    "quiet": True,
-}
-# A step takes a quarter of a second or more, and says on each process that it begins.
-DRIVER = """
-import sys, time
-sys.path.insert(0, {root!r})
-import jax
-from ulysses_jax.training import endings, loop as story, phases
-endings._SILENT_SECONDS = {silent}
-batches = story.training_batches
-def slow(*args, **options):
-    steps = batches(*args, **options)
-    for number, batch in enumerate(steps, options["start_step"] + 1):
-        time.sleep(0.25)
-        print("step", number, flush=True)
-        {at_step}
-        yield batch
-    steps.close()
-story.training_batches = slow
-{prelude}
-from ulysses_jax.train import start
-start("train.py")
-"""
-
-
-def waits_at(step):
-    """A step that lasts until something happens, so that it does happen in it."""
-    return f"time.sleep(60 * (number == {step}))"
-
-
-class Pod:
-    """Processes of one run, each with two devices."""
-
-    def __init__(self, config_file, folder, num=2, *, silent=8, at_step="", prelude=""):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        driver = DRIVER.format(
-            root=str(ROOT), silent=silent, at_step=at_step, prelude=prelude
-        )
-        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-        self.folder = folder
-        self.outputs = [folder.with_name(f"{folder.name}-{i}.txt") for i in range(num)]
-        self.files = [output.open("w") for output in self.outputs]
-        self.processes = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-c", driver, "--config", str(config_file)),
-                    *("--run.folder", str(folder)),
-                    f"--distributed.coordinator=127.0.0.1:{port}",
-                    f"--distributed.num-processes={num}",
-                    f"--distributed.process-id={rank}",
-                ],
-                env=outside | {"JAX_PLATFORMS": "cpu"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, output in enumerate(self.files)
-        ]
-
-    def said(self, rank):
-        return self.outputs[rank].read_text(errors="replace")
-
-    def until(self, rank, text, seconds=150):
-        end = time.monotonic() + seconds
-        while text not in self.said(rank):
-            assert self.processes[rank].poll() is None, self.said(rank)
-            assert time.monotonic() < end, self.said(rank)
-            time.sleep(0.02)
-
-    def send(self, rank, number):
-        os.kill(self.processes[rank].pid, number)
-
-    def ended(self, *ranks, seconds):
-        """Their exit codes, and how long the last one took."""
-        started = time.monotonic()
-        codes = [self.processes[rank].wait(seconds) for rank in ranks]
-        return codes, time.monotonic() - started
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        for file in self.files:
-            file.close()
-
-    def losses(self):
-        rows = read_rows(self.folder / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-        return [row["loss"] for row in rows]
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pods")
-    words = np.random.default_rng(0).choice(["alpha", "beta", "gamma"], 4000)
-    (folder / "text.txt").write_text("\n".join(words))
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | {"data": {"files": str(folder / "*.txt")}}))
-    return path
 
 
 @pytest.fixture(scope="module")

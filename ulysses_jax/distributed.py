@@ -4,9 +4,14 @@ import os
 import socket
 
 import jax
+from jax._src.clusters import ClusterEnv  # it has no public door
 
 from ulysses_jax import roll_call
+from ulysses_jax.aborts import lost_at_abort
 from ulysses_jax.launcher import find_launcher, own_devices
+
+# For what Kubernetes says of its pods.
+_DETECTION_SECONDS = 300
 
 
 def start_distributed(
@@ -26,6 +31,7 @@ def start_distributed(
       process_id: of this process, 0 to num_processes - 1.
 
     Raises:
+      Absent: of `roll_call`, a ValueError: a process that did not come.
       ValueError: some of the arguments are missing or cannot be, or a launcher is there
         that does not say enough.
     """
@@ -49,15 +55,12 @@ def start_distributed(
                 f"distributed.process_id {process_id} is not one of 0 to "
                 f"{num_processes - 1}"
             )
-        if num_processes > 1:
-            _call_the_roll(coordinator, num_processes, process_id)
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                local_device_ids=None if launcher is None else own_devices(launcher),
-                cluster_detection_method="deactivate",
-            )
+        remedy = (
+            "use another one in --distributed.coordinator; or, where another process "
+            "has --distributed.process-id 0 too, give each its own"
+        )
+        devices = None if launcher is None else own_devices(launcher)
+        _start(coordinator, num_processes, process_id, devices, remedy)
         return
     if launcher is None:
         return
@@ -80,36 +83,46 @@ def start_distributed(
             f"started this as one of {launcher.size} processes, but {lacks}; or, to "
             f"train in this process alone, unset {name}"
         )
-    if launcher.rank == 0:
-        port = os.environ.get("JAX_COORDINATOR_PORT")
-        if launcher.method == "slurm" and port is None:  # as JAX chooses it
-            port = int(os.environ.get("SLURM_JOB_ID", 0)) % 2**12 + 2**16 - 2**12
-        if port is not None:
-            if not _is_port(str(port)):
-                raise ValueError(
-                    f"JAX_COORDINATOR_PORT is {port!r}, not a port of 1 to 65535: set "
-                    "it for all processes, or unset it"
-                )
-            remedy = "set JAX_COORDINATOR_PORT=PORT for all processes"
-            _listen(int(port), remedy).close()
-    try:
-        jax.distributed.initialize(
-            cluster_detection_method=launcher.method,
-            local_device_ids=own_devices(launcher),
-        )
-    except (ValueError, RuntimeError) as error:
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    if port is not None and not _is_port(port):
         raise ValueError(
-            f"jax.distributed could not read all that it needs from {launcher.name}'s "
-            f"variables ({error}): give {flags}"
+            f"JAX_COORDINATOR_PORT is {port!r}, not a port of 1 to 65535: set it for "
+            "all processes, or unset it"
+        )
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            *(None, None, None, []), launcher.method, _DETECTION_SECONDS
+        )
+        address, size, rank, _ = found
+        if address is None or size is None or rank is None:
+            raise ValueError("it says not where process 0 is")
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"JAX could not read all that it needs from {launcher.name}'s variables "
+            f"({error}): give {flags}"
         ) from None
+    remedy = "set JAX_COORDINATOR_PORT=PORT for all processes"
+    _start(address, size, rank, own_devices(launcher), remedy)
 
 
-def _call_the_roll(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Words for what ends the processes without them, at once or after five minutes.
+def _start(
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    local_device_ids: list[int] | None,
+    remedy: str,
+) -> None:
+    """Calls the roll, and starts JAX, which has no words where that fails.
+
+    Args:
+      remedy: of a port that is in use.
 
     Raises:
-      ValueError: no such host or port, nobody there, or they are not one run's.
+      Absent: a process that is not there.
+      ValueError: no such host or port, or they are not one run's.
     """
+    if num_processes == 1:
+        return
     host, _, port = coordinator.rpartition(":")
     if not host or not _is_port(port):
         raise ValueError(
@@ -120,11 +133,21 @@ def _call_the_roll(coordinator: str, num_processes: int, process_id: int) -> Non
     if process_id:
         roll_call.answer(address, process_id, num_processes)
     else:
-        remedy = (
-            "use another one in --distributed.coordinator; or, where another process "
-            "has --distributed.process-id 0 too, give each its own"
+        roll_call.find_host(address)
+        roll_call.hold(_listen(int(port), remedy), num_processes)
+    # All were there; JAX waits five minutes for one that is gone now, and aborts.
+    gone = (
+        "a process ended before all had started: the same command again, if its "
+        "machine is there"
+    )
+    with lost_at_abort(lambda: gone):
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=local_device_ids,
+            cluster_detection_method="deactivate",
         )
-        roll_call.hold(_listen(int(port), remedy), address, num_processes)
 
 
 def _is_port(text: str) -> bool:
@@ -136,6 +159,11 @@ def _listen(port: int, remedy: str) -> socket.socket:
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f":{port}")
     host, _, port_there = bind.rpartition(":")
     host = host.strip("[]")
+    if not _is_port(port_there):
+        raise ValueError(
+            f"JAX_COORDINATOR_BIND_ADDRESS is {bind!r}, not host:port, such as "
+            f"0.0.0.0:{port}: set it so for process 0, or unset it"
+        )
     dual = socket.has_dualstack_ipv6() and host in ("", "::")
     is_6 = dual or ":" in host
     try:

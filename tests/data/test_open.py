@@ -12,6 +12,7 @@ from word_tokenizer import END, write_tokenizer
 
 from ulysses_jax.complete import complete
 from ulysses_jax.config import Config, Data, Model, Run, Training
+from ulysses_jax.data import open as opening
 from ulysses_jax.data.open import open_data, refuse_other_data
 from ulysses_jax.data.tokenizer import IGNORED
 
@@ -283,6 +284,26 @@ def test_two_processes_make_the_batches_of_one(folder, tmp_path):
             assert "processes [1] of 2 cannot open data.files" in missing
         else:
             assert "'/missing' gives no file" in missing
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    """Also where the files are the same, and the tokenizer is not."""
+    said = {"fingerprint": "f", "tokenizer": "here", "data.mask_documents": True}
+    others = [json.dumps(said | {"tokenizer": "there"}).encode()]
+
+    def gather(x):
+        both = [x, np.int32(len(others[0]))]
+        if np.ndim(x):
+            both = [x, np.frombuffer(others[0].ljust(len(x)), np.uint8)]
+        return np.stack(both)
+
+    monkeypatch.setattr(opening.multihost_utils, "process_allgather", gather)
+    with pytest.raises(
+        ValueError, match=r"processes \[1\] of 2 \(tokenizer is there, t"
+    ):
+        opening._check_same_everywhere(said)
+    others = [json.dumps(said).encode()]
+    opening._check_same_everywhere(said)
 
 
 def one_process(rows):

@@ -3,17 +3,20 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from ulysses_jax.config import Config, Distributed, Training
+from ulysses_jax.roll_call import Absent
+from ulysses_jax.training import alike
 from ulysses_jax.training.alike import facts_of, refuse_mixed_devices, unlike
 
 
 def test_processes_of_one_command_are_alike():
     one, other = (
-        facts_of([Config(distributed=Distributed("a:1", 2, process))])
-        for process in range(2)
+        facts_of([Config(distributed=Distributed(coordinator, 2, process))])
+        for process, coordinator in enumerate(["localhost:1", "a:1"])
     )
     assert unlike(one | {"host": "a"}, other | {"host": "b"}) == []
     assert {"jax", "jaxlib", "python", "the code of ulysses_jax"} < set(one)
@@ -28,6 +31,24 @@ def test_what_differs_is_named():
         "stage 2: training.learning_rate is 0.001, there 0.0003",
     ]
     assert len(unlike(facts_of(first[:1]), facts_of(first))) > 50
+
+
+def test_process_0_says_nothing(monkeypatch):
+    """It may hang, before it has said what it is to run: words, and no traceback."""
+    store = SimpleNamespace(
+        this_process=lambda: 1,
+        coordinator=lambda: ("host0", 1234),
+        set_again=lambda *_: None,
+    )
+
+    def wait(key, seconds):
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
+
+    store.wait = wait
+    monkeypatch.setattr(alike, "store", store)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(Absent, match="process 0 on host0 .* did not say within 60 s"):
+        alike.refuse_others([Config()])
 
 
 def test_devices_of_two_kinds():

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from ulysses_jax.aborts import lost_at_abort
+from ulysses_jax.roll_call import Absent
 from ulysses_jax.training import endings, phases
 from ulysses_jax.training.endings import as_program, ends_in_words
 from ulysses_jax.training.preflight import check_folder
@@ -58,6 +60,10 @@ def test_whose_fault_an_error_is(tmp_path, capfd, monkeypatch):
     with pytest.raises(ValueError, match="compiler_options"):
         with ends_in_words("python -m mine"):
             jax_s.fail()
+    # Of a machine, and not of the user's.
+    absent = module(site / "ulysses_jax" / "roll_call.py")
+    assert ended(lambda: absent.fail(Absent("did not come"))) == endings.LOST
+    assert capfd.readouterr().err == "python -m mine: did not come\n"
     # A disk's, whoever wrote to it.
     assert ended(lambda: library.fail(OSError("full"))) == 2
     assert capfd.readouterr().err == "python -m mine: full\n"
@@ -183,6 +189,40 @@ def test_who_fails_without_a_word_has_not_ended(pod):
     with endings.ends_with_the_others():
         pass
     assert did[-1] == "ended"
+
+
+@pytest.mark.parametrize(
+    "error, waits",
+    [("RESOURCE_EXHAUSTED: Out of memory", False), ("INTERNAL: Gloo", True)],
+)
+def test_an_error_of_jax_is_said_at_once(pod, monkeypatch, capsys, error, waits):
+    """Before it is known whether another process was lost, which would be why."""
+    _, did = pod
+    said = []
+    sleeps = lambda seconds: said.append((seconds, capsys.readouterr().err))  # noqa: E731
+    monkeypatch.setattr(endings.time, "sleep", sleeps)
+    with pytest.raises(Exited), endings.ends_with_the_others():
+        raise jax.errors.JaxRuntimeError(error)
+    assert did[-1] == 1
+    long = [text for seconds, text in said if seconds > 1]
+    assert len(long) == waits
+    if waits:
+        assert error in long[0] and "Traceback" in long[0]
+    else:
+        assert error in said[0][1]  # while process 0 lets the others look
+
+
+def test_the_handler_of_aborts_is_as_it_was():
+    """Python's own, or that of whoever called: with its flags."""
+    before = signal.signal(signal.SIGABRT, lambda number, _: heard.append(number))
+    heard = []
+    try:
+        with lost_at_abort(lambda: None):
+            pass
+        signal.raise_signal(signal.SIGABRT)
+        assert heard == [signal.SIGABRT]
+    finally:
+        signal.signal(signal.SIGABRT, before)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import shlex
 from pathlib import Path
@@ -79,7 +80,7 @@ def open_data(config: Config) -> RunData:
         # The others wait for this process's word, and would wait for ever.
         _check_same_everywhere(None)
         raise
-    _check_same_everywhere(opened.meta["fingerprint"])
+    _check_same_everywhere(opened.meta)
     return opened
 
 
@@ -279,22 +280,35 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _check_same_everywhere(mine: str | None) -> None:
-    """Compares the fingerprints of all processes; None: this one has no corpus."""
-    digest = np.frombuffer(bytes.fromhex(mine or 32 * "0"), np.uint8)
-    digests = np.asarray(multihost_utils.process_allgather(digest))
+def _check_same_everywhere(mine: dict[str, Any] | None) -> None:
+    """Compares `RunData.meta` of all processes; None: this one has no corpus."""
+    said = np.frombuffer(b"" if mine is None else json.dumps(mine).encode(), np.uint8)
+    gather = multihost_utils.process_allgather
+    lengths = np.asarray(gather(np.int32(len(said)))).tolist()
+    padded = np.asarray(gather(np.pad(said, (0, max(*lengths, 1) - len(said)))))
     if mine is None:
         return
-    missing = np.flatnonzero((digests == 0).all(axis=1)).tolist()
+    missing = [process for process, length in enumerate(lengths) if not length]
     if missing:
         raise ValueError(
-            f"processes {missing} of {len(digests)} cannot open data.files: their own "
+            f"processes {missing} of {len(lengths)} cannot open data.files: their own "
             "output says why"
         )
-    other = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
-    if other:
+    metas = [
+        json.loads(bytes(line[:length]))
+        for line, length in zip(padded, lengths, strict=True)
+    ]
+    others = [process for process, meta in enumerate(metas) if meta != metas[0]]
+    if others:
+        here, there = metas[others[0]], metas[0]
+        differ = "; ".join(
+            f"{name} is {here.get(name, 'absent')}, there {there.get(name, 'absent')}"
+            for name in {**here, **there}
+            if here.get(name) != there.get(name)
+        )
         raise ValueError(
-            f"the files of data.files differ between process 0 and processes {other} "
-            f"of {len(digests)}, in names or sizes, or as prepared: give all the "
-            "same files (the standard library differs between Python versions)"
+            f"the files of data.files, or the tokenizer, differ between process 0 and "
+            f"processes {others} of {len(metas)} ({differ}; a fingerprint is of names "
+            "and sizes, or as prepared): give all the same files (the standard library "
+            "differs between Python versions)"
         )

@@ -13,11 +13,14 @@ import jax
 from jax.sharding import Mesh
 
 from ulysses_jax.config import Config
+from ulysses_jax.roll_call import Absent
 from ulysses_jax.training import store
 from ulysses_jax.training.preflight import flat
 
 _FACTS = "ulysses_jax/facts"
 _WAIT_SECONDS = 60
+# Process 0 may be its own host's `localhost`.
+_OWN = ("distributed.coordinator", "distributed.process_id")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +28,7 @@ def refuse_others(configs: Sequence[Config]) -> None:
     """Refuses a process whose config, code or versions are not those of process 0.
 
     Raises:
+      Absent: process 0 does not say what it has.
       ValueError: in that process, with what differs, here and there.
     """
     if not jax.distributed.is_initialized():
@@ -32,7 +36,13 @@ def refuse_others(configs: Sequence[Config]) -> None:
     me, host = store.this_process(), socket.gethostname()
     facts = {"host": host} | facts_of(configs)
     store.set_again(f"{_FACTS}/{me}", json.dumps(facts))
-    first = json.loads(store.wait(f"{_FACTS}/0", _WAIT_SECONDS))
+    try:
+        first = json.loads(store.wait(f"{_FACTS}/0", _WAIT_SECONDS))
+    except jax.errors.JaxRuntimeError:
+        raise Absent(
+            f"process 0 on {store.coordinator()[0]} started, and did not say within "
+            f"{_WAIT_SECONDS} s what it is to run: its own output says why, if it could"
+        ) from None
     if differ := unlike(facts, first):
         raise ValueError(
             f"process {me} on {host} is not as process 0 on {first['host']}: "
@@ -68,7 +78,7 @@ def facts_of(configs: Sequence[Config]) -> dict[str, str]:
     for number, config in enumerate(configs, 1):
         stage = f"stage {number}: " if len(configs) > 1 else ""
         for name, value in flat(config.to_dict()).items():
-            if name != "distributed.process_id":
+            if name not in _OWN:
                 facts[f"{stage}{name}"] = str(value)
     return facts
 

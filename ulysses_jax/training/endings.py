@@ -1,6 +1,5 @@
 """How a run ends: in words where it can, with an exit code, and on every process."""
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -10,12 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
+from ulysses_jax.aborts import LOST, lost_at_abort
+from ulysses_jax.roll_call import Absent
 from ulysses_jax.training import store
 from ulysses_jax.training.output import guard_output
 from ulysses_jax.training.signals import at_signals, that_end
@@ -25,17 +26,15 @@ _ENDED, _ALIVE = "ulysses_jax/ended", "ulysses_jax/alive"
 _POLL_SECONDS = 1.0
 # Of a process that is killed, or stopped: it sets its key once a second.
 _SILENT_SECONDS = 30.0
-# A fault of the machines, not of the run: the same command goes on.
-LOST = 75
 
 
 @contextmanager
 def ends_in_words(program: str) -> Iterator[None]:
     """Turns an error of the user's input or disk into one line and exit code 2.
 
-    Those are every OSError, and a ValueError that this package raised. Another error is
-    a fault of the program and keeps its traceback; on a pod it, too, ends all
-    processes.
+    Those are every OSError, and a ValueError that this package raised; of them `Absent`
+    ends with `LOST`. Another error is a fault of the program and keeps its traceback;
+    on a pod it, too, ends all processes.
 
     Args:
       program: what the line begins with.
@@ -48,7 +47,7 @@ def ends_in_words(program: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or _is_ours(error):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-            stop(2, str(error))
+            stop(LOST if isinstance(error, Absent) else 2, str(error))
         if jax.distributed.is_initialized():
             traceback.print_exc()
             stop(1, repr(error))
@@ -127,12 +126,22 @@ def ends_with_the_others() -> Iterator[None]:
     for each in threads:
         each.start()
     try:
-        with _coordinator_lost_in_words():
+        with (
+            nullcontext() if store.this_process() == 0 else lost_at_abort(_why_aborted)
+        ):
             yield
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
         # A collective may be the first to see that another process is lost.
-        time.sleep(_SILENT_SECONDS + 3 * _POLL_SECONDS)
-        raise
+        traceback.print_exc()
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            seconds = _SILENT_SECONDS + 3 * _POLL_SECONDS
+            print(
+                f"is another process lost? {seconds:.0f} s will tell",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(seconds)
+        stop(1, repr(error))
     finally:
         done.set()
         for each in threads:
@@ -149,7 +158,7 @@ def _look(done: threading.Event, looked: list[float]) -> None:
     while not done.wait(_POLL_SECONDS):
         beats += 1
         looked[0] = time.monotonic()
-        with suppress(jax.errors.JaxRuntimeError):  # `_coordinator_lost_in_words` says
+        with suppress(jax.errors.JaxRuntimeError):  # `_why_aborted` says
             store.set_again(f"{_ALIVE}/{me}", f"{host} {beats}")
         if (ended := store.get(_ENDED)) is not None:
             code, why = ended.split(" ", 1)
@@ -190,34 +199,14 @@ def say_where() -> None:
     faulthandler.dump_traceback(2, all_threads=True)
 
 
-@contextmanager
-def _coordinator_lost_in_words() -> Iterator[None]:
-    """When process 0 is gone JAX aborts the others: words, and `LOST`, instead of that.
-
-    JAX's own callback for it ends in a `std::bad_cast` (jaxlib 0.10.2), so this is a
-    handler of SIGABRT; Python's would not run before the process has ended.
-    """
-    if store.this_process() == 0:
-        yield
-        return
+def _why_aborted() -> str | None:
+    """When process 0 is gone JAX aborts the others."""
     address = store.coordinator()
-    libc = ctypes.CDLL(None)
-    program = Path(sys.argv[0]).name
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def aborted(_: int) -> None:
-        try:
-            socket.create_connection(address, timeout=5).close()
-        except OSError:
-            os.write(2, f"{program}: {_lost(0, address[0])}\n".encode())
-            os._exit(LOST)
-        os._exit(128 + signal.SIGABRT)  # another fault: what it wrote says which
-
-    libc.signal(int(signal.SIGABRT), aborted)
     try:
-        yield
-    finally:
-        libc.signal(int(signal.SIGABRT), None)  # what the system does
+        socket.create_connection(address, timeout=5).close()
+        return None
+    except OSError:
+        return f"{Path(sys.argv[0]).name}: {_lost(0, address[0])}"
 
 
 @contextmanager
