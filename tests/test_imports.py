@@ -72,6 +72,7 @@ ALLOWED["evaluate"] = ALLOWED["retrieval"] | {"run_folder"}
 ALLOWED["check_links"] = {"costs", "inference", "mesh", "training"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
+ALLOWED["runs"] = {"run_folder", "training"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}
 
 

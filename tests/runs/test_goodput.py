@@ -1,0 +1,168 @@
+"""Where the time went: of runs whose every second is known."""
+
+import random
+from dataclasses import asdict
+
+import pytest
+from run_folders import event, row
+
+from ulysses_jax.runs.goodput import Goodput, goodput
+from ulysses_jax.runs.read import columns_of
+
+
+def reckon(rows, events):
+    found = goodput(columns_of(rows), events)
+    assert found is not None
+    return found
+
+
+def test_one_process_to_its_end():
+    """10 s to start, 4 steps of 2 s with half a second without data in one, a
+    validation of 3 s and a checkpoint of 1 s between the second and the third, and the
+    same after the last; to write that takes 4 s more."""
+    rows = [
+        row(1, seconds=2.0, unix_seconds=112.0),
+        row(2, seconds=2.0, unix_seconds=114.0, validation_loss=3.0),
+        row(3, seconds=2.0, unix_seconds=120.0, checkpoint_seconds=1.0),
+        row(4, seconds=2.0, unix_seconds=122.0, data_seconds=0.5, validation_loss=3.0),
+    ]
+    events = [
+        event(100.0, 0, "started"),
+        event(110.1, 1, "compiled", seconds=8.0),  # said when its first step is begun
+        event(118.0, 2, "saved", seconds=1.0),
+        event(126.0, 4, "saved", seconds=1.0),
+        event(130.0, 4, "done"),
+    ]
+    found = reckon(rows, events)
+    assert found == Goodput(
+        useful=7.5, data=0.5, checkpoint=6.0, validation=6.0, start=10.0
+    )
+    assert found.whole() == 30.0
+
+
+def test_killed_and_resumed():
+    """Three steps, of which the checkpoint has two; the third and a fourth are lost."""
+    rows = [
+        row(1, seconds=2.0, unix_seconds=12.0),
+        row(2, seconds=2.0, unix_seconds=14.0),
+        row(3, seconds=2.0, unix_seconds=77.0),
+    ]
+    events = [
+        event(0.0, 0, "started", lost_steps=0, lost_seconds=0.0),
+        event(15.0, 2, "saved", seconds=1.0),
+        event(70.0, 2, "started", lost_steps=2, lost_seconds=4.0),
+        event(77.0, 3, "stopped"),
+    ]
+    # It saved from 14 to 15, worked to 19, was down until 70.
+    assert reckon(rows, events) == Goodput(
+        useful=6.0, checkpoint=1.0, start=10.0 + 5.0, lost=4.0, down=51.0
+    )
+
+
+def test_killed_before_its_first_step_or_checkpoint():
+    """What a process did that no row is left of."""
+    events = [
+        event(0.0, 0, "started"),
+        event(9.0, 0, "compiled", seconds=9.0),  # its steps 1 and 2 are cut: 4 s
+        event(20.0, 0, "started", lost_steps=2, lost_seconds=4.0),
+        event(26.0, 0, "compiled", seconds=6.0),  # killed here
+        event(30.0, 0, "started"),
+    ]
+    assert reckon([row(1, unix_seconds=33.0)], events) == Goodput(
+        start=9.0 + 6.0 + 2.0, lost=4.0, down=7.0 + 4.0, useful=1.0
+    )
+
+
+def test_waiting_for_data_while_the_devices_work_loses_nothing():
+    rows = [
+        row(1, unix_seconds=1.0, data_seconds=0.4, compute_seconds=0.5),
+        row(2, unix_seconds=2.0, data_seconds=0.4, compute_seconds=0.001),
+    ]
+    found = reckon(rows, [event(0.0, 0, "started")])
+    assert (found.useful, found.data) == (pytest.approx(1.6), pytest.approx(0.4))
+
+
+def test_compiling_for_another_length_is_no_step():
+    rows = [row(1, unix_seconds=1.0), row(2, unix_seconds=9.0, seconds=8.0)]
+    events = [event(0.0, 0, "started"), event(8.0, 2, "compiled", seconds=7.0)]
+    assert reckon(rows, events) == Goodput(useful=2.0, start=7.0)
+
+
+def test_a_skipped_batch_is_lost():
+    rows = [row(1, unix_seconds=1.0), row(3, unix_seconds=3.0)]
+    events = [event(0.0, 0, "started"), event(2.0, 2, "skipped", why="nan")]
+    assert reckon(rows, events) == Goodput(useful=2.0, lost=1.0)
+
+
+def test_rows_of_before_there_were_events_do_not_count():
+    rows = [row(1), row(2), row(3, unix_seconds=1003.0)]
+    assert reckon(rows, [event(1000.0, 2, "started")]) == Goodput(useful=1, start=2)
+
+
+@pytest.mark.parametrize("events", [[], [event(5.0, 1, "told", signal="SIGTERM")]])
+def test_not_known_where_nothing_says_when_it_started(events):
+    assert goodput(columns_of([row(1, unix_seconds=9.0)]), events) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_second_of_a_made_up_run_is_where_it_belongs(seed):
+    """Processes that validate, save, skip, and are killed at any step."""
+    rows, events, truth = made_up_run(random.Random(seed))
+    assert truth.lost > 0 and truth.down > 0 and truth.validation > 0
+    assert asdict(reckon(rows, events)) == pytest.approx(asdict(truth), abs=1e-6)
+
+
+def made_up_run(chance: random.Random):
+    now, parts, rows, events = 0.0, Goodput().parts(), [], []
+
+    def pass_by(part: str, seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        parts[part] += seconds
+        return seconds
+
+    saved, lost = 0, {}
+    for _ in range(4):
+        step = saved
+        rows = [each for each in rows if each["step"] <= saved]
+        # Lost, not useful, nor time without data:
+        for taken in lost.values():
+            for part, seconds in taken.items():
+                parts[part] -= seconds
+                parts["lost"] += seconds
+        again = sum(sum(taken.values()) for taken in lost.values())
+        fields = dict(lost_steps=len(lost), lost_seconds=again)
+        events.append(event(now, step, "started", **fields))
+        compiling = pass_by("start", chance.uniform(5, 9))
+        events.append(event(now, step, "compiled", seconds=compiling))
+        pass_by("start", chance.uniform(0, 2))
+        lost, between = {}, {}
+        killed_at = step + chance.randint(8, 30)
+        while step < killed_at:
+            step += 1
+            data = pass_by("data", chance.uniform(0, 0.2))
+            useful = pass_by("useful", chance.uniform(1, 2))
+            taken = {"data": data, "useful": useful}
+            lost[step] = taken
+            rows.append(
+                row(
+                    step,
+                    seconds=data + useful,
+                    data_seconds=data,
+                    compute_seconds=0.0,
+                    unix_seconds=now,
+                    **between,
+                )
+            )
+            between = {}
+            if step % 7 == 0:
+                if step % 2 == 0:
+                    rows[-1]["validation_loss"] = 2.5
+                    pass_by("validation", chance.uniform(2, 3))
+                seconds = pass_by("checkpoint", chance.uniform(0.5, 1))
+                between["checkpoint_seconds"] = seconds
+                events.append(event(now, step, "saved", seconds=seconds))
+                saved, lost = step, {}
+        after = pass_by("down", chance.uniform(60, 90))
+    parts["down"] -= after
+    return rows, events, Goodput(**parts)

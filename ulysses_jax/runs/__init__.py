@@ -1,0 +1,1 @@
+"""Runs looked at: `python -m ulysses_jax.runs FOLDER...` makes a page of them."""

@@ -1,0 +1,179 @@
+"""Where a run's time went, over all its starts: useful steps, and everything else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ulysses_jax.runs.read import Columns
+
+Event = Mapping[str, Any]
+
+# A wait for the devices longer than this part of a step: they were at work until then.
+_BUSY = 0.01
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds from a run's first start to its last sign of life, by what they went to.
+
+    Each is a part of the whole, and no second is in two of them.
+
+    Attributes:
+      useful: training steps that count, each once.
+      data: devices without work, since their batch was not there.
+      checkpoint: training stood still for one.
+      validation: the same.
+      start: of a process, to its first step; and compiling later.
+      lost: steps that were taken again, or skipped.
+      down: between the end of a process and the next one's start.
+      other: what is left, such as the end of a process.
+    """
+
+    useful: float = 0.0
+    data: float = 0.0
+    checkpoint: float = 0.0
+    validation: float = 0.0
+    start: float = 0.0
+    lost: float = 0.0
+    down: float = 0.0
+    other: float = 0.0
+
+    def whole(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def goodput(columns: Columns, events: Sequence[Event]) -> Goodput | None:
+    """Reckons it from a run's rows and events.
+
+    Rows without `unix_seconds`, of before there were events, are left out, and so is
+    their time. A process that was killed ends with its last row or event: the rows that
+    the next one took again are no longer there, but its `lost_seconds` are.
+
+    A wait for a batch is `data` only where no wait for the devices came after it:
+    else they were still at the step before, and lost nothing.
+
+    Args:
+      columns: with `unix_seconds`, when each row was logged, and `seconds`, which are
+        those of its step: a checkpoint or a validation before it is not in them.
+      events: in the order in which they were written.
+
+    Returns:
+      None where nothing says when the run started.
+    """
+    starts = [at for at, event in enumerate(events) if event["event"] == "started"]
+    if not starts or "unix_seconds" not in columns:
+        return None
+    rows = _by_time(columns)
+    ends = [*starts[1:], len(events)]
+    sessions = [events[a:b] for a, b in zip(starts, ends, strict=True)]
+    begins = [*(each[0]["unix_seconds"] for each in sessions), float("inf")]
+    lost = [*(each[0].get("lost_seconds", 0.0) for each in sessions[1:]), 0.0]
+    parts = Goodput().parts()
+    ended = begins[0]
+    for n, session in enumerate(sessions):
+        begin, next_begin = begins[n], begins[n + 1]
+        parts["down"] += max(0.0, begin - ended)
+        times = rows["unix_seconds"]
+        first, last = np.searchsorted(times, [begin, next_begin])
+        own = {name: column[first:last] for name, column in rows.items()}
+        signs = [*(event["unix_seconds"] for event in session), begin]
+        signs += [float(t) for t in own["unix_seconds"][-1:]]
+        ended = min(max(signs) + lost[n], next_begin)
+        for name, seconds in _of_session(own, session, begin, ended, lost[n]).items():
+            parts[name] += seconds
+    return Goodput(**parts)
+
+
+def _by_time(columns: Columns) -> Columns:
+    """The rows whose time is known; what a row does not have is 0."""
+    times = columns["unix_seconds"]
+    order = np.argsort(times)  # NaN last
+    order = order[: np.count_nonzero(np.isfinite(times))]
+    names = ("seconds", "data_seconds", "compute_seconds", "checkpoint_seconds")
+    none = np.full(len(times), np.nan)
+    found = {name: np.nan_to_num(columns.get(name, none)[order]) for name in names}
+    validated = np.isfinite(columns.get("validation_loss", none)[order])
+    return found | {"unix_seconds": times[order], "validated": validated}
+
+
+def _of_session(
+    rows: Columns,
+    events: Sequence[Event],
+    begin: float,
+    end: float,
+    lost: float,
+) -> dict[str, float]:
+    """What one process did from `begin` to `end`, all of it."""
+    if not len(rows["unix_seconds"]):
+        lost = min(lost, end - begin)
+        return {"lost": lost, "start": end - begin - lost}
+    logged = rows["unix_seconds"]
+    before = np.concatenate([[begin], logged[:-1]])
+    began = np.maximum(before, logged - rows["seconds"])
+    inside = logged - began  # of the steps; and what lies between them:
+    outside = (began - before)[1:]
+    checkpoint = np.minimum(rows["checkpoint_seconds"][1:], outside)
+    rest = outside - checkpoint
+    again = _happened(events, before, began, "skipped", "rolled_back")[1:]
+    validation = rows["validated"][:-1] & ~again
+    compiling = np.minimum(_compiling(events, began, logged), inside)
+    idle = rows["compute_seconds"] <= _BUSY * rows["seconds"]
+    data = np.where(idle, np.minimum(rows["data_seconds"], inside - compiling), 0.0)
+    parts = {
+        "useful": inside - compiling - data,
+        "data": data,
+        "checkpoint": checkpoint,
+        "validation": rest[validation],
+        "start": np.append(compiling, began[0] - begin),
+        "lost": rest[again],
+        "other": rest[~validation & ~again],
+    }
+    sums = {name: float(np.sum(each)) for name, each in parts.items()}
+    # After the last row: steps that are taken again, a validation, a checkpoint, and at
+    # an orderly end the wait until that is written.
+    left = end - float(logged[-1])
+    lost = min(lost, left)
+    saved = [event for event in events if event["event"] == "saved"]
+    stood = 0.0
+    if saved and (at := saved[-1]["unix_seconds"]) > logged[-1]:
+        stood = saved[-1].get("seconds", 0.0)
+        if events[-1]["event"] in ("done", "stopped"):
+            stood += max(0.0, end - at)
+    stood = min(stood, left - lost)
+    sums["lost"] += lost
+    sums["checkpoint"] += stood
+    sums["validation" if rows["validated"][-1] else "other"] += left - lost - stood
+    return sums
+
+
+def _happened(
+    events: Sequence[Event], first: np.ndarray, last: np.ndarray, *kinds: str
+) -> np.ndarray:
+    """Whether one of the events came after each `first`, and no later than `last`."""
+    times = sorted(each["unix_seconds"] for each in events if each["event"] in kinds)
+    before, up_to = (np.searchsorted(times, at, side="right") for at in (first, last))
+    return up_to > before
+
+
+def _compiling(
+    events: Sequence[Event], began: np.ndarray, logged: np.ndarray
+) -> np.ndarray:
+    """Seconds of each row in which a step was compiled.
+
+    An event that says so later than it was, of a step compiled before the first, is in
+    the time of no row as a whole.
+    """
+    seconds = np.zeros(len(logged))
+    for event in events:
+        if event["event"] != "compiled":
+            continue
+        ended, took = event["unix_seconds"], event.get("seconds", 0.0)
+        row = int(np.searchsorted(logged, ended))
+        if row < len(logged) and ended - took >= began[row]:
+            seconds[row] += took
+    return seconds

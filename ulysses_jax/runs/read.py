@@ -1,0 +1,201 @@
+"""A run's folder as a record: its rows as columns, its events, its config, its end."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import yaml
+
+from ulysses_jax.run_folder import check_run_folder, is_run_folder, stages_in
+from ulysses_jax.training.metrics import read_rows
+
+# As long as a run waits for a step before it takes it to hang (`training.phases`).
+_SILENT_SECONDS, _TIMES_THE_LONGEST = 600.0, 5.0
+_ENDS = ("done", "stopped", "failed")
+_NUMBERS = ("unix_seconds", "seconds", "lost_seconds", "lost_steps", "to_step")
+
+Columns = Mapping[str, np.ndarray]
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says.
+
+    Attributes:
+      name: of the folder; with what of its path tells it from the others.
+      columns: by field of `metrics.jsonl`, float64 of a row each, NaN where a row does
+        not have it; in the order of steps, each step once. `step` is always there.
+      events: of `events.jsonl`, in the order in which they were written; None where the
+        run has no such file.
+      config: of `config.yaml`, by dotted names; `config_text` as it stands there.
+      state: how it stands with the run, in words.
+      goes_on: whether more rows may come.
+    """
+
+    name: str
+    folder: Path
+    columns: Columns
+    events: Sequence[Event] | None
+    config: Mapping[str, Any]
+    config_text: str
+    state: str
+    goes_on: bool
+
+    def num_rows(self) -> int:
+        return len(self.columns["step"])
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads runs; a run in stages as its stages.
+
+    Raises:
+      ValueError: a folder is no run's, or stands twice; a config that cannot be read.
+    """
+    found = [run for each in folders for run in _runs_in(each)]
+    seen: set[Path] = set()
+    for folder in found:
+        real = folder.resolve()
+        if real in seen:
+            raise ValueError(f"{folder} stands twice: give each run's folder once")
+        seen.add(real)
+    names = _names([Path(os.path.abspath(each)) for each in found])
+    return [_read(*each) for each in zip(found, names, strict=True)]
+
+
+def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
+    """Rows as columns; of rows of one step the last."""
+    names = dict.fromkeys(name for row in rows for name in row) | {"step": None}
+    columns = {
+        name: np.array([row.get(name, np.nan) for row in rows], np.float64)
+        for name in names
+    }
+    # Of the reversed steps `unique` takes the first of each, which is the last written.
+    _, kept = np.unique(columns["step"][::-1], return_index=True)
+    kept = len(rows) - 1 - kept
+    return {name: column[kept] for name, column in columns.items()}
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    stages = stages_in(folder)
+    if stages and not (folder / "metrics.jsonl").is_file():
+        return stages
+    check_run_folder(folder)
+    if not is_run_folder(folder):
+        raise ValueError(
+            f"{folder} is no run's folder: it has a config.yaml, and neither a "
+            "metrics.jsonl nor checkpoints/"
+        )
+    return [folder]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path; of those that share it, as much as tells them apart.
+
+    `/r/x/stage_1` alone is `x/stage_1`.
+    """
+
+    def tail(path: Path, parts: int) -> str:
+        return "/".join(path.parts[-parts:])
+
+    needed = [2 if path.name.startswith("stage_") else 1 for path in paths]
+    while True:
+        names = [tail(*each) for each in zip(paths, needed, strict=True)]
+        same = [names.count(name) > 1 for name in names]
+        if not any(same):
+            return names
+        needed = [n + twice for n, twice in zip(needed, same, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    text, config = _config(folder / "config.yaml")
+    path = folder / "metrics.jsonl"
+    columns = columns_of(read_rows(path) if path.is_file() else [])
+    events = _events(folder / "events.jsonl")
+    state, goes_on = _state(folder, columns, events, config)
+    return Run(name, folder, columns, events, config, text, state, goes_on)
+
+
+def _config(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text()
+        fields = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {said}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no config: it has no sections")
+    return text, dict(_flat(fields))
+
+
+def _flat(fields: Mapping[Any, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _events(path: Path) -> list[Event] | None:
+    if not path.is_file():
+        return None
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue  # a killed run left it half
+        if _is_event(value):
+            found.append(value)
+    return found
+
+
+def _is_event(value: Any) -> TypeGuard[Event]:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("event"), str)
+        and type(value.get("step")) is int
+        and "unix_seconds" in value
+        and all(_is_number(value[name]) for name in _NUMBERS if name in value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """As events have them: of this age of the world, and neither NaN nor infinite."""
+    return type(value) in (int, float) and 0 <= value < 1e11
+
+
+def _state(
+    folder: Path,
+    columns: Columns,
+    events: Sequence[Event] | None,
+    config: Mapping[str, Any],
+) -> tuple[str, bool]:
+    """How it stands with a run, in words, and whether it goes on."""
+    last = events[-1] if events else None
+    if last is not None and last["event"] in _ENDS:
+        return last["event"], False
+    steps, num_steps = columns["step"], config.get("training.num_steps")
+    if not (folder / "lock").is_file():
+        if len(steps) and steps[-1] == num_steps:
+            return "done", False
+        return "ended before its last step", False
+    signs = [columns.get("unix_seconds", steps[:0])]
+    signs.append(np.array([each["unix_seconds"] for each in events or ()]))
+    known = np.concatenate(signs)
+    known = known[np.isfinite(known)]
+    if len(known):
+        sign = float(known.max())
+    else:
+        sign = max(each.stat().st_mtime for each in folder.iterdir() if each.is_file())
+    silent = time.time() - sign
+    seconds = columns.get("seconds", steps[:0])
+    longest = float(np.nanmax(seconds)) if len(seconds) else 0.0
+    if silent <= max(_SILENT_SECONDS, _TIMES_THE_LONGEST * longest):
+        return "goes on", True
+    return "ended without a word, as one that is killed", False
