@@ -45,16 +45,35 @@ def spread(
     """
     if mesh.empty:
         return local(q, k, v, sinks, mask)
-    axes = _free_axes(mesh)
+    axes = free_axes(mesh)
     spec = activation("BTNH", axes, table)
     mask_spec = jax.tree.map(lambda _: activation("B", axes), mask)
     sinks_spec = jax.tree.map(lambda _: activation("N", axes, table), sinks)
-    args: Any = (q, k, v, sinks, mask)
     specs = (spec, spec, spec, sinks_spec, mask_spec)
-    is_explicit = any(
-        mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes
-    )
-    if is_explicit:
+    out_specs = (spec, activation("BTN", axes, table)) if with_logsumexp else spec
+    results = map_shards(local, (q, k, v, sinks, mask), specs, out_specs, mesh)
+    out, *more = results if with_logsumexp else (results,)
+    out = laid_like(out, q, spec, mesh)
+    return (out, *more) if more else out
+
+
+def map_shards(
+    local: Callable[..., Any],
+    args: tuple[Any, ...],
+    specs: tuple[Any, ...],
+    out_specs: Any,
+    mesh: Mesh | AbstractMesh,
+) -> Any:
+    """Runs `local(*args)` on every device's shards, on Explicit and on Auto axes.
+
+    Args:
+      args: global; the first lies over every axis that cuts anything, and the last has
+        no gradient.
+      specs: a spec for every array of `args`.
+      mesh: not empty; those of its axes that are not manual already.
+    """
+    axes = free_axes(mesh)
+    if _is_explicit(mesh, axes):
         args = jax.tree.map(
             lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), args, specs
         )
@@ -68,20 +87,28 @@ def spread(
         # Without it `attention` may be anybody's function.
         check_vma=False,
     )
-    out_specs = (spec, activation("BTN", axes, table)) if with_logsumexp else spec
     varying = frozenset().union(*map(_varying, jax.tree.leaves(args)))
     if varying:
-        results = _inside(run, local, specs, out_specs, tuple(varying), args)
-    else:
-        results = run(local, in_specs=specs, out_specs=out_specs)(*args)
-    out, *more = results if with_logsumexp else (results,)
-    q_sharding = jax.typeof(q).sharding
-    if is_explicit and not q_sharding.mesh.empty:
-        # Axes of degree 1 make types differ that lie alike: out takes q's, so that a
-        # residual sum has one type.
-        if _cut_over(q_sharding.spec, axes, q.ndim) == _cut_over(spec, axes, q.ndim):
-            out = jax.sharding.reshard(out, NamedSharding(mesh, q_sharding.spec))
-    return (out, *more) if more else out
+        return _inside(run, local, specs, out_specs, tuple(varying), args)
+    return run(local, in_specs=specs, out_specs=out_specs)(*args)
+
+
+def laid_like(out: Array, like: Array, spec: P, mesh: Mesh | AbstractMesh) -> Array:
+    """What lies as `spec`; on Explicit axes with the type of `like`, if that is alike.
+
+    Axes of degree 1 make types differ that lie alike: so a residual sum has one type.
+    """
+    axes, sharding = free_axes(mesh), jax.typeof(like).sharding
+    if _is_explicit(mesh, axes) and not sharding.mesh.empty:
+        if _cut_over(sharding.spec, axes, like.ndim) == _cut_over(spec, axes, out.ndim):
+            return jax.sharding.reshard(out, NamedSharding(mesh, sharding.spec))
+    return out
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> bool:
+    return any(
+        mesh.axis_types[mesh.axis_names.index(a)] == AxisType.Explicit for a in axes
+    )
 
 
 def _inside(
@@ -125,12 +152,15 @@ def _inside(
     def backward(kept, upstream):
         def one(kept, upstream):
             pullback = jax.tree.unflatten(treedef, [x[0] for x in kept])
-            *gradients, dsinks = pullback(untyped(upstream))
-            # Of q, k and v a device has its own; of sinks, its queries' part.
-            over = tuple(_axes_of(specs[0]) - _axes_of(specs[3]))
-            return *gradients, jax.tree.map(lambda x: jax.lax.psum(x, over), dsinks)
+            gradients = pullback(untyped(upstream))
+            return jax.tree.map(whole, gradients, specs[:-1])
 
-        maps = run(one, in_specs=(residual, out_specs), out_specs=specs[:4])
+        def whole(gradient: Array, spec: P) -> Array:
+            """Of q, k and v a device has its own; of sinks, its queries' part."""
+            over = tuple(_axes_of(specs[0]) - _axes_of(spec))
+            return jax.lax.psum(gradient, over) if over else gradient
+
+        maps = run(one, in_specs=(residual, out_specs), out_specs=specs[:-1])
         return *typed(maps(kept, upstream)), None
 
     call.defvjp(forward, backward)
@@ -142,7 +172,7 @@ def own_heads(
 ) -> Int[Array, "N"]:
     """The numbers of a device's query heads before any exchange, inside `spread`."""
     numbers = jnp.arange(q.shape[2], dtype=jnp.int32)
-    axes = {} if mesh.empty else _free_axes(mesh)
+    axes = {} if mesh.empty else free_axes(mesh)
     (over,) = activation("N", axes, table) or (None,)
     if over is None:
         return numbers
@@ -170,8 +200,8 @@ def check_arrays(
       ValueError: shapes that do not fit each other or the mesh; the message has the
         numbers and what would fit.
     """
-    axes = _free_axes(mesh)
-    _check_axes(q, mesh, axes)
+    axes = free_axes(mesh)
+    check_axes(q, mesh, axes)
     _check_shapes(q, k, v, axes)
     return axes
 
@@ -191,7 +221,7 @@ def _not_manual(mesh: Mesh | AbstractMesh) -> set[str]:
     }
 
 
-def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """The degrees of this library's axes that are not manual already."""
     degrees = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     free = _not_manual(mesh)
@@ -203,7 +233,7 @@ def _free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {axis: degrees[axis] for axis in AXES if axis in degrees and axis in free}
 
 
-def _check_axes(q: Array, mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> None:
+def check_axes(q: Array, mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> None:
     """Refuses what an axis of another name would do in silence: gather, or nothing."""
     degrees = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     others = tuple(a for a in _not_manual(mesh) if a not in AXES and degrees[a] > 1)
@@ -225,8 +255,8 @@ def _check_axes(q: Array, mesh: Mesh | AbstractMesh, axes: dict[str, int]) -> No
                 )
 
 
-_TOKENS = "seq"
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+BATCH, TOKENS, HEADS = "(data, fsdp)", "seq", "tensor"
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
@@ -244,7 +274,7 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"
         )
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise ValueError(
             "q, k and v are float32, bfloat16 or float16, and are summed in float32, "
             f"not {q.dtype}: cast them, and what comes back"
@@ -254,19 +284,37 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
             f"there is nothing to attend to or with in {shapes}: leave the call out "
             "where a dim is 0"
         )
-    batch = math.prod(axes.get(axis, 1) for axis in ("data", "fsdp"))
+    check_divides(
+        axes,
+        ("batch", q.shape[0], BATCH),
+        ("number of query tokens", q.shape[1], TOKENS),
+        ("number of key tokens", k.shape[1], TOKENS),
+        ("number of query heads", q.shape[2], HEADS),
+        ("number of key/value heads", k.shape[2], HEADS),
+    )
+
+
+def check_divides(axes: dict[str, int], *dims: tuple[str, int, str]) -> None:
+    """Refuses sizes that the axes do not divide.
+
+    Args:
+      dims: for each its name, its size, and BATCH, TOKENS or HEADS.
+
+    Raises:
+      ValueError: with the numbers and what would fit.
+    """
     ring, seq = axes.get("ring", 1), axes.get("seq", 1)
-    for name, size, over, degree in (
-        ("batch", q.shape[0], "(data, fsdp)", batch),
-        ("number of query tokens", q.shape[1], _TOKENS, ring * seq),
-        ("number of key tokens", k.shape[1], _TOKENS, ring * seq),
-        ("number of query heads", q.shape[2], "tensor", axes.get("tensor", 1)),
-        ("number of key/value heads", k.shape[2], "tensor", axes.get("tensor", 1)),
-    ):
+    degrees = {
+        BATCH: math.prod(axes.get(axis, 1) for axis in ("data", "fsdp")),
+        TOKENS: ring * seq,
+        HEADS: axes.get("tensor", 1),
+    }
+    for name, size, over in dims:
+        degree = degrees[over]
         if size % degree:
             fits = math.gcd(size, degree)
             use = f"a degree of {fits}"
-            if over == _TOKENS and ring > 1:
+            if over == TOKENS and ring > 1:
                 over = f"ring {ring} x seq {seq}, in all"
                 r = math.gcd(size, ring)
                 s = math.gcd(size // r, seq)
@@ -274,7 +322,7 @@ def _check_shapes(q: Array, k: Array, v: Array, axes: dict[str, int]) -> None:
                 use = ", or ".join(dict.fromkeys(meshes))
             if name == "number of key/value heads":
                 use = f"{use}, or repeat each {degree // fits} times"
-            elif name != "number of query heads":
+            elif over != HEADS:
                 # Heads padded by themselves would read other key/value heads.
                 use = f"{use}, or pad it to {-(-size // degree) * degree}"
             raise ValueError(
