@@ -48,13 +48,21 @@ ALLOWED = {
     "data": BASE | {"parallel", "run_folder", "config_file"},
     "attend": ATTENTION,
     "api": ATTENTION | {"attend", "ids"},
+    "recur": ATTENTION | {"api", "ids"},
+    "linear": ATTENTION | {"recur"},
     "flax_attention": ATTENTION | {"api"},
 }
 ALLOWED["families"] = {"config", "complete", "run_folder"}
 ALLOWED["config_file"] |= {"families"}
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
-ALLOWED["__init__"] = ALLOWED["models"] | {"models", "api", "flax_attention"}
+ALLOWED["__init__"] = ALLOWED["models"] | {
+    "models",
+    "api",
+    "flax_attention",
+    "linear",
+    "recur",
+}
 ALLOWED["costs"] = ATTENTION | {"placement"}
 ALLOWED["tensors"] = ALLOWED["models"] | {"models", "families"}
 ALLOWED["training"] = (

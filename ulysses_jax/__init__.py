@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from ulysses_jax.api import ulysses_attention
     from ulysses_jax.config import Model
     from ulysses_jax.flax_attention import attention_fn
+    from ulysses_jax.linear import (
+        gated_delta_rule,
+        linear_attention,
+        short_convolution,
+    )
     from ulysses_jax.mesh import make_mesh
     from ulysses_jax.models.transformer import Transformer
     from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
@@ -15,9 +20,12 @@ else:
         "Model": "config",
         "Transformer": "models.transformer",
         "attention_fn": "flax_attention",
+        "gated_delta_rule": "linear",
         "heads_to_seq": "parallel.exchange",
+        "linear_attention": "linear",
         "make_mesh": "mesh",
         "seq_to_heads": "parallel.exchange",
+        "short_convolution": "linear",
         "ulysses_attention": "api",
     }
 
@@ -36,8 +44,11 @@ __all__ = [
     "Model",
     "Transformer",
     "attention_fn",
+    "gated_delta_rule",
     "heads_to_seq",
+    "linear_attention",
     "make_mesh",
     "seq_to_heads",
+    "short_convolution",
     "ulysses_attention",
 ]

@@ -119,7 +119,7 @@ def ulysses_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not hasattr(x, "shape"):
             raise ValueError(f"{name} is an array, not {type(x).__name__}")
-    mesh = _mesh(mesh, q)
+    mesh = mesh_for(mesh, q)
     q_segments, kv_segments = _pair(segment_ids, "segment_ids", q, k)
     q_positions, kv_positions = _pair(positions, "positions", q, k)
     mask = Mask(
@@ -145,7 +145,7 @@ def ulysses_attention(
         run = partial(_compiled, **static)
     else:
         run = jax.jit(partial(_run, **static))
-    with _remedies(mesh):
+    with remedies_for(mesh):
         return run(q, k, v, mask, learned_scale, sinks)
 
 
@@ -206,7 +206,7 @@ def _scales(scale: Any) -> tuple[float | None, Array | None]:
 
 
 @contextmanager
-def _remedies(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+def remedies_for(mesh: Mesh | AbstractMesh) -> Iterator[None]:
     """Says what to do where JAX only says what is wrong."""
     spec = activation("BTNH", dict(mesh.shape))
     lay_out = (
@@ -236,7 +236,8 @@ def _remedies(mesh: Mesh | AbstractMesh) -> Iterator[None]:
         raise
 
 
-def _mesh(mesh: Mesh | AbstractMesh | None, q: Array) -> Mesh | AbstractMesh:
+def mesh_for(mesh: Mesh | AbstractMesh | None, q: Array) -> Mesh | AbstractMesh:
+    """The mesh that is given, as q may lie on it; None: the one that is set."""
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise ValueError(
             "mesh is a jax.sharding.Mesh with an axis named seq, such as "

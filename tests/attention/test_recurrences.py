@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_shards_one_after_the_other(kind):
 
     def run(part):
         cut = {name: x[:, part] for name, x in given.items()}
-        return rule(**cut, scale=1.0, chunk_tokens=3)
+        return jax.jit(functools.partial(rule, scale=1.0, chunk_tokens=3))(**cut)
 
     whole, close = (
         run(slice(None)),

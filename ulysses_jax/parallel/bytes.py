@@ -1,5 +1,6 @@
 """What a device receives under each strategy, by formula."""
 
+from ulysses_jax.parallel.states import num_hops
 from ulysses_jax.parallel.zigzag import seen_steps
 from ulysses_jax.strategies import Strategy, check_name
 
@@ -63,6 +64,27 @@ def received_bytes(
         backward = block * (max(hops - 1, 0) * itemsize + hops * 4)
         found["collective-permute", "ring"] = (block * hops * itemsize, backward)
     return found
+
+
+def state_bytes(
+    *, shards: int, num_heads: int, state_size: int, change_size: int
+) -> float:
+    """Bytes that a device receives where states are handed on, a layer and row.
+
+    Args:
+      shards: P, over which the tokens lie: ring x seq.
+      num_heads: of one device's part of `tensor`.
+      state_size: numbers of a head's state, H V.
+      change_size: of what its tokens do to a state: 1 of linear attention with decay,
+        H^2 of the delta rule.
+
+    Returns:
+      Forward, and as many backward: of n = `num_hops(P)` float32 states, and of all but
+      two the change too: `4 N (n state_size + max(n - 2, 0) change_size)`, whatever the
+      number of tokens is. Documents add one int32 forward.
+    """
+    hops = num_hops(shards)
+    return 4.0 * num_heads * (hops * state_size + max(hops - 2, 0) * change_size)
 
 
 def total_bytes(received: dict[tuple[str, str], tuple[float, float]]) -> float:

@@ -1,0 +1,278 @@
+"""Recurrences over shards: states cross them exactly, and what else is promised."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from recurrences import DOCUMENTS, ONE, B, H, K, N, T, V, assert_close, exact, inputs
+from recurrences import results as results_of
+from slow import slow_but_for
+from strategy_cases import collectives, mesh_of, sent
+
+from ulysses_jax import gated_delta_rule, linear_attention, short_convolution
+from ulysses_jax.parallel.bytes import state_bytes
+
+FUNCTIONS = {
+    "linear": functools.partial(linear_attention, chunk_tokens=3),
+    "delta": functools.partial(gated_delta_rule, chunk_tokens=3, unit_lengths=False),
+    "convolution": short_convolution,
+}
+KINDS = tuple(FUNCTIONS)
+MESHES = [
+    dict(),
+    dict(seq=2),
+    dict(seq=4),
+    dict(seq=8),
+    dict(ring=2, seq=4),
+    dict(ring=4, seq=2),
+    dict(data=2, ring=2, tensor=2),
+    dict(fsdp=2, seq=2, tensor=2),
+]
+IDS = {"one": None, "several": DOCUMENTS}
+
+
+@functools.cache
+def oracle(kind, documents="several", dtype=jnp.float32):
+    ids = ONE if IDS[documents] is None else IDS[documents]
+    return exact(kind, inputs(kind, dtype), ids)
+
+
+def spread(kind, documents="several", **degrees):
+    ids = IDS[documents]
+    return functools.partial(FUNCTIONS[kind], mesh=mesh_of(**degrees), segment_ids=ids)
+
+
+QUICK = [
+    ("linear", "several", dict(seq=8)),
+    ("linear", "several", dict(data=2, ring=2, tensor=2)),
+    ("delta", "one", dict(seq=4)),
+    ("delta", "several", dict(ring=4, seq=2)),
+    ("convolution", "several", dict(ring=2, seq=4)),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, documents, degrees", slow_but_for(QUICK, KINDS, IDS, MESHES)
+)
+def test_equals_float64(kind, documents, degrees):
+    got = results_of(spread(kind, documents, **degrees), kind, inputs(kind))
+    assert_close(got, oracle(kind, documents))
+
+
+@pytest.mark.parametrize("kind", slow_but_for(["delta"], KINDS))
+def test_bfloat16(kind):
+    given = inputs(kind, jnp.bfloat16)
+    got = results_of(spread(kind, ring=2, seq=4), kind, given)
+    assert_close(got, oracle(kind, dtype=jnp.bfloat16), 2**-6)
+
+
+@pytest.mark.parametrize("kind", slow_but_for(["linear"], KINDS))
+def test_more_layers_computed_again(kind):
+    """Under scan and checkpoint, on Explicit axes: two layers of a residual stream."""
+    first = "x" if kind == "convolution" else "v"
+
+    def layers(function, given):
+        def layer(x, _):
+            return x + function(**given | {first: x}), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False)
+        return jax.lax.scan(layer, given[first], None, length=2)[0]
+
+    def gradients(function):
+        def loss(given):
+            return jnp.sum(jnp.sin(layers(function, given)))
+
+        return jax.jit(jax.grad(loss))(inputs(kind))
+
+    none = jax.sharding.get_abstract_mesh()
+    want = gradients(functools.partial(FUNCTIONS[kind], mesh=none))
+    with jax.set_mesh(mesh_of(data=2, ring=2, tensor=2, axis_type=AxisType.Explicit)):
+        got = gradients(FUNCTIONS[kind])
+    assert_close(*(jax.tree.map(np.asarray, x) for x in (got, want)))
+
+
+@pytest.mark.parametrize("kind", slow_but_for(["delta"], KINDS))
+def test_inside_a_shard_map_over_another_axis(kind):
+    def inside(**given):
+        def local(given, ids):
+            return FUNCTIONS[kind](**given, segment_ids=ids)
+
+        specs = {n: P() if n == "weights" else P("data") for n in given}
+        return jax.shard_map(
+            local,
+            in_specs=(specs, P("data")),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )(given, jnp.asarray(DOCUMENTS))
+
+    with jax.set_mesh(mesh_of(data=2, ring=2, tensor=2)):
+        got = results_of(inside, kind, inputs(kind))
+    assert_close(got, oracle(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_bit_of_a_document_depends_on_another(kind):
+    """Nor of the state before it, which was handed on over shards."""
+    given, run = inputs(kind), spread(kind, ring=2, seq=4)
+    where = np.zeros((B, T), bool)
+    where[0, 5:19] = True  # from one shard's second token to another's
+    where[1, 8:16] = True  # whole shards
+
+    def changed(x):
+        if x.shape[:2] != (B, T):
+            return x
+        return jnp.where(where.reshape(B, T, *[1] * (x.ndim - 2)), x * 0.5 - 0.25, x)
+
+    before = results_of(run, kind, given)
+    after = results_of(run, kind, jax.tree.map(changed, given))
+    for name in before:
+        if name == "weights":
+            continue
+        differs = (before[name] != after[name]).reshape(B, T, -1).any(-1)
+        assert not differs[~where].any(), name
+        assert name == "x" or differs[where].all(), name  # of x all is linear
+
+
+@pytest.mark.parametrize(
+    "degrees", slow_but_for([dict(ring=2, seq=2)], [{}, dict(ring=2, seq=2)])
+)
+@pytest.mark.parametrize("decay", [0.7, np.linspace(0.5, 1, N)], ids=["all", "a head"])
+def test_a_constant_decay_and_its_gradient(degrees, decay):
+    given = inputs("linear")
+    shape = np.broadcast_to(decay, (N,))
+    log_decay = np.broadcast_to(np.log(shape), (B, T, N))
+    want = exact("linear", given | {"log_decay": log_decay}, DOCUMENTS)
+    want["decay"] = want.pop("log_decay").sum((0, 1)) / shape
+    del given["log_decay"]
+    run = spread("linear", **degrees)
+    got = jax.jit(functools.partial(run, decay=decay))(**given)
+    most = np.abs(want["out"]).max()
+    np.testing.assert_allclose(got, want["out"], atol=2e-5 * most)
+    assert_close(results_of(run, "linear", given | {"decay": jnp.asarray(shape)}), want)
+
+
+def what_it_sends(kind, tokens, **degrees):
+    """Out and all gradients: bytes by kind and axes."""
+    mesh = mesh_of(**degrees)
+    specs = {4: P(None, ("ring", "seq"), "tensor"), 3: P(None, ("ring", "seq"))}
+    given = {
+        name: jax.ShapeDtypeStruct(
+            (B, tokens, *x.shape[2:]),
+            x.dtype,
+            sharding=NamedSharding(mesh, specs[x.ndim]),
+        )
+        for name, x in inputs(kind).items()
+    }
+
+    def both_ways(given, upstream):
+        run = functools.partial(FUNCTIONS[kind], mesh=mesh)
+        out, pull = jax.vjp(lambda given: run(**given), given)
+        return out, pull(upstream)
+
+    return sent(collectives(both_ways, mesh, given, given["v"]))
+
+
+@pytest.mark.parametrize(
+    "kind, degrees",
+    slow_but_for(
+        [("linear", dict(seq=8)), ("delta", dict(ring=2, seq=4))],
+        ["linear", "delta"],
+        [dict(seq=2), dict(seq=4), dict(seq=8), dict(ring=2, seq=4), dict(ring=4)],
+    ),
+)
+def test_bytes_are_the_formula_whatever_the_tokens(kind, degrees):
+    shards = degrees.get("ring", 1) * degrees.get("seq", 1)
+    change = {"linear": 1, "delta": H * H}[kind]
+    want = 2 * state_bytes(
+        shards=shards, num_heads=N, state_size=H * V, change_size=change
+    )
+    for tokens in (32, 64):
+        found = what_it_sends(kind, tokens, **degrees)
+        assert {name for name, _ in found} == {"collective-permute"}
+        assert sum(found.values()) == B * want
+
+
+def test_heads_of_tensor_are_handed_on_by_themselves():
+    found = what_it_sends("delta", 32, seq=4, tensor=2)
+    want = state_bytes(shards=4, num_heads=N // 2, state_size=H * V, change_size=H * H)
+    assert found == {("collective-permute", "seq"): B * 2 * want}
+
+
+def test_a_state_a_chunk_is_kept_and_no_more():
+    tokens, heads, size = 4096, 4, 32
+    shape = jax.ShapeDtypeStruct((1, tokens, heads, size), jnp.float32)
+    none = jax.sharding.get_abstract_mesh()
+
+    def loss(q, k, v):
+        beta = jnp.full(v.shape[:3], 0.5)
+        return gated_delta_rule(q, k, v, beta=beta, mesh=none).sum()
+
+    run = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    array = 4 * tokens * heads * size
+    assert run.memory_analysis().temp_size_in_bytes < 12 * array  # of `size` states
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("linear", dict(causal=False), "linear_attention is causal"),
+        ("linear", dict(decay=0.0), r"decay is 0 to 0, and must lie in \(0, 1\]"),
+        ("linear", dict(decay=[0.5, 1.5, 1, 1]), "decay is 0.5 to 1.5"),
+        ("linear", dict(decay=[0.5, 0.5]), "one for each of the 4 heads of v"),
+        ("linear", dict(decay=0.5, log_decay=0), "both given"),
+        ("linear", dict(log_decay=jnp.zeros((B, T))), r"log_decay is a float .*2, 32"),
+        ("linear", dict(v=jnp.ones((B, T, 3, V))), "2 heads .* do not divide the 3"),
+        ("linear", dict(k=jnp.ones((B, T, K, V))), r"q and k are \[B, T, K, H\]"),
+        ("linear", dict(q=jnp.ones((B, T, K, H), int)), "q is float32, bfloat16 or"),
+        ("linear", dict(v=jnp.ones((B, T, N, V), jnp.bfloat16)), "differ in dtype"),
+        ("linear", dict(chunk_tokens=0), "chunk_tokens is a number of tokens, 1 or"),
+        ("linear", dict(scale=np.inf), "scale is a finite number"),
+        ("linear", dict(segment_ids=DOCUMENTS[:1]), r"segment_ids has shape \(1, 32\)"),
+        ("delta", dict(beta=jnp.ones((B, T))), r"beta is a float .* \(2, 32, 4\)"),
+        ("delta", dict(causal=False), "gated_delta_rule is causal"),
+        (
+            "convolution",
+            dict(weights=jnp.ones((6, N, H))),
+            "reaches 5 tokens back, but",
+        ),
+        ("convolution", dict(weights=jnp.ones((4, N))), r"give \[W, N, H\]"),
+    ],
+)
+def test_what_is_refused(kind, changes, message):
+    given = inputs(kind)
+    if "decay" in changes:
+        given.pop("log_decay")
+    with pytest.raises(ValueError, match=message):
+        FUNCTIONS[kind](**given | changes, mesh=mesh_of(seq=8))
+
+
+def test_what_a_mesh_does_not_divide():
+    given = inputs("linear")
+    cut = {name: x[:, :30] for name, x in given.items()}
+    with pytest.raises(ValueError, match="number of tokens, 30, .* pad it to 32"):
+        linear_attention(**cut, mesh=mesh_of(seq=4))
+    with pytest.raises(ValueError, match="number of heads, 2, .* tensor degree 4"):
+        linear_attention(**given, mesh=mesh_of(tensor=4))
+
+    def inside(given):
+        return linear_attention(**given)
+
+    spec = P(None, "seq")
+    with jax.set_mesh(mesh_of(seq=8)):
+        with pytest.raises(ValueError, match="inside a shard_map over 'seq'"):
+            jax.shard_map(inside, in_specs=spec, out_specs=spec, axis_names={"seq"})(
+                given
+            )
+
+
+def test_a_remedy_that_works():
+    """Of a convolution wider than a shard."""
+    x, weights = jnp.ones((1, 24, 1, 2)), jnp.ones((6, 1, 2))
+    with pytest.raises(ValueError, match="use ring=1, seq=4, or sequences of 40 tok"):
+        short_convolution(x, weights, mesh=mesh_of(seq=8))
+    short_convolution(x, weights, mesh=mesh_of(seq=4))
+    short_convolution(jnp.ones((1, 40, 1, 2)), weights, mesh=mesh_of(seq=8))

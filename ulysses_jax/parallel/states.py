@@ -1,0 +1,76 @@
+"""What shards of a sequence hand on to those after them: states, and last tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+AxisNames = tuple[str, ...]
+
+
+def state_before(
+    change: Array,
+    state: Float[Array, "B N H V"],
+    *,
+    apply: Callable[[Array, Array], Array],
+    axis_names: AxisNames,
+) -> Float[Array, "B N H V"]:
+    """The state that all shards before this one leave; call it inside `shard_map`.
+
+    Args:
+      change: what this shard's tokens make of a state that they find is `apply(change,
+        it)`, to which they add
+      state: what they leave where they find 0.
+      apply: `f(change, state)`, linear in both, such as a product; of two changes it
+        makes the one that is both: `f(after, before)`.
+      axis_names: over which the tokens lie, outermost first.
+
+    Returns:
+      Like `state`; of the first shard zeros.
+
+    Cost: `num_hops` of the number of shards, all of the state, and all but the last two
+    of the change too, as one array: nothing depends on the number of tokens. As much
+    backward. `parallel.bytes.state_bytes` has the formula.
+    """
+    degree, reach = lax.axis_size(axis_names), 1
+    while reach < degree - 1:
+        # Of as many shards as `reach`, up to this one; then of twice as many. Where
+        # there is none, zeros come: they add nothing, and nothing is before them.
+        if 2 * reach < degree - 1:
+            came, came_change = _come((state, change), reach, axis_names)
+            state = state + apply(change, came)
+            change = apply(change, came_change)
+        else:
+            state = state + apply(change, _come(state, reach, axis_names))
+        reach *= 2
+    return _come(state, 1, axis_names)
+
+
+def num_hops(degree: int) -> int:
+    """How often `state_before` sends: 1 + ceil(log2(degree - 1)) times, 0 for one."""
+    return (degree > 1) + max(degree - 2, 0).bit_length()
+
+
+def with_before(x: Array, num_tokens: int, axis_names: AxisNames) -> Array:
+    """`[B, t, ...]` after the last tokens of the shard before: `[B, n+t, ...]`.
+
+    Args:
+      num_tokens: n, at most t.
+      axis_names: over which the tokens lie; none: one shard.
+
+    Returns:
+      Of the first shard zeros come first.
+    """
+    last = x[:, x.shape[1] - num_tokens :]
+    came = _come(last, 1, axis_names) if axis_names else jnp.zeros_like(last)
+    return jnp.concatenate((came, x), axis=1)
+
+
+def _come(tree: Any, shards: int, axis_names: AxisNames) -> Any:
+    """From so many shards before; zeros where there is none. One array is sent."""
+    flat, unravel = ravel_pytree(tree)
+    pairs = [(i, i + shards) for i in range(lax.axis_size(axis_names) - shards)]
+    return unravel(lax.ppermute(flat, axis_names, pairs))

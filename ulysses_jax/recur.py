@@ -1,0 +1,205 @@
+"""A recurrence and the shards of a sequence, put together: states cross, not tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jaxtyping import Array, Int
+
+from ulysses_jax.api import mesh_for, remedies_for
+from ulysses_jax.attention import delta, linear
+from ulysses_jax.attention.chunks import Shard
+from ulysses_jax.attention.convolution import convolve
+from ulysses_jax.ids import int32_ids
+from ulysses_jax.parallel.spread import (
+    BATCH,
+    HEADS,
+    TOKENS,
+    check_axes,
+    check_divides,
+    free_axes,
+    laid_like,
+    map_shards,
+)
+from ulysses_jax.parallel.states import AxisNames, state_before, with_before
+from ulysses_jax.sharding import ACTIVATION, activation
+
+SegmentIds = Int[Array, "B T"] | None
+AnyMesh = Mesh | AbstractMesh
+Arrays = tuple[Array, ...]
+
+
+class Rule(Protocol):
+    """What a device computes, a plain value: equal ones are one program."""
+
+    def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
+        """The output `[B, t, N, V]` of a shard, inside `shard_map`.
+
+        Args:
+          over: the axes over which the tokens are spread; none: all are here.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Of q, k, v, log_decay: linear attention with decay."""
+
+    scale: float
+    chunk_tokens: int
+
+    def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
+        numbers = dict(scale=self.scale, chunk_tokens=self.chunk_tokens)
+        shard = partial(linear.linear_shard, **numbers)
+        return _recurrence(shard, linear.apply, arrays, ids, over)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Of q, k, v, log_decay, beta: the gated delta rule."""
+
+    scale: float
+    chunk_tokens: int
+    unit_lengths: bool
+
+    def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
+        q, k, *others = arrays
+        if self.unit_lengths:
+            q, k = delta.unit_length(q), delta.unit_length(k)
+        numbers = dict(scale=self.scale, chunk_tokens=self.chunk_tokens)
+        shard = partial(delta.delta_shard, **numbers)
+        return _recurrence(shard, delta.apply, (q, k, *others), ids, over)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Of x, weights."""
+
+    def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
+        x, weights = arrays
+        before = len(weights) - 1
+        ids = None if ids is None else with_before(ids, before, over)
+        return convolve(with_before(x, before, over), weights, ids)
+
+
+def _recurrence(
+    shard: Callable[..., Shard],
+    apply: Callable[[Array, Array], Array],
+    arrays: Arrays,
+    ids: SegmentIds,
+    over: AxisNames,
+) -> Array:
+    q, k, v, *by_token = arrays
+    by_token = [jnp.broadcast_to(x.astype(jnp.float32), v.shape[:3]) for x in by_token]
+    begins = jnp.zeros(v.shape[:2], bool)
+    if ids is not None:
+        ids = with_before(ids, 1, over)
+        begins = ids[:, 1:] != ids[:, :-1]
+    own = shard(q, k, v, *by_token, begins, is_alone=not over)
+    out = own.out
+    if over:
+        assert own.change is not None and own.reads is not None
+        state = state_before(own.change, own.state, apply=apply, axis_names=over)
+        out += jnp.einsum("BTNH,BNHV->BTNV", own.reads, state)
+    return out.astype(v.dtype)
+
+
+def recur(
+    name: str,
+    rule: Rule,
+    arrays: Arrays,
+    letters: tuple[str, ...],
+    *,
+    mesh: AnyMesh | None,
+    segment_ids: SegmentIds,
+    tokens_before: int = 1,
+) -> Array:
+    """The rule on every device's shards, with what comes from the shards before.
+
+    Args:
+      name: of the function that is called, for messages.
+      arrays: global, the first of tokens.
+      letters: of the dims of each; the output is like the last one of `BTNH`.
+      tokens_before: that the rule needs of the shard before.
+
+    Raises:
+      ValueError: ids of another shape; arrays that do not fit the mesh, with the
+        numbers and what would; tokens that are spread already.
+    """
+    mesh = mesh_for(mesh, arrays[0])
+    if segment_ids is not None:
+        segment_ids = int32_ids(segment_ids, "segment_ids", arrays[0].shape[:2])
+    if not mesh.empty:
+        _check_mesh(name, mesh, arrays, letters, tokens_before)
+    with remedies_for(mesh):
+        return _compiled(arrays, segment_ids, rule=rule, letters=letters, mesh=mesh)
+
+
+# Of the module: where the caller has no jit, the second call finds the first's program.
+@partial(jax.jit, static_argnames=("rule", "letters", "mesh"))
+def _compiled(
+    arrays: Arrays,
+    ids: SegmentIds,
+    *,
+    rule: Rule,
+    letters: tuple[str, ...],
+    mesh: AnyMesh,
+) -> Array:
+    if mesh.empty:
+        return rule(arrays, ids, ())
+    axes = free_axes(mesh)
+    over = tuple(axis for axis in ACTIVATION.tokens if axes.get(axis, 1) > 1)
+
+    def local(*args):
+        *arrays, ids = args
+        return rule(tuple(arrays), ids, over)
+
+    specs = [activation(each, axes) for each in letters]
+    of_ids = None if ids is None else activation("BT", axes)
+    spec = activation("BTNH", axes)
+    like = [x for x, each in zip(arrays, letters, strict=True) if each == "BTNH"][-1]
+    out = map_shards(local, (*arrays, ids), (*specs, of_ids), spec, mesh)
+    return laid_like(out, like, spec, mesh)
+
+
+def _check_mesh(
+    name: str,
+    mesh: AnyMesh,
+    arrays: Arrays,
+    letters: tuple[str, ...],
+    tokens_before: int,
+) -> None:
+    manual = [
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Manual and axis in ACTIVATION.tokens
+    ]
+    if manual:
+        raise ValueError(
+            f"{name} takes global arrays, but it is called inside a shard_map over "
+            f"{manual[0]!r}: call it outside, or map over data and fsdp alone"
+        )
+    axes, (batch, tokens, *_) = free_axes(mesh), arrays[0].shape
+    check_axes(arrays[0], mesh, axes)
+    heads = [x.shape[2] for x, dims in zip(arrays, letters, strict=True) if "T" in dims]
+    check_divides(
+        axes,
+        ("batch", batch, BATCH),
+        ("number of tokens", tokens, TOKENS),
+        *(("number of heads", each, HEADS) for each in heads),
+    )
+    ring, seq = (axes.get(axis, 1) for axis in ACTIVATION.tokens)
+    shards = ring * seq
+    if shards > 1 and tokens // shards < tokens_before:
+        fits = [n for n in range(1, shards) if tokens % n == 0]
+        most = max((n for n in fits if tokens // n >= tokens_before), default=1)
+        raise ValueError(
+            f"{name} reaches {tokens_before} tokens back, but a shard has "
+            f"{tokens // shards} ({tokens} tokens over ring {ring} x seq {seq}): use "
+            f"ring=1, seq={most}, or sequences of {tokens_before * shards} tokens or "
+            "more"
+        )
