@@ -577,6 +577,38 @@ def test_a_signal_in_a_long_validation(config_file, tmp_path, monkeypatch, capfd
     assert validation_losses(folder) == []
 
 
+@pytest.mark.parametrize("which", [1, 2], ids=["in the run", "the last one"])
+def test_a_validation_that_was_left_is_made_up(
+    config_file, whole_run, tmp_path, monkeypatch, capfd, which
+):
+    """By the next start, and by no other: its row is as if nothing had happened."""
+    batches, begun = loop.validation_batches, []
+
+    def told(*args, **options):
+        begun.append(len(begun) + 1)
+        for batch in batches(*args, **options):
+            if begun[-1] == which:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # a thread hears it
+            yield batch
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop, "validation_batches", told)
+    with pytest.raises(SystemExit) as stopped:
+        start(config_file, folder)
+    assert stopped.value.code == 130 and begun[-1] == which
+    assert f"stopped at step {3 * which}" in capfd.readouterr().out
+    assert len(validation_losses(folder)) == which - 1
+    start(config_file, folder)
+    assert losses(folder).tolist() == losses(whole_run).tolist()
+    assert validation_losses(folder) == validation_losses(whole_run)
+    num, before = len(begun), (folder / "metrics.jsonl").read_text()
+    capfd.readouterr()
+    start(config_file, folder)
+    assert "nothing left to do" in capfd.readouterr().out and len(begun) == num
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
 def test_a_second_run_in_one_folder_is_refused(whole_run, config_file, capfd):
     before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*") if p.is_file()}
     with RunLock(whole_run) as other:

@@ -23,6 +23,13 @@ from ulysses_jax.training.together import Together
 from ulysses_jax.training.use import Use, peak_bytes_by_device
 
 
+def validates_at(step: int, config: Config) -> bool:
+    """Whether a run that validates does so after this step."""
+    training = config.training
+    every = training.validation_interval_steps or training.num_steps
+    return step == training.num_steps or (step > 0 and step % every == 0)
+
+
 class Loop:
     """Takes a run from one step to its last; made once, and run once.
 
@@ -34,6 +41,7 @@ class Loop:
       splits, steps: of each length.
       state: after `first_step`; it is given up.
       meta: of the checkpoints.
+      owes_validation: whether `first_step` was saved before it was validated.
       log: open.
       interrupted: as `training.train`'s.
     """
@@ -51,6 +59,7 @@ class Loop:
         first_step: int,
         checkpointer: Checkpointer,
         meta: dict[str, Any],
+        owes_validation: bool,
         log: RunLog,
         interrupted: Callable[[], Any] | None,
     ):
@@ -63,6 +72,7 @@ class Loop:
         self._data, self._validates = data, validates
         self._validate = jax.jit(make_validation_step(split.config, make_model))
         self._checkpointer, self._meta = checkpointer, meta
+        self._owes_validation = owes_validation
         self._log, self._interrupted = log, interrupted
         training = split.config.training
         self._phases = Phases(training.hang_minutes)
@@ -88,16 +98,17 @@ class Loop:
         watch = phases.watched() if watched else nullcontext()
         told = told_to_stop(self._told, self._interrupted)
         with closing(stream), self._together, watch, told:
-            while self.number < training.num_steps and not (stops := self._stops()):
+            if self._owes_validation:
+                stops = self._stops_in_validation()
+            while not stops and self.number < training.num_steps:
+                if stops := self._stops():
+                    break
                 self._step(stream)
-                last = self.number == training.num_steps
-                every = training.validation_interval_steps or training.num_steps
-                if self._validates and (last or self.number % every == 0):
+                if self._validates and validates_at(self.number, self.config):
                     self._in_flight.settle()
-                    if stops := (loss := self._validation_loss()) is None:
+                    if stops := self._stops_in_validation():
                         break
-                    check_finite(self.number, {"validation_loss": loss})
-                    self._log.log_validation(self.number, loss)
+                last = self.number == training.num_steps
                 if last or self._checkpointer.due(self.number):
                     self._save()
             with phases("checkpoint", self.number):
@@ -136,6 +147,14 @@ class Loop:
     def _log_row(self, number: int, *, seconds: float, **row: Any) -> None:
         row |= self._use.row(seconds, row.get("sequence_tokens"))
         self._log.log_step(number, seconds=seconds, **row)
+
+    def _stops_in_validation(self) -> bool:
+        """Validates, and logs it; whether it was told to stop before its end."""
+        if (loss := self._validation_loss()) is None:
+            return True
+        check_finite(self.number, {"validation_loss": loss})
+        self._log.log_validation(self.number, loss)
+        return False
 
     def _validation_loss(self) -> float | None:
         """None: told to stop before its end."""

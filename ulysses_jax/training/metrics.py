@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -65,6 +68,10 @@ class RunLog:
             self._journal = Journal(folder)
             self._file = open(self._path, "r+b")
             self._row_start = self._file.seek(0, 2)
+            # The last step's may have its validation still to come.
+            if (rows := read_rows(self._path)) and rows[-1]["step"] == first_step:
+                self._row = rows[-1]
+                self._row_start -= len(_line(self._row))
             self._events = Events(folder / "tensorboard", first_step=first_step + 1)
         self._is_drawn = True
         self._clock: tuple[int, float] | None = None  # the first step logged, and when
@@ -142,6 +149,7 @@ class RunLog:
             return
         if step != self._row["step"] or "seconds" not in self._row:
             raise ValueError(f"validation at step {step} comes after log_step({step})")
+        self._is_drawn = False
         self._add({"validation_loss": float(validation_loss)})
         self._show()
         self._draw()
@@ -224,7 +232,7 @@ class RunLog:
         self._row |= numbers
         with self._on_disk():
             self._file.seek(self._row_start)
-            self._file.write(json.dumps(self._row).encode() + b"\n")
+            self._file.write(_line(self._row))
             self._file.flush()  # a killed run keeps the row
             for name, value in numbers.items():
                 if name != "unix_seconds":  # TensorBoard has its own
@@ -289,6 +297,23 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def lacks_validation(folder: Path, step: int) -> bool:
+    """Whether a run's last row is of this step, and has no validation's loss: it was
+    saved within its validation. On a pod it is process 0 that looks, for all."""
+    path = folder / "metrics.jsonl"
+    lacks = False
+    if jax.process_index() == 0 and path.exists():
+        rows = [row for row in read_rows(path) if row["step"] == step]
+        lacks = any("validation_loss" not in row for row in rows[-1:])
+    if jax.process_count() == 1:
+        return lacks
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(lacks)))
+
+
+def _line(row: dict[str, float]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
 def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
     return (
         isinstance(value, dict)
@@ -306,9 +331,9 @@ def _cut_rows(path: Path, *, after: int) -> list[dict[str, float]]:
       The rows that are cut off.
     """
     rows = read_rows(path) if path.exists() else []
-    kept = "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= after)
+    kept = b"".join(_line(row) for row in rows if row["step"] <= after)
     new = path.with_suffix(".new")
-    new.write_text(kept)
+    new.write_bytes(kept)
     new.replace(path)
     return [row for row in rows if row["step"] > after]
 

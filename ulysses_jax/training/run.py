@@ -40,8 +40,8 @@ from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.load import open_run
 from ulysses_jax.training.lock import RunLock
-from ulysses_jax.training.loop import Loop
-from ulysses_jax.training.metrics import RunLog
+from ulysses_jax.training.loop import Loop, validates_at
+from ulysses_jax.training.metrics import RunLog, lacks_validation
 from ulysses_jax.training.model import (
     MakeModel,
     handed_over,
@@ -236,7 +236,12 @@ def run_once(
                 state = dataclasses.replace(state, frozen=frozen)
             say(f"resuming after step {first_step} of {training.num_steps}")
             changes = rate_change(then.get("schedule", {}), training, first_step)
-        if first_step >= training.num_steps:
+        owes_validation = (
+            validates
+            and validates_at(first_step, config)
+            and lacks_validation(folder, first_step)
+        )
+        if first_step >= training.num_steps and not owes_validation:
             say(f"{folder}: nothing left to do; raise --training.num-steps to go on")
             return handed_over(config, state.all_parameters(), make_model)
         for line in changes:
@@ -268,6 +273,7 @@ def run_once(
             first_step=first_step,
             checkpointer=checkpointer,
             meta=meta,
+            owes_validation=owes_validation,
             log=log,
             interrupted=interrupted,
         )
