@@ -143,6 +143,9 @@ def test_values_at_the_pointer(shown, pages):
     place = "const r = document.querySelector('.tip').getBoundingClientRect();"
     left = shown.run(f"{place} return r.left")
     assert at < left < at + 40  # beside the pointer, not over what it shows
+    shown.pointer(box[0] + box[2] - 15, box[1] + box[3] / 2)
+    right = shown.wait(f"{place} return r.width && r.right")
+    assert box[0] + box[2] - 60 < right < box[0] + box[2] - 15
     shown.pointer(5, 5)
     shown.wait("return !document.querySelector('.tip:not([hidden])')")
 

@@ -25,12 +25,15 @@ def test_broken_lines_are_passed_over(tmp_path):
     assert found.events == kept
 
 
-def test_each_step_once_in_order(tmp_path):
+@pytest.mark.parametrize("at_a_time", [1, 2, 100])
+def test_each_step_once_in_order(tmp_path, monkeypatch, at_a_time):
     """Rows that were put together by hand: of one step the last counts."""
-    rows = [row(1), row(2, 5.0), row(4), row(2, 3.0), row(3)]
+    monkeypatch.setattr("ulysses_jax.runs.read._ROWS_AT_A_TIME", at_a_time)
+    rows = [row(1), row(2, 5.0), row(4, mfu=0.5), row(2, 3.0), row(3)]
     (found,) = read_runs([write_run(tmp_path / "run", rows)])
     assert found.columns["step"].tolist() == [1, 2, 3, 4]
     assert found.columns["loss"].tolist() == [2.0, 3.0, 2.0, 2.0]
+    np.testing.assert_array_equal(found.columns["mfu"], [np.nan] * 3 + [0.5])
 
 
 def test_an_old_run_has_no_events(tmp_path):

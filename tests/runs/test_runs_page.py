@@ -344,6 +344,22 @@ def test_errors_are_words_and_exit_code_2(tmp_path, monkeypatch, capsys, options
     assert not list(tmp_path.glob("*.new")) and not (tmp_path / "runs.html").exists()
 
 
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", [row(1)])
+    monkeypatch.chdir(tmp_path)
+    main(["run"])
+    before = (tmp_path / "runs.html").read_text()
+
+    def full(self, target):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert (tmp_path / "runs.html").read_text() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "runs.html"]
+
+
 def test_a_run_without_a_step_beside_others(tmp_path):
     text = page_of(
         write_run(tmp_path / "run", [row(1)]), write_run(tmp_path / "new", [])

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,12 +13,14 @@ import numpy as np
 import yaml
 
 from ulysses_jax.run_folder import check_run_folder, is_run_folder, stages_in
-from ulysses_jax.training.metrics import read_rows
+from ulysses_jax.training.metrics import rows_in
 
 # As long as a run waits for a step before it takes it to hang (`training.phases`).
 _SILENT_SECONDS, _TIMES_THE_LONGEST = 600.0, 5.0
 _ENDS = ("done", "stopped", "failed")
 _NUMBERS = ("unix_seconds", "seconds", "lost_seconds", "lost_steps", "to_step")
+
+_ROWS_AT_A_TIME = 20_000
 
 Columns = Mapping[str, np.ndarray]
 Event = Mapping[str, Any]
@@ -70,14 +73,38 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
     """Rows as columns; of rows of one step the last."""
+    return _each_step_once([_table(rows)])
+
+
+def _read_columns(path: Path) -> Columns:
+    """Of a file, some rows at a time: as objects they take ten times the memory."""
+    parts = [_table([])]
+    with open(path, errors="replace") as file:
+        rows = rows_in(file)
+        while part := list(islice(rows, _ROWS_AT_A_TIME)):
+            parts.append(_table(part))
+    return _each_step_once(parts)
+
+
+def _table(rows: Sequence[Mapping[str, float]]) -> Columns:
     names = dict.fromkeys(name for row in rows for name in row) | {"step": None}
-    columns = {
+    return {
         name: np.array([row.get(name, np.nan) for row in rows], np.float64)
+        for name in names
+    }
+
+
+def _each_step_once(parts: Sequence[Columns]) -> Columns:
+    names = dict.fromkeys(name for part in parts for name in part)
+    columns = {
+        name: np.concatenate(
+            [part.get(name, np.full(len(part["step"]), np.nan)) for part in parts]
+        )
         for name in names
     }
     # Of the reversed steps `unique` takes the first of each, which is the last written.
     _, kept = np.unique(columns["step"][::-1], return_index=True)
-    kept = len(rows) - 1 - kept
+    kept = len(columns["step"]) - 1 - kept
     return {name: column[kept] for name, column in columns.items()}
 
 
@@ -115,7 +142,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Run:
     text, config = _config(folder / "config.yaml")
     path = folder / "metrics.jsonl"
-    columns = columns_of(read_rows(path) if path.is_file() else [])
+    columns = _read_columns(path) if path.is_file() else columns_of([])
     events = _events(folder / "events.jsonl")
     state, goes_on = _state(folder, columns, events, config)
     return Run(name, folder, columns, events, config, text, state, goes_on)

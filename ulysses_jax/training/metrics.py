@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -286,15 +286,19 @@ class RunLog:
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`, without other tools' rows and broken lines."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    with open(path, errors="replace") as file:
+        return list(rows_in(file))
+
+
+def rows_in(lines: Iterable[str]) -> Iterator[dict[str, float]]:
+    """`read_rows`, one after another, of lines of the file."""
+    for line in lines:
         try:
             value = json.loads(line)
         except ValueError:
             continue  # a killed run left it half
         if _is_row(value):
-            rows.append(value)
-    return rows
+            yield value
 
 
 def lacks_validation(folder: Path, step: int) -> bool:
@@ -320,7 +324,7 @@ def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
         and "step" in value
         and ("loss" in value or value.get("counted_tokens") == 0)
         and type(value["step"]) is int
-        and all(type(number) in (int, float) for number in value.values())
+        and {*map(type, value.values())} <= {int, float}
     )
 
 
