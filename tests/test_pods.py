@@ -133,15 +133,20 @@ def test_a_process_that_is_stopped(config_file, tmp_path, rank):
         assert pod.ended(rank, seconds=60)[0] == [LOST]
 
 
-@pytest.mark.slow
-def test_a_wait_without_end(config_file, tmp_path):
-    """The process lives; its main thread waits for a batch that never comes."""
-    endless = "time.sleep(3600 * (number == 5 and jax.process_index() == 1))"
+@pytest.fixture
+def impatient(config_file, tmp_path):
     path = tmp_path / "hangs.yaml"
     config = yaml.safe_load(config_file.read_text())
     config["training"]["hang_minutes"] = 0.1
     path.write_text(yaml.safe_dump(config))
-    with Pod(path, tmp_path / "run", at_step=endless) as pod:
+    return path
+
+
+@pytest.mark.slow
+def test_a_wait_without_end(impatient, tmp_path):
+    """The process lives; its main thread waits for a batch that never comes."""
+    endless = "time.sleep(3600 * (number == 5 and jax.process_index() == 1))"
+    with Pod(impatient, tmp_path / "run", at_step=endless) as pod:
         pod.until(1, "step 5\n")
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [LOST] * 2 and seconds < 30
@@ -149,6 +154,19 @@ def test_a_wait_without_end(config_file, tmp_path):
         assert re.search(r"step [45] hangs: \d+ s of waiting for (data|compute)", said)
         assert "process 0 stands here:" in said and "process 1 stands here:" in said
         assert "slow" in said  # the function that sleeps
+
+
+@pytest.mark.slow
+def test_a_save_without_end(config_file, impatient, tmp_path, unbroken):
+    """On a disk that hangs: the next save waits for it, and the processes live."""
+    with Pod(impatient, tmp_path / "run", prelude=IN_A_SAVE) as pod:
+        pod.until(0, "step 12\n")
+        codes, seconds = pod.ended(0, 1, seconds=60)
+        assert codes == [LOST] * 2 and seconds < 30
+        said = pod.said(0) + pod.said(1)
+        assert re.search(r"step 12 hangs: \d+ s of waiting for checkpoint", said)
+        assert "write_commit" in said or "in long" in said
+    goes_on(config_file, tmp_path / "run", unbroken, after=4)
 
 
 @pytest.mark.parametrize(

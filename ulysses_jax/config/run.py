@@ -98,8 +98,9 @@ class Training:
     """Also after so long, by process 0's clock: what is lost is bounded by both."""
     keep_checkpoints: int = 2
     hang_minutes: float | None = None
-    """A program ends when it waits longer for a step's numbers, or for its batch; null:
-    10 minutes, and five times the longest step so far."""
+    """A program ends when it waits longer for a step's numbers, its batch or a save;
+    null: 10 minutes, and five times the longest step so far; for a save 30 minutes, and
+    one for each 3 GB of it."""
 
 
 @dataclass(frozen=True)

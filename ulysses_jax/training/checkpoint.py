@@ -19,7 +19,8 @@ from ulysses_jax.training.arrays import aside, describe, on_devices, refuse_othe
 from ulysses_jax.training.preflight import gb
 from ulysses_jax.training.proof import read_commit, why_broken, write_commit
 
-_SAVE_TIMEOUT_SECONDS = 2 * 60 * 60
+# A run ends what hangs, by the size of what it saves (`phases.Phases`).
+_SAVE_TIMEOUT_SECONDS = 24 * 60 * 60
 _NONE, _ALL_BROKEN = -1, -2
 
 

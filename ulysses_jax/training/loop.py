@@ -75,7 +75,10 @@ class Loop:
         self._owes_validation = owes_validation
         self._log, self._interrupted = log, interrupted
         training = split.config.training
-        self._phases = Phases(training.hang_minutes)
+        saved = jax.tree.leaves(state.without_frozen())
+        self._phases = Phases(
+            training.hang_minutes, saved_bytes=sum(x.nbytes for x in saved)
+        )
         self._in_flight = InFlight(
             training.batch_size * training.sequence_tokens, self._log_row, self._phases
         )

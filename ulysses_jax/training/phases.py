@@ -12,6 +12,8 @@ from ulysses_jax.training.endings import LOST, leave_last, say_where, tell_other
 Phase = Literal["data", "compute", "checkpoint", "validation"]
 _POLL_SECONDS = 1.0
 _MINUTES, _TIMES_THE_LONGEST = 10.0, 5.0
+# Of a save: that long, and what its bytes take on a disk so slow.
+_SAVE_MINUTES, _SLOWEST_BYTES_A_SECOND = 30.0, 50e6
 
 
 class Phases:
@@ -19,11 +21,14 @@ class Phases:
 
     Args:
       hang_minutes: of one wait, from which on it is taken to be without end. None: 10,
-        and five times the longest wait so far, once a step has been waited for.
+        and five times the longest wait so far, once a step has been waited for; of a
+        checkpoint 30, and a minute for each 3 GB of it.
+      saved_bytes: of a checkpoint.
     """
 
-    def __init__(self, hang_minutes: float | None = None):
+    def __init__(self, hang_minutes: float | None = None, *, saved_bytes: int = 0):
         self._hang_minutes = hang_minutes
+        self._saved_bytes = saved_bytes
         self._seconds: dict[Phase, float] = {}
         self._now: tuple[Phase, float] | None = None
         self._longest = 0.0
@@ -60,17 +65,16 @@ class Phases:
         """Ends the process in a wait without end, and those of a pod with it.
 
         It says the step, the phase and where each thread stands, in all processes, and
-        ends with `endings.LOST`. A checkpoint's wait is not watched: Orbax ends that.
+        ends with `endings.LOST`.
         """
         done = threading.Event()
 
         def look() -> None:
             while not done.wait(_POLL_SECONDS):
-                now, limit = self._now, self._limit_seconds()
-                if now is None or limit is None or now[0] == "checkpoint":
+                if (now := self._now) is None:
                     continue
-                waited = time.monotonic() - now[1]
-                if waited > limit:
+                waited, limit = time.monotonic() - now[1], self._limit_seconds(now[0])
+                if limit is not None and waited > limit:
                     self._end(now[0], waited)
 
         looking = threading.Thread(target=look, daemon=True)
@@ -81,9 +85,11 @@ class Phases:
             done.set()
             looking.join()
 
-    def _limit_seconds(self) -> float | None:
+    def _limit_seconds(self, phase: Phase) -> float | None:
         if self._hang_minutes is not None:
             return 60 * self._hang_minutes
+        if phase == "checkpoint":
+            return 60 * _SAVE_MINUTES + self._saved_bytes / _SLOWEST_BYTES_A_SECOND
         if not self._longest or self._unlike is not None:
             return None
         return max(60 * _MINUTES, _TIMES_THE_LONGEST * self._longest)
@@ -91,7 +97,7 @@ class Phases:
     def _end(self, phase: Phase, waited: float) -> None:
         why = (
             f"step {self._step} hangs: {waited:.0f} s of waiting for {phase}; the same "
-            "command goes on from the last checkpoint, if there is one; if steps do "
+            "command goes on from the last checkpoint, if there is one; if it does "
             "take so long, raise training.hang_minutes"
         )
         print(why, file=sys.stderr, flush=True)
