@@ -181,7 +181,7 @@ function draw(figure, chart) {
     "aria-label": `${chart.title}: ${curves.map(({ run, curve }) =>
       `${run.name} from ${words(curve.mean[0])} to ${words(curve.mean.at(-1))}`).join("; ")}`,
   });
-  const most = Math.max(3, Math.floor((box.bottom - box.top) / 44));
+  const most = Math.max(3, Math.floor((box.bottom - box.top) / 36));
   for (const y of log ? logTicks(y0, y1, most) : ticks(y0, y1, most)) {
     add(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: Y(y), y2: Y(y) });
     add(svg, "text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, words(y));

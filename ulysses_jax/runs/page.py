@@ -442,11 +442,12 @@ def _events(runs: Sequence[Run]) -> str:
 
 
 def _configs(runs: Sequence[Run]) -> str:
-    return "<h2>Whole configs</h2>" + "".join(
+    each = "".join(
         f"<details><summary>{_text(run.name)}</summary>"
         f"<pre>{_text(run.config_text)}</pre></details>"
         for run in runs
     )
+    return f'<section id="configs"><h2>Whole configs</h2>{each}</section>'
 
 
 # ---- Events.
