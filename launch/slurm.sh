@@ -10,16 +10,13 @@
 #SBATCH --open-mode=append
 # One process a GPU. USR1 comes 600 s before the time is over: the run saves its step and
 # ends with 130, and the job goes back into the queue; so it does where a process was lost
-# (75). It then goes on from its last checkpoint.
+# (75), three times in a row without a new checkpoint at most (launch/requeue.sh). It then
+# goes on from its last checkpoint.
 #
 #     sbatch launch/slurm.sh --config configs/llama3_8b.yaml --run.folder /shared/runs/llama
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 source launch/environment.sh
+source launch/requeue.sh
 srun --kill-on-bad-exit=0 "${PYTHON:-python}" train.py --quiet "$@"
-code=$?
-# 137: srun's code is the highest, and a process that is killed has that.
-if [[ $code =~ ^(75|130|137)$ ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
+end $?

@@ -16,12 +16,8 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 source launch/environment.sh
+source launch/requeue.sh
 srun --kill-on-bad-exit=0 --container-image="${IMAGE:?the image}" \
     --container-mounts="${SHARED:?the shared folder}:$SHARED,$PWD:$PWD" \
     --container-workdir="$PWD" "${PYTHON:-python}" train.py --quiet "$@"
-code=$?
-# 137: srun's code is the highest, and a process that is killed has that.
-if [[ $code =~ ^(75|130|137)$ ]] && [[ -n ${SLURM_JOB_ID:-} ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit $code
+end $?

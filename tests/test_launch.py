@@ -31,6 +31,7 @@ RUN = {
 }
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >> "$OUT/srun"; shift; done
+[[ -n ${SAVES:-} ]] && mkdir -p "$SAVES"
 [[ -n ${ENDS:-} ]] && exit $ENDS
 export SLURM_STEP_NODELIST=127.0.0.1 SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
@@ -94,18 +95,60 @@ def test_bash_reads_them(file):
         subprocess.run(["shellcheck", "-x", str(file)], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("file", ["slurm.sh", "slurm_container.sh"])
+SLURM_FILES = pytest.mark.parametrize("file", ["slurm.sh", "slurm_container.sh"])
+
+
+@pytest.fixture
+def job(cluster, tmp_path):
+    """What a job's file does after its processes ended with a code; what it says."""
+    for path in ("launch", "submitted"):
+        (tmp_path / path).mkdir()
+    (tmp_path / "submitted" / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "bin" / "srun").write_text(SRUN)
+    steps = iter(range(4, 1000, 4))
+
+    def ends(file, code, *, saves=False, arguments=("--run.folder", "runs/a b")):
+        folder = tmp_path / "submitted" / "runs" / "a b" / "checkpoints"
+        new = str(folder / str(next(steps))) if saves else ""
+        named = {"ENDS": str(code), "IMAGE": "here", "SHARED": "/s", "SAVES": new}
+        named["SLURM_SUBMIT_DIR"] = str(tmp_path / "submitted")
+        ended = launched(file, cluster | named, *arguments)
+        assert ended.returncode == code, ended.stderr
+        asked = tmp_path / "scontrol"
+        is_asked = asked.exists() and asked.read_text() == "requeue 4242\n"
+        asked.unlink(missing_ok=True)
+        return is_asked, ended.stderr
+
+    return ends
+
+
+@SLURM_FILES
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
-def test_a_job_goes_back_into_the_queue(cluster, tmp_path, file, code):
+def test_a_job_goes_back_into_the_queue(job, tmp_path, file, code):
     """After what the same command goes on from, and after nothing else."""
-    named = {"ENDS": str(code), "IMAGE": "here", "SHARED": "/shared"}
-    assert launched(file, cluster | named).returncode == code
-    asked = tmp_path / "scontrol"
-    assert asked.exists() == (code in (75, 130, 137))
-    if code == 130:
-        assert asked.read_text() == "requeue 4242\n"
+    assert job(file, code)[0] == (code in (75, 130, 137))
     if "container" in file:
         assert "--container-image=here" in (tmp_path / "srun").read_text()
+
+
+@SLURM_FILES
+@pytest.mark.parametrize(
+    "arguments",
+    [("--run.folder", "runs/a b"), ("--run.folder=runs/a b",), ("--quiet",)],
+    ids=["two words", "one word", "none: any run"],
+)
+def test_a_job_that_gets_nowhere_leaves_the_queue(job, file, arguments):
+    """Three times lost without a new checkpoint; told to stop it goes on for ever."""
+    for code in (75, 137):
+        assert job(file, code, arguments=arguments)[0]
+    assert job(file, 75, saves=True, arguments=arguments)[0]  # counts anew
+    for _ in range(5):
+        assert job(file, 130, arguments=arguments)[0]
+    for code in (75, 75):
+        assert job(file, code, arguments=arguments)[0]
+    is_asked, said = job(file, 75, arguments=arguments)
+    assert not is_asked and "3 attempts in a row lost a process" in said
+    assert job(file, 75, arguments=arguments)[0]  # put back by hand
 
 
 def test_a_container_needs_an_image(cluster):
