@@ -72,6 +72,7 @@ _MAY_BE_ZERO = {
     "final_learning_rate",
     "validation_interval_steps",
     "validation_batches",
+    "skipped_steps",
     "process_id",
     "beta1",
     "beta2",

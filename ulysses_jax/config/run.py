@@ -97,6 +97,12 @@ class Training:
     checkpoint_interval_minutes: float = 30.0
     """Also after so long, by process 0's clock: what is lost is bounded by both."""
     keep_checkpoints: int = 2
+    skipped_steps: int = 0
+    """So many in a row may have a loss or gradients that are not finite: each changes
+    nothing but its number, and is written down. 0: the run ends at the first."""
+    spike_nats: float | None = None
+    """A step's loss so far above the median of the last 50 is a spike: the run goes
+    back to its last checkpoint, and on from there with the next batch; null: never."""
     hang_minutes: float | None = None
     """A program ends when it waits longer for a step's numbers, its batch or a save;
     null: 10 minutes, and five times the longest step so far; for a save 30 minutes, and

@@ -49,7 +49,7 @@ class Checkpointer:
         self.folder = folder.absolute()
         self.interval_steps = interval_steps
         self.keep = keep
-        self._newest: int | None = None  # whole: saved or restored by this object
+        self.newest: int | None = None  # whole: saved or restored by this object
         self._restored = False
         self._has_failed = False
         self._saving: tuple[int, dict[str, Any]] | None = None
@@ -90,7 +90,7 @@ class Checkpointer:
           ValueError: the folder holds checkpoints and none was asked for.
         """
         self.wait()
-        if step == self._newest:
+        if step == self.newest:
             return
         body = {
             "step": step,
@@ -134,7 +134,7 @@ class Checkpointer:
         commit = read_commit(folder)
         refuse_others(commit["arrays"], describe(abstract_state), folder)
         state = self._orbax.restore(folder, jax.tree.map(on_devices, abstract_state))
-        self._newest = step
+        self.newest = step
         return step, state, commit["meta"]
 
     def restore_part(self, name: str, abstract: Any) -> Any:
@@ -191,7 +191,7 @@ class Checkpointer:
         except Exception as error:
             self._fail(error)
         if self._saving is not None:
-            self._newest, self._saving = self._saving[0], None
+            self.newest, self._saving = self._saving[0], None
             if jax.process_index() == 0:
                 for step in self._steps()[: -self.keep]:
                     shutil.rmtree(self.folder / str(step))
@@ -270,7 +270,7 @@ class Checkpointer:
 
     def _make_room(self, step: int) -> None:
         """Removes what an interrupted run left behind and `restore` passed over."""
-        newest = -1 if self._newest is None else self._newest
+        newest = -1 if self.newest is None else self.newest
         ahead = [s for s in self._steps() if s > newest]
         if ahead and not self._restored:
             raise ValueError(
@@ -305,8 +305,8 @@ class Checkpointer:
             why = f"{full}: {gb(free)} free, a checkpoint takes {gb(size)}"
         before = (
             "there is no checkpoint before it"
-            if self._newest is None
-            else f"the one of step {self._newest} is whole: the same command resumes it"
+            if self.newest is None
+            else f"the one of step {self.newest} is whole: the same command resumes it"
         )
         raise OSError(
             f"the checkpoint of step {step} could not be written to {self.folder}: "

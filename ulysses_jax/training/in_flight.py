@@ -18,9 +18,22 @@ class InFlight:
       log: `f(step, loss=, tokens_per_second=, seconds=, ...)`, as `RunLog.log_step`;
         loss is None where none of the step's tokens counts.
       phases: the wait for numbers is one of them, and a row has the seconds of each.
+      most_skipped: steps in a row that may be skipped.
+      on_skipped: `f(step, why)`, called before such a step is logged, which is without
+        the numbers that are not finite.
     """
 
-    def __init__(self, tokens: int, log: Callable[..., Any], phases: Phases):
+    def __init__(
+        self,
+        tokens: int,
+        log: Callable[..., Any],
+        phases: Phases,
+        *,
+        most_skipped: int = 0,
+        on_skipped: Callable[[int, str], Any] = lambda *_: None,
+    ):
+        self._most_skipped, self._on_skipped = most_skipped, on_skipped
+        self._skipped = 0  # in a row
         self._tokens = tokens
         self._phases = phases
         self._seconds = 0.0
@@ -49,6 +62,10 @@ class InFlight:
             return None
         since = max(steps[0][2], self._last_read) if steps else now
         return max(0.0, len(steps) * self._seconds - (now - since))
+
+    def forget(self) -> None:
+        """Leaves the numbers of the steps that were not read."""
+        self._steps.clear()
 
     def settle(self) -> None:
         """Waits for the step in flight and logs it: then its state may be saved.
@@ -83,24 +100,43 @@ class InFlight:
         if row.get("counted_tokens") == 0:  # means of nothing
             row["loss"] = None
             row.pop("objective", None)
-        check_finite(number, row)
+        self._skipped = self._skipped + 1 if row.pop("skipped", 0) else 0
+        if 0 < self._skipped <= self._most_skipped:
+            bad = _not_finite(row)
+            self._on_skipped(number, " and ".join(bad.values()))
+            row = {name: value for name, value in row.items() if name not in bad}
+            row |= {"loss": row.get("loss"), "skipped": 1}
+        check_finite(number, row, skipped=max(self._skipped - 1, 0))
         self._log(
             number, tokens_per_second=self._tokens / seconds, seconds=seconds, **row
         )
 
 
-def check_finite(step: int, row: Mapping[str, float | None]) -> None:
-    """Raises ValueError where a number of a step is not finite."""
-    bad = [
-        f"{name} is {value}"
+def check_finite(
+    step: int, row: Mapping[str, float | None], *, skipped: int | None = None
+) -> None:
+    """Raises ValueError where a number of a step is not finite.
+
+    Args:
+      skipped: so many steps before it were; None: it cannot be.
+    """
+    if bad := _not_finite(row):
+        after = f", after {skipped} that were skipped" if skipped else ""
+        more = "" if skipped is None else ", or raise training.skipped_steps"
+        raise ValueError(
+            f"{' and '.join(bad.values())} at step {step}{after}: lower "
+            f"training.learning_rate{more}; the same command resumes from the last "
+            "checkpoint, if there is one"
+        )
+
+
+def _not_finite(row: Mapping[str, float | None]) -> dict[str, str]:
+    """By name, in words."""
+    return {
+        name: f"{name} is {value}"
         for name, value in row.items()
         if value is not None and not isfinite(value)
-    ]
-    if bad:
-        raise ValueError(
-            f"{' and '.join(bad)} at step {step}: lower training.learning_rate; the "
-            "same command resumes from the last checkpoint, if there is one"
-        )
+    }
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:

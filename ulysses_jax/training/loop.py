@@ -1,8 +1,9 @@
 """The loop of a run: its steps, and where it validates, saves and stops."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import jax
@@ -10,13 +11,20 @@ import jax
 from ulysses_jax.config import Config
 from ulysses_jax.data.loader import validation_batches
 from ulysses_jax.data.open import RunData
-from ulysses_jax.training.by_length import Split, Steps, relaid, training_batches
+from ulysses_jax.training.by_length import (
+    Split,
+    Steps,
+    relaid,
+    rows_of_steps,
+    training_batches,
+)
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.model import MakeModel
 from ulysses_jax.training.phases import Phases
 from ulysses_jax.training.signals import Stopped, told_to_stop
+from ulysses_jax.training.spikes import Spikes
 from ulysses_jax.training.state import TrainState
 from ulysses_jax.training.step import make_validation_step
 from ulysses_jax.training.together import Together
@@ -40,7 +48,7 @@ class Loop:
       split: of the longest rows, whose mesh is set.
       splits, steps: of each length.
       state: after `first_step`; it is given up.
-      meta: of the checkpoints.
+      meta, restored: of the checkpoints, and of the one that it goes on from.
       owes_validation: whether `first_step` was saved before it was validated.
       log: open.
       interrupted: as `training.train`'s.
@@ -59,6 +67,7 @@ class Loop:
         first_step: int,
         checkpointer: Checkpointer,
         meta: dict[str, Any],
+        restored: dict[str, Any],
         owes_validation: bool,
         log: RunLog,
         interrupted: Callable[[], Any] | None,
@@ -80,8 +89,14 @@ class Loop:
             training.hang_minutes, saved_bytes=sum(x.nbytes for x in saved)
         )
         self._in_flight = InFlight(
-            training.batch_size * training.sequence_tokens, self._log_row, self._phases
+            training.batch_size * training.sequence_tokens,
+            self._log_row,
+            self._phases,
+            most_skipped=training.skipped_steps,
+            on_skipped=self._skipped,
         )
+        self._spikes = Spikes(training.spike_nats, restored)
+        self._streams = ExitStack()
         self._use = Use(splits, make_model)
         self._together = Together()
         self._saved_at = time.monotonic()
@@ -96,19 +111,19 @@ class Loop:
           OSError: the disk cannot be read or written.
         """
         training, phases, stops = self.config.training, self._phases, False
-        stream = training_batches(self._data, self._splits, start_step=self.number)
         watched = self._interrupted is not None
         watch = phases.watched() if watched else nullcontext()
         told = told_to_stop(self._told, self._interrupted)
-        with closing(stream), self._together, watch, told:
+        self._read_from(self.number)
+        with self._streams, self._together, watch, told:
             if self._owes_validation:
                 stops = self._stops_in_validation()
             while not stops and self.number < training.num_steps:
                 if stops := self._stops():
                     break
-                self._step(stream)
+                self._step()
                 if self._validates and validates_at(self.number, self.config):
-                    self._in_flight.settle()
+                    self._settle()
                     if stops := self._stops_in_validation():
                         break
                 last = self.number == training.num_steps
@@ -129,11 +144,17 @@ class Loop:
             )
             return self._together.asked_to_stop()
 
-    def _step(self, stream: Iterator[Any]) -> None:
+    def _read_from(self, step: int) -> None:
+        """Batches from those of step + 1 on."""
+        self._streams.close()
+        stream = training_batches(self._data, self._splits, start_step=step)
+        self._stream = self._streams.enter_context(closing(stream))
+
+    def _step(self) -> None:
         self.number += 1
         started = time.monotonic()
         with self._phases("data", self.number):
-            batch = next(stream)
+            batch = next(self._stream)
         if is_new := (tokens := batch["tokens"].shape[2]) not in self._met:
             self._phases.unlike(self.number)
         self._met.add(tokens)
@@ -146,10 +167,55 @@ class Loop:
         if self._data.by_length is not None:
             metrics |= {"sequence_tokens": tokens}
         self._in_flight.add(self.number, metrics, started)
+        self._after_reading()
+
+    def _settle(self) -> None:
+        self._in_flight.settle()
+        self._after_reading()
 
     def _log_row(self, number: int, *, seconds: float, **row: Any) -> None:
         row |= self._use.row(seconds, row.get("sequence_tokens"))
         self._log.log_step(number, seconds=seconds, **row)
+        self._spikes.see(number, row["loss"])
+
+    def _skipped(self, number: int, why: str) -> None:
+        rows = self._rows(number - 1, number)
+        self._log.happened("skipped", number, why=why, rows=rows)
+        self._log.say(f"step {number} is skipped: {why}; its rows: {_few(rows)}")
+
+    def _rows(self, after: int, last: int) -> list[int]:
+        """The numbers of the rows that these steps read."""
+        order = rows_of_steps(self._data, self._splits)
+        return [int(n) for step in range(after, last) for n in order(step)[1]]
+
+    def _after_reading(self) -> None:
+        """Goes back to the last checkpoint, and on past the batch, from a spike."""
+        if (spike := self._spikes.take()) is None:
+            return
+        number, what = spike
+        self._log.happened("spike", number, why=what)
+        with self._phases("checkpoint", number):
+            self._checkpointer.wait()
+            if self._checkpointer.newest is None:
+                self._log.say(f"{what}; there is no checkpoint to go back to")
+                return
+            self._in_flight.forget()
+            frozen = self.state.frozen
+            del self.state  # there is no room for two
+            shapes = self._steps.shapes[max(self._splits)].without_frozen()
+            restored = self._checkpointer.restore(shapes, on_skipped=self._log.say)
+        assert restored is not None
+        step, state, meta = restored
+        self._spikes.went_back(step, meta)
+        self.state = dataclasses.replace(state, frozen=frozen)
+        self.number = number
+        self._read_from(number)
+        rows = self._rows(step, number)
+        self._log.happened("rolled_back", number, to_step=step, rows=rows)
+        self._log.say(
+            f"{what}: back to the state of step {step}, and on after step {number}; "
+            f"rows passed over: {_few(rows)}"
+        )
 
     def _stops_in_validation(self) -> bool:
         """Validates, and logs it; whether it was told to stop before its end."""
@@ -189,11 +255,12 @@ class Loop:
         return total / count  # more than 0: `refuse_uncounted` let it pass
 
     def _save(self) -> None:
-        self._in_flight.settle()
+        self._settle()
         started = time.monotonic()
         with self._phases("checkpoint", self.number):
             state = self.state.without_frozen()
-            self._checkpointer.save(self.number, state, self._meta)
+            meta = self._meta | self._spikes.meta()
+            self._checkpointer.save(self.number, state, meta)
         self._saved_at = time.monotonic()
         stood_still = self._saved_at - started
         self._log.happened("saved", self.number, seconds=stood_still)
@@ -223,3 +290,8 @@ class Loop:
             "same again ends it at once"
         )
         self._log.say(said) if jax.process_index() == 0 else print(said, flush=True)
+
+
+def _few(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return f"{shown} and {len(rows) - 8} more" if len(rows) > 8 else shown

@@ -109,8 +109,8 @@ class RunLog:
 
         Args:
           step: steps taken, this one included; more than at the last call.
-          loss: nats a token; None: none of the step's tokens counts. That is said, and
-            the row has no loss.
+          loss: nats a token; None: none of the step's tokens counts, which is said, or
+            the step was skipped. The row has no loss then.
           tokens_per_second: of all devices together.
           seconds: that the step took.
           extra: other numbers, such as gradient_norm and learning_rate.
@@ -125,7 +125,8 @@ class RunLog:
         numbers = dict(tokens_per_second=tokens_per_second, seconds=seconds, **extra)
         numbers["unix_seconds"] = time.time()
         if loss is None:
-            self.say(f"step {step}: none of its tokens counts, so it has no loss")
+            if not extra.get("skipped"):
+                self.say(f"step {step}: none of its tokens counts, so it has no loss")
         else:
             numbers = {"loss": loss, **numbers}
         self._row_start = self._file.seek(0, 2)
@@ -322,7 +323,7 @@ def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
     return (
         isinstance(value, dict)
         and "step" in value
-        and ("loss" in value or value.get("counted_tokens") == 0)
+        and ("loss" in value or value.get("counted_tokens") == 0 or "skipped" in value)
         and type(value["step"]) is int
         and {*map(type, value.values())} <= {int, float}
     )

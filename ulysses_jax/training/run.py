@@ -274,6 +274,7 @@ def run_once(
             checkpointer=checkpointer,
             meta=meta,
             owes_validation=owes_validation,
+            restored={} if restored is None else restored[2],
             log=log,
             interrupted=interrupted,
         )

@@ -115,7 +115,8 @@ def make_train_step(
       training.z_loss make it another), `gradient_norm` (of the objective, before
       clipping) and `learning_rate`; and the int32 `counted_tokens`, over which loss and
       objective are means. Where none counts these say 0 and mean nothing: the gradient
-      is 0, and the optimizer takes its step with that.
+      is 0, and the optimizer takes its step with that. With training.skipped_steps
+      there is `skipped`: 1 where a number is not finite, and the state is what it was.
     """
     optimizer = optimizer_of(config, make_model)
     schedule = learning_rate_schedule(config.training)
@@ -162,8 +163,10 @@ def make_train_step(
         tokens = jnp.maximum(counted, 1).astype(jnp.float32)
         gradients = laid("moments", gradients)
         parameters = laid("moments", parameters)
+        skips = bool(training.skipped_steps)
+        finite = jnp.isfinite(minimised) & jnp.isfinite(loss) if skips else None
         parameters, optimizer_state, norm = update(
-            optimizer, gradients, tokens, parameters, state.optimizer
+            optimizer, gradients, tokens, parameters, state.optimizer, finite
         )
         metrics = {
             "loss": loss / tokens,
@@ -173,8 +176,13 @@ def make_train_step(
         }
         if changed:
             metrics["objective"] = minimised / tokens
+        number = state.step + 1
+        if finite is not None:
+            taken = finite & jnp.isfinite(norm)
+            metrics["skipped"] = 1 - taken.astype(jnp.int32)
+            number = state.step + taken.astype(state.step.dtype)
         parameters = laid("parameters", parameters)
-        state = TrainState(state.step + 1, parameters, optimizer_state, state.frozen)
+        state = TrainState(number, parameters, optimizer_state, state.frozen)
         return state, metrics
 
     return step

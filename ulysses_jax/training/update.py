@@ -1,12 +1,13 @@
 """The step of the optimizer: of the whole state, or of one layer after another."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ulysses_jax.memory.offload import (
     in_host,
@@ -28,6 +29,7 @@ def update(
     tokens: Float[Array, ""],
     parameters: dict[str, Any],
     state: optax.OptState,
+    finite: Bool[Array, ""] | None = None,
 ) -> tuple[dict[str, Any], optax.OptState, Float[Array, ""]]:
     """Takes a step along the gradients; streams what lies in host memory.
 
@@ -37,6 +39,8 @@ def update(
       sums: the parameters' gradients times `tokens`, float32.
       parameters: float32.
       state: the optimizer's; its moments are dicts as the parameters.
+      finite: where it is False, or the gradients' norm is not finite, nothing changes;
+        None: whatever they are, the step is taken.
 
     Returns:
       The parameters and the state, each array in the memory where it was; and the norm
@@ -58,7 +62,11 @@ def update(
         updates, state = optimizer.update(
             gradients_of(sums), state, parameters, norm=norm
         )
-        return optax.apply_updates(parameters, updates), state
+        stepped = optax.apply_updates(parameters, updates), state
+        if finite is None:
+            return stepped
+        taken = finite & jnp.isfinite(norm)
+        return jax.tree.map(partial(jnp.where, taken), stepped, written)
 
     if in_host(sums):
         layers, others = _part(sums, LAYERS), _part(sums)
