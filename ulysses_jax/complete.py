@@ -53,6 +53,7 @@ def complete(config: Config, *, name: str) -> Config:
             f"training.sequence_tokens {training.sequence_tokens}: raise it"
         )
     _check_mixture(config.data)
+    _check_profile(config.profile, training.num_steps)
     check_lengths(config.data, training)
     if config.data.balance and not config.data.mask_documents:
         raise ValueError(
@@ -62,6 +63,14 @@ def complete(config: Config, *, name: str) -> Config:
     _check_memory(config.memory, model, training)
     run = dataclasses.replace(config.run, folder=_folder(config.run.folder, name))
     return dataclasses.replace(config, model=model, run=run)
+
+
+def _check_profile(steps: tuple[int, ...], num_steps: int) -> None:
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= num_steps):
+        raise ValueError(
+            f"profile {' '.join(map(str, steps))} must be a first and a last step, of "
+            f"1 to training.num_steps {num_steps}, such as --profile 10 12"
+        )
 
 
 def _check_mixture(data: Data) -> None:

@@ -141,6 +141,8 @@ class Config:
     distributed: Distributed = field(default_factory=Distributed)
     quiet: bool = False
     """Plain lines for a log instead of a live progress bar."""
+    profile: tuple[int, ...] = ()
+    """The first and the last step to trace into the run's folder."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, as `config_file.from_dict` reads it."""

@@ -23,6 +23,7 @@ from ulysses_jax.training.in_flight import InFlight, check_finite, one_behind
 from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.model import MakeModel
 from ulysses_jax.training.phases import Phases
+from ulysses_jax.training.profile import Profile
 from ulysses_jax.training.signals import Stopped, told_to_stop
 from ulysses_jax.training.spikes import Spikes
 from ulysses_jax.training.state import TrainState
@@ -97,6 +98,7 @@ class Loop:
         )
         self._spikes = Spikes(training.spike_nats, restored)
         self._streams = ExitStack()
+        self._profile = Profile(split.config.profile, log.folder / "profile")
         self._use = Use(splits, make_model)
         self._together = Together()
         self._saved_at = time.monotonic()
@@ -115,13 +117,13 @@ class Loop:
         watch = phases.watched() if watched else nullcontext()
         told = told_to_stop(self._told, self._interrupted)
         self._read_from(self.number)
-        with self._streams, self._together, watch, told:
+        with self._streams, self._together, watch, told, self._profile:
             if self._owes_validation:
                 stops = self._stops_in_validation()
             while not stops and self.number < training.num_steps:
                 if stops := self._stops():
                     break
-                self._step()
+                self._step_in_profile()
                 if self._validates and validates_at(self.number, self.config):
                     self._settle()
                     if stops := self._stops_in_validation():
@@ -149,6 +151,19 @@ class Loop:
         self._streams.close()
         stream = training_batches(self._data, self._splits, start_step=step)
         self._stream = self._streams.enter_context(closing(stream))
+
+    def _step_in_profile(self) -> None:
+        profile = self._profile
+        if profile.begins_at(self.number + 1):
+            self._settle()
+            profile.begin()
+        with profile.step(self.number + 1):
+            self._step()
+        if profile.ends_at(self.number):
+            self._settle()
+            profile.end()
+            self._log.happened("profiled", self.number, folder=str(profile.folder))
+            self._log.say(f"traced up to step {self.number}: {profile.folder}")
 
     def _step(self) -> None:
         self.number += 1

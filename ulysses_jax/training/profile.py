@@ -1,0 +1,61 @@
+"""A profile of some steps of a run, for XProf and Perfetto."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+
+class Profile:
+    """Traces the steps `first` to `last`; a context manager, which ends the trace.
+
+    Each process writes into `folder`, of several each into its own folder there:
+    `plugins/profile/<when>/` has `*.xplane.pb` for XProf, and `perfetto_trace.json.gz`
+    for Perfetto (ui.perfetto.dev).
+
+    Args:
+      steps: (first, last); empty: none.
+    """
+
+    def __init__(self, steps: tuple[int, ...], folder: Path):
+        self._first, self._last = steps or (0, -1)
+        several = jax.process_count() > 1
+        self.folder = folder / f"process_{jax.process_index()}" if several else folder
+        self._is_on = False
+
+    def begins_at(self, step: int) -> bool:
+        """The step before it must have ended."""
+        return step == self._first
+
+    def begin(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # else its events crowd out the devices'
+        jax.profiler.start_trace(
+            self.folder, create_perfetto_trace=True, profiler_options=options
+        )
+        self._is_on = True
+
+    def step(self, number: int) -> AbstractContextManager[Any]:
+        """Around a step: names it in the trace."""
+        if not self._is_on:
+            return nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def ends_at(self, step: int) -> bool:
+        """It must have ended."""
+        return self._is_on and step >= self._last
+
+    def end(self) -> None:
+        self._is_on = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(
+        self, kind: Any, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_on:
+            self.end()
