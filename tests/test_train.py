@@ -137,6 +137,7 @@ def test_what_a_run_leaves_behind(whole_run, config_file, capfd):
     assert names == {
         "config.yaml",
         "metrics.jsonl",
+        "events.jsonl",
         "checkpoints",
         "tensorboard",
         "loss.png",
