@@ -24,6 +24,8 @@ class Run:
     """0 to 2^32 - 1."""
     simulated_cpu_devices: int | None = None
     """Run on the CPU as this many devices; a device count in XLA_FLAGS wins."""
+    wandb: bool = False
+    """Rows go to Weights & Biases too, by its package, which is to be installed."""
 
 
 @dataclass(frozen=True)

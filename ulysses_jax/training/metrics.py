@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from ulysses_jax.training.events import Events
 from ulysses_jax.training.journal import Journal
 from ulysses_jax.training.picture import draw_loss
+from ulysses_jax.training.wandb_run import WandbRun
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _MOST_WAITED = 0.05  # of the time, of which nothing is said
@@ -43,6 +44,7 @@ class RunLog:
       first_step: steps taken before, 0 in a new run. What an interrupted run logged
         after that step is cut off, so that each step appears once.
       is_main: whether this is process 0; the others show and write nothing.
+      wandb: what is given all rows too.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class RunLog:
         quiet: bool,
         first_step: int = 0,
         is_main: bool,
+        wandb: WandbRun | None = None,
     ):
         self.folder = folder
+        self._wandb = wandb
         self._num_steps = num_steps
         self._is_main = is_main
         if not is_main:
@@ -238,6 +242,8 @@ class RunLog:
             for name, value in numbers.items():
                 if name != "unix_seconds":  # TensorBoard has its own
                     self._events.add(name, value, int(self._row["step"]))
+        if self._wandb is not None:
+            self._wandb.add({"step": self._row["step"], **numbers})
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:

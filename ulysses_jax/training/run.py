@@ -71,6 +71,7 @@ from ulysses_jax.training.state import (
     first_state,
     read_from,
 )
+from ulysses_jax.training.wandb_run import WandbRun
 
 
 @allow_promotion()
@@ -167,13 +168,19 @@ def run_once(
     )
     is_main = jax.process_index() == 0
     say = partial(print, flush=True) if is_main else lambda *_: None
-    with RunLock(folder) as lock, checkpointer, jax.set_mesh(mesh):
+    with (
+        RunLock(folder) as lock,
+        checkpointer,
+        WandbRun(config, is_main=is_main) as wandb,
+        jax.set_mesh(mesh),
+    ):
         shapes = abstract_state(config, make_model)
         steps = Steps(splits, make_model)
         # What a process finds on its own disk, all processes must hear of.
         validates = data.validation is not None and training.validation_batches > 0
         with agreed():
             check_folder(folder)
+            wandb.check()
             if validates:
                 assert data.validation is not None
                 num_rows = training.validation_batches * training.batch_size
@@ -247,6 +254,10 @@ def run_once(
         for line in changes:
             say(line)
 
+        if config.run.wandb:
+            with agreed():
+                wandb.start()
+
         # ---- The step, compiled once; of several lengths the longest here, for what
         # does not fit, and the others when they are first met.
         steps.compile(longest, say)
@@ -258,6 +269,7 @@ def run_once(
             quiet=config.quiet,
             first_step=first_step,
             is_main=is_main,
+            wandb=wandb,
         )
         if is_main:
             (folder / "config.yaml").write_text(config.to_yaml())
