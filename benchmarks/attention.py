@@ -1,21 +1,26 @@
-"""What does attention cost by its mask, where work should follow the visible pairs?
+"""What does attention cost by its mask, and what do recurrences in its place?
 
     .venv/bin/python benchmarks/attention.py [--json FILE] [--quick | --tokens 16384]
 
-Forward and backward of the blockwise kernel on one CPU device, two heads of 16,
-float32, causal, 1K to 64K tokens. The block-sparse layout shows a block of 256 queries
-its own and random earlier ones, an eighth of the pairs. The masks of a length take
-turns: `seconds` is the median of a mask's calls, and `times_dense` that of its ratios
-to the dense call of the same round, which a machine that slows down for a while leaves
-alike. temp_bytes are XLA's, of the same program.
+Forward and backward on one CPU device, two heads of 16, float32, causal, 1K to 64K
+tokens: of the blockwise kernel, whose work should follow the visible pairs, and of
+linear attention and the gated delta rule, whose should follow the tokens. The
+block-sparse layout shows a block of 256 queries its own and random earlier ones, an
+eighth of the pairs. All rows of a length take turns: `seconds` is the median of a row's
+calls, and `times_dense` that of its ratios to the dense call of the same round, which a
+machine that slows down for a while leaves alike. The exponent is that of the tokens by
+which the seconds grow, from the shortest length to the longest. temp_bytes are XLA's,
+of the same program.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ulysses_jax import gated_delta_rule, linear_attention
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
@@ -62,12 +68,15 @@ MASKS: dict[str, Callable[[int], Mask]] = {
     f"block-sparse, documents of {DOCUMENT:,}": packed_sparse,
     SINKS: lambda tokens: Mask(causal=True),
 }
+LINEAR, DELTA = "linear, decay by token", "gated delta rule"
+ROWS = (*MASKS, LINEAR, DELTA)
+ONE_DEVICE = jax.sharding.get_abstract_mesh()
 
 
 def rows_of(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """Every mask at one length."""
-    programs = {name: program(name, tokens) for name in MASKS}
-    seconds: dict[str, list[float]] = {name: [] for name in MASKS}
+    """Every row at one length."""
+    programs = {name: program(name, tokens) for name in ROWS}
+    seconds: dict[str, list[float]] = {name: [] for name in ROWS}
     for _ in range(rounds):
         for name, (run, arguments) in programs.items():
             started = time.perf_counter()
@@ -91,26 +100,52 @@ def rows_of(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
 
 
 def program(name: str, tokens: int) -> tuple[Any, tuple[Any, ...]]:
-    """One mask's, compiled and run once, and its arguments."""
+    """One row's, compiled and run once, and its arguments."""
     shape = (1, tokens, NUM_HEADS, HEAD_SIZE)
-    q, k, v, upstream = (
-        jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)
+    q, k, v, upstream, gates = (
+        jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 5)
     )
-    sinks = (jnp.ones(NUM_HEADS),) if name == SINKS else ()
+    log_decay, beta = -jax.nn.softplus(gates[..., 0]), jax.nn.sigmoid(gates[..., 1])
+    more = {LINEAR: (log_decay,), DELTA: (log_decay, beta), SINKS: (jnp.ones(2),)}
+    mask = MASKS[name](tokens) if name in MASKS else None
 
-    def both_ways(q, k, v, upstream, mask):
-        def attend(q, k, v, *sinks):
-            if sinks:
-                return with_sinks(q, k, v, mask=mask, sinks=sinks[0])
-            return blockwise_attention(q, k, v, mask=mask)
-
-        out, pullback = jax.vjp(attend, q, k, v, *sinks)
+    def both_ways(q, k, v, more, upstream, mask):
+        attend = partial(ATTENTIONS.get(name, masked), mask)
+        out, pullback = jax.vjp(attend, q, k, v, *more)
         return out, pullback(upstream)
 
-    arguments = q, k, v, upstream, MASKS[name](tokens)
+    arguments = q, k, v, more.get(name, ()), upstream, mask
     run = jax.jit(both_ways).lower(*arguments).compile()
     jax.block_until_ready(run(*arguments))
     return run, arguments
+
+
+def masked(mask, q, k, v):
+    return blockwise_attention(q, k, v, mask=mask)
+
+
+def sinking(mask, q, k, v, sinks):
+    return with_sinks(q, k, v, mask=mask, sinks=sinks)
+
+
+def linear(_, q, k, v, log_decay):
+    return linear_attention(q, k, v, mesh=ONE_DEVICE, log_decay=log_decay)
+
+
+def delta(_, q, k, v, log_decay, beta):
+    return gated_delta_rule(q, k, v, mesh=ONE_DEVICE, log_decay=log_decay, beta=beta)
+
+
+ATTENTIONS = {SINKS: sinking, LINEAR: linear, DELTA: delta}
+
+
+def exponent(found: dict[Any, Any], name: str, lengths: list[int]) -> float:
+    """Of the tokens, by which a row's seconds grow; NaN: of one length."""
+    short, long = lengths[0], lengths[-1]
+    if short == long:
+        return math.nan
+    grown = found[name, long]["seconds"] / found[name, short]["seconds"]
+    return math.log(grown) / math.log(long / short)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -118,16 +153,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     lengths = sorted({each["tokens"] for each in rows})
     found = {(each["attention"], each["tokens"]): each for each in rows}
     table = Table(title="Milliseconds of attention, forward and backward, on a CPU")
-    table.add_column("mask")
+    table.add_column("attention")
     for tokens in lengths:
         table.add_column(f"{tokens // 1024}K", justify="right")
+    table.add_column("exponent", justify="right")
     table.add_column("MiB at most", justify="right")
-    for name in MASKS:
+    for name in ROWS:
         cells = []
         for tokens in lengths:
             seconds = found[name, tokens]["seconds"]
             faster = f" ({1 / found[name, tokens]['times_dense']:.2f}x)"
             cells.append(f"{seconds * 1e3:,.1f}{faster * (name != DENSE)}")
+        first, last = (
+            found[name, each]["seconds"] for each in (lengths[0], lengths[-1])
+        )
+        grown = math.log(lengths[-1] / lengths[0]) if len(lengths) > 1 else math.inf
+        cells.append(f"{math.log(last / first) / grown:.2f}")
         most = max(found[name, tokens]["temp_bytes"] for tokens in lengths)
         table.add_row(name, *cells, f"{most / 2**20:.1f}")
     Console(width=160).print(table)

@@ -1,4 +1,4 @@
-"""benchmarks/attention.py: rows by mask, whose memory grows with the tokens."""
+"""benchmarks/attention.py: rows, whose memory grows with the tokens."""
 
 from files import module_of
 
@@ -7,7 +7,7 @@ def test_rows(capsys):
     benchmark = module_of("benchmarks/attention.py")
     short, long = (benchmark.rows_of(tokens, rounds=1) for tokens in (512, 1024))
     for rows, tokens in ((short, 512), (long, 1024)):
-        assert {each["attention"] for each in rows} == set(benchmark.MASKS)
+        assert {each["attention"] for each in rows} == set(benchmark.ROWS)
         assert all(each["tokens"] == tokens and each["seconds"] > 0 for each in rows)
         assert all(
             (each["times_dense"] == 1) == (each["attention"] == benchmark.DENSE)
@@ -17,4 +17,4 @@ def test_rows(capsys):
         assert one["temp_bytes"] < other["temp_bytes"] < 2.1 * one["temp_bytes"]
     benchmark.print_table(short + long)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in benchmark.MASKS)
+    assert all(name in printed for name in benchmark.ROWS)
