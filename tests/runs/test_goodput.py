@@ -88,10 +88,38 @@ def test_compiling_for_another_length_is_no_step():
     assert reckon(rows, events) == Goodput(useful=2.0, start=7.0)
 
 
-def test_a_skipped_batch_is_lost():
-    rows = [row(1, unix_seconds=1.0), row(3, unix_seconds=3.0)]
-    events = [event(0.0, 0, "started"), event(2.0, 2, "skipped", why="nan")]
+def test_a_skipped_step_is_lost():
+    rows = [row(n, unix_seconds=float(n)) for n in (1, 2, 3)]
+    del rows[1]["loss"]
+    rows[1]["skipped"] = 1
+    events = [event(0.0, 0, "started"), event(1.9, 2, "skipped", why="nan")]
     assert reckon(rows, events) == Goodput(useful=2.0, lost=1.0)
+
+
+def test_steps_that_are_gone_back_from_are_lost_and_so_is_the_way():
+    """Of steps 1 to 4 the checkpoint has two; to read it takes three seconds."""
+    rows = [row(n, unix_seconds=float(n)) for n in (1, 2, 3, 4)]
+    rows.append(row(5, unix_seconds=8.0, checkpoint_seconds=2.9))
+    events = [
+        event(0.0, 0, "started"),
+        event(2.0, 2, "saved", seconds=0.0),
+        event(4.1, 4, "spike", why="loss 9 is far above"),
+        event(7.0, 4, "rolled_back", to_step=2, rows=[7, 8]),
+    ]
+    assert reckon(rows, events) == Goodput(useful=3.0, lost=5.0)
+
+
+def test_an_event_among_lost_steps_makes_them_no_longer():
+    rows = [row(1, unix_seconds=1.0), row(2, unix_seconds=21.0)]
+    events = [
+        event(0.0, 0, "started"),
+        event(1.5, 1, "saved", seconds=0.5),
+        event(5.0, 5, "skipped", why="nan"),  # of steps 2 to 7, to 7.5, which are cut
+        event(20.0, 1, "started", lost_steps=6, lost_seconds=6.0),
+    ]
+    assert reckon(rows, events) == Goodput(
+        useful=2.0, checkpoint=0.5, lost=6.0, down=12.5
+    )
 
 
 def test_rows_of_before_there_were_events_do_not_count():
@@ -143,6 +171,13 @@ def made_up_run(chance: random.Random):
             data = pass_by("data", chance.uniform(0, 0.2))
             useful = pass_by("useful", chance.uniform(1, 2))
             taken = {"data": data, "useful": useful}
+            if chance.random() < 0.1:
+                for part, seconds in taken.items():
+                    parts[part] -= seconds
+                    parts["lost"] += seconds
+                taken = {"lost": data + useful}
+                between["skipped"] = 1
+                events.append(event(now, step, "skipped", why="nan"))
             lost[step] = taken
             rows.append(
                 row(

@@ -26,7 +26,7 @@ class Goodput:
       checkpoint: training stood still for one.
       validation: the same.
       start: of a process, to its first step; and compiling later.
-      lost: steps that were taken again, or skipped.
+      lost: steps that were taken again, were skipped, or were gone back from.
       down: between the end of a process and the next one's start.
       other: what is left, such as the end of a process.
     """
@@ -72,7 +72,6 @@ def goodput(columns: Columns, events: Sequence[Event]) -> Goodput | None:
     ends = [*starts[1:], len(events)]
     sessions = [events[a:b] for a, b in zip(starts, ends, strict=True)]
     begins = [*(each[0]["unix_seconds"] for each in sessions), float("inf")]
-    lost = [*(each[0].get("lost_seconds", 0.0) for each in sessions[1:]), 0.0]
     parts = Goodput().parts()
     ended = begins[0]
     for n, session in enumerate(sessions):
@@ -81,10 +80,10 @@ def goodput(columns: Columns, events: Sequence[Event]) -> Goodput | None:
         times = rows["unix_seconds"]
         first, last = np.searchsorted(times, [begin, next_begin])
         own = {name: column[first:last] for name, column in rows.items()}
-        signs = [*(event["unix_seconds"] for event in session), begin]
-        signs += [float(t) for t in own["unix_seconds"][-1:]]
-        ended = min(max(signs) + lost[n], next_begin)
-        for name, seconds in _of_session(own, session, begin, ended, lost[n]).items():
+        resumed = sessions[n + 1][0] if n + 1 < len(sessions) else None
+        ended = min(_end(own, session, resumed), next_begin)
+        lost = 0.0 if resumed is None else resumed.get("lost_seconds", 0.0)
+        for name, seconds in _of_session(own, session, begin, ended, lost).items():
             parts[name] += seconds
     return Goodput(**parts)
 
@@ -94,11 +93,36 @@ def _by_time(columns: Columns) -> Columns:
     times = columns["unix_seconds"]
     order = np.argsort(times)  # NaN last
     order = order[: np.count_nonzero(np.isfinite(times))]
-    names = ("seconds", "data_seconds", "compute_seconds", "checkpoint_seconds")
+    names = ("step", "skipped", "seconds")
+    names += ("data_seconds", "compute_seconds", "checkpoint_seconds")
     none = np.full(len(times), np.nan)
     found = {name: np.nan_to_num(columns.get(name, none)[order]) for name in names}
     validated = np.isfinite(columns.get("validation_loss", none)[order])
     return found | {"unix_seconds": times[order], "validated": validated}
+
+
+def _end(rows: Columns, session: Sequence[Event], resumed: Event | None) -> float:
+    """The last sign of a process: a row, an event, or a row that is no longer there,
+    since the next process, which resumed, took its step again."""
+    signs = [event["unix_seconds"] for event in session]
+    signs += [float(at) for at in rows["unix_seconds"][-1:]]
+    if resumed is None:
+        return max(signs)
+    # Those rows came one after another, after the last that is there and its save.
+    first = [float(at) for at in rows["unix_seconds"][-1:]] or [
+        event["unix_seconds"]
+        for event in [session[0], *_of_kind(session, "compiled")][:2]
+    ]
+    first += [
+        event["unix_seconds"]
+        for event in _of_kind(session, "saved")
+        if event["step"] <= resumed["step"]
+    ]
+    return max(*signs, max(first) + resumed.get("lost_seconds", 0.0))
+
+
+def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
+    return [event for event in events if event["event"] == kind]
 
 
 def _of_session(
@@ -117,28 +141,31 @@ def _of_session(
     began = np.maximum(before, logged - rows["seconds"])
     inside = logged - began  # of the steps; and what lies between them:
     outside = (began - before)[1:]
+    back, undone = _gone_back(events, rows["step"], before, began)
+    back, undone = back[1:], undone | (rows["skipped"] > 0)
     checkpoint = np.minimum(rows["checkpoint_seconds"][1:], outside)
+    checkpoint = np.where(back, 0.0, checkpoint)
     rest = outside - checkpoint
-    again = _happened(events, before, began, "skipped", "rolled_back")[1:]
-    validation = rows["validated"][:-1] & ~again
+    validation = rows["validated"][:-1] & ~back
     compiling = np.minimum(_compiling(events, began, logged), inside)
     idle = rows["compute_seconds"] <= _BUSY * rows["seconds"]
-    data = np.where(idle, np.minimum(rows["data_seconds"], inside - compiling), 0.0)
+    steps = inside - compiling
+    data = np.where(idle, np.minimum(rows["data_seconds"], steps), 0.0)
     parts = {
-        "useful": inside - compiling - data,
-        "data": data,
+        "useful": (steps - data)[~undone],
+        "data": data[~undone],
         "checkpoint": checkpoint,
         "validation": rest[validation],
         "start": np.append(compiling, began[0] - begin),
-        "lost": rest[again],
-        "other": rest[~validation & ~again],
+        "lost": np.append(steps[undone], rest[back]),
+        "other": rest[~validation & ~back],
     }
     sums = {name: float(np.sum(each)) for name, each in parts.items()}
     # After the last row: steps that are taken again, a validation, a checkpoint, and at
     # an orderly end the wait until that is written.
     left = end - float(logged[-1])
     lost = min(lost, left)
-    saved = [event for event in events if event["event"] == "saved"]
+    saved = _of_kind(events, "saved")
     stood = 0.0
     if saved and (at := saved[-1]["unix_seconds"]) > logged[-1]:
         stood = saved[-1].get("seconds", 0.0)
@@ -151,13 +178,18 @@ def _of_session(
     return sums
 
 
-def _happened(
-    events: Sequence[Event], first: np.ndarray, last: np.ndarray, *kinds: str
-) -> np.ndarray:
-    """Whether one of the events came after each `first`, and no later than `last`."""
-    times = sorted(each["unix_seconds"] for each in events if each["event"] in kinds)
-    before, up_to = (np.searchsorted(times, at, side="right") for at in (first, last))
-    return up_to > before
+def _gone_back(
+    events: Sequence[Event], steps: np.ndarray, before: np.ndarray, began: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row: whether the run went back to a checkpoint just before its step, and
+    whether its step was undone so."""
+    back, undone = np.zeros(len(steps), bool), np.zeros(len(steps), bool)
+    for event in _of_kind(events, "rolled_back"):
+        at = event["unix_seconds"]
+        back |= (before < at) & (at <= began)
+        after = event.get("to_step", event["step"])
+        undone |= (steps > after) & (steps <= event["step"]) & (began < at)
+    return back, undone
 
 
 def _compiling(
@@ -169,9 +201,7 @@ def _compiling(
     the time of no row as a whole.
     """
     seconds = np.zeros(len(logged))
-    for event in events:
-        if event["event"] != "compiled":
-            continue
+    for event in _of_kind(events, "compiled"):
         ended, took = event["unix_seconds"], event.get("seconds", 0.0)
         row = int(np.searchsorted(logged, ended))
         if row < len(logged) and ended - took >= began[row]:

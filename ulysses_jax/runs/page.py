@@ -40,7 +40,7 @@ _CHARTS = (
 # Marks in the first chart: what each looks like around its place, and what it is.
 _MARKS = {
     "resumed": ("M0,-5A5,5 0 1 1 -4.9,1M-8,-2L-4.9,1.5L-1.6,-1", "resumed"),
-    "skipped": ("M-4,-4L4,4M-4,4L4,-4", "batch skipped"),
+    "skipped": ("M-4,-4L4,4M-4,4L4,-4", "step skipped"),
     "spike": ("M0,-5L5,4L-5,4Z", "spike"),
     "rolled_back": ("M-5,0L4,-5L4,5Z", "rolled back"),
 }
@@ -51,7 +51,7 @@ _PARTS = {
     "checkpoint": "checkpoints",
     "validation": "validation",
     "start": "starts and compiling",
-    "lost": "lost: steps taken again or skipped",
+    "lost": "lost: steps taken again, skipped or gone back from",
     "down": "down between two starts",
     "other": "other, such as a process's end",
 }
@@ -256,6 +256,9 @@ def _result(run: Run, reckoned: Goodput | None) -> dict[str, str]:
         if "counted_tokens" in columns
         else _NOT_KNOWN
     )
+    known = run.events is not None
+    for name, kind in (("steps skipped", "skipped"), ("spikes", "spike")):
+        found[name] = f"{len(_of_kind(run, kind)):,}" if known else _NOT_KNOWN
     found["time of steps"] = (
         _duration(float(np.nansum(columns["seconds"])))
         if "seconds" in columns
@@ -427,7 +430,7 @@ def _events(runs: Sequence[Run]) -> str:
         if older := _num_listed(run.events) - _MOST_EVENTS:
             if older > 0:
                 notes.append(f"{older:,} older ones of {run.name} are not shown.")
-        saved = [each for each in run.events if each["event"] == "saved"]
+        saved = _of_kind(run, "saved")
         if saved:
             stood = sum(each.get("seconds", 0.0) for each in saved)
             notes.append(
@@ -465,9 +468,12 @@ def _shown_events(run: Run) -> list[Event]:
     return [event for event in run.events or () if _is_listed(event)][-_MOST_EVENTS:]
 
 
+def _of_kind(run: Run, kind: str) -> list[Event]:
+    return [event for event in run.events or () if event["event"] == kind]
+
+
 def _last_event(run: Run, kind: str) -> Event | None:
-    found = [event for event in run.events or () if event["event"] == kind]
-    return found[-1] if found else None
+    return (_of_kind(run, kind) or [None])[-1]
 
 
 def _said(event: Event) -> str:
@@ -496,9 +502,9 @@ def _said(event: Event) -> str:
         words += f" in {_duration(fields.pop('seconds'))}"
     elif kind == "rolled_back" and "to_step" in fields:
         words += f" to step {fields.pop('to_step'):,}"
-    elif kind in ("told", "failed", "skipped"):
-        said = fields.pop("signal" if kind == "told" else "why", None)
-        words += "" if said is None else f": {said}"
+    named = {"told": "signal", "profiled": "folder"}.get(kind, "why")
+    if named in fields:
+        words += f": {fields.pop(named)}"
     peaks = fields.pop("device_peak_bytes", None)
     if isinstance(peaks, list) and peaks and all(type(n) is int for n in peaks):
         words += f"; devices held at most {_gib(min(peaks))} to {_gib(max(peaks))}"
