@@ -50,6 +50,7 @@ ALLOWED = {
     "api": ATTENTION | {"attend", "ids"},
     "recur": ATTENTION | {"api", "ids"},
     "linear": ATTENTION | {"recur"},
+    "low_rank": ATTENTION | {"linear", "recur"},
     "flax_attention": ATTENTION | {"api"},
 }
 ALLOWED["families"] = {"config", "complete", "run_folder"}
@@ -61,6 +62,7 @@ ALLOWED["__init__"] = ALLOWED["models"] | {
     "api",
     "flax_attention",
     "linear",
+    "low_rank",
     "recur",
 }
 ALLOWED["costs"] = ATTENTION | {"placement"}

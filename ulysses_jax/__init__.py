@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         linear_attention,
         short_convolution,
     )
+    from ulysses_jax.low_rank import low_rank_attention
     from ulysses_jax.mesh import make_mesh
     from ulysses_jax.models.transformer import Transformer
     from ulysses_jax.parallel.exchange import heads_to_seq, seq_to_heads
@@ -23,6 +24,7 @@ else:
         "gated_delta_rule": "linear",
         "heads_to_seq": "parallel.exchange",
         "linear_attention": "linear",
+        "low_rank_attention": "low_rank",
         "make_mesh": "mesh",
         "seq_to_heads": "parallel.exchange",
         "short_convolution": "linear",
@@ -47,6 +49,7 @@ __all__ = [
     "gated_delta_rule",
     "heads_to_seq",
     "linear_attention",
+    "low_rank_attention",
     "make_mesh",
     "seq_to_heads",
     "short_convolution",

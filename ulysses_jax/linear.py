@@ -145,7 +145,7 @@ def short_convolution(
 
     Cost: every shard sends its last W - 1 tokens to the next.
     """
-    _check_array("x", x, "[B, T, N, H]")
+    check_array("x", x, "[B, T, N, H]")
     shape = getattr(weights, "shape", (0,))
     if shape[1:] != x.shape[2:] or 0 in shape:
         raise ValueError(
@@ -165,7 +165,7 @@ def short_convolution(
 
 def _check(name: str, q: Any, k: Any, v: Any, causal: bool) -> None:
     for what, x in (("q", q), ("k", k), ("v", v)):
-        _check_array(what, x, "[B, T, heads, size]")
+        check_array(what, x, "[B, T, heads, size]")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.shape != k.shape or q.shape[:2] != v.shape[:2]:
         raise ValueError(
@@ -187,7 +187,8 @@ def _check(name: str, q: Any, k: Any, v: Any, causal: bool) -> None:
         )
 
 
-def _check_array(name: str, x: Any, dims: str) -> None:
+def check_array(name: str, x: Any, dims: str) -> None:
+    """Refuses what is no array of four dims, of a dtype that attention takes."""
     if getattr(x, "ndim", None) != 4 or 0 in x.shape:
         what = getattr(x, "shape", type(x).__name__)
         raise ValueError(f"{name} is an array {dims} with no dim of 0, not {what}")
@@ -210,13 +211,6 @@ def _check_per_token(name: str, x: Any, v: Array) -> None:
 def _numbers(
     q: Array, scale: Any, chunk_tokens: Any, default: int
 ) -> tuple[float, int]:
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
-        raise ValueError(
-            f"scale is one number, not {scale!r}: multiply q by what is learned, and "
-            "give scale=1.0"
-        )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is a finite number, not {scale}")
     if chunk_tokens is not None and (
         isinstance(chunk_tokens, bool)
         or not isinstance(chunk_tokens, Integral)
@@ -226,8 +220,19 @@ def _numbers(
             f"chunk_tokens is a number of tokens, 1 or more, not {chunk_tokens!r}: "
             f"leave it out for {default}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return scale, int(chunk_tokens or default)
+    return checked_scale(q, scale), int(chunk_tokens or default)
+
+
+def checked_scale(q: Array, scale: Any) -> float:
+    """H**-0.5 for None; ValueError where it is not one finite number."""
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
+        raise ValueError(
+            f"scale is one number, not {scale!r}: multiply q by what is learned, and "
+            "give scale=1.0"
+        )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is a finite number, not {scale}")
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _log_decay(decay: Any, log_decay: Any, v: Array) -> tuple[Array, str]:

@@ -87,6 +87,25 @@ def state_bytes(
     return 4.0 * num_heads * (hops * state_size + max(hops - 2, 0) * change_size)
 
 
+def low_rank_bytes(
+    *, shards: int, num_kv_heads: int, rank: int, mixture_size: int
+) -> dict[str, float]:
+    """Bytes that a device receives for `low_rank_attention`, a layer and row.
+
+    Args:
+      shards: P, over which the tokens lie: ring x seq.
+      num_kv_heads: of one device's part of `tensor`.
+      rank: R.
+      mixture_size: numbers of one: H + V, and its weight, 1.
+
+    Returns:
+      An all-reduce's `2 (P-1)/P` of `4 K R` bytes: `forward` mixture_size + 1 of them,
+      the maximum being the one; `backward` mixture_size.
+    """
+    of_one = 2 * (shards - 1) / shards * 4.0 * num_kv_heads * rank
+    return {"forward": of_one * (mixture_size + 1), "backward": of_one * mixture_size}
+
+
 def total_bytes(received: dict[tuple[str, str], tuple[float, float]]) -> float:
     """Forward and backward together, over all collectives."""
     return sum(forward + backward for forward, backward in received.values())
