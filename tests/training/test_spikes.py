@@ -122,6 +122,16 @@ def test_back_to_a_checkpoint_and_on_past_the_batch(config, tmp_path, monkeypatc
     write_commit(as_if, body)
     train(in_folder(config, other))
     assert {s: x for s, x in rows.items() if s > spike} == losses(other)
+    # Resumed before the spike, a run knows what was usual, and does the same.
+    again = tmp_path / "again"
+    shutil.copytree(
+        folder / "checkpoints" / str(back), again / "checkpoints" / str(back)
+    )
+    train(in_folder(config, again))
+    assert {s: x for s, x in rows.items() if s > back} == losses(again)
+    assert [e["step"] for e in events(again, "rolled_back")] == [
+        e["step"] for e in went
+    ]
 
 
 def test_the_rows_passed_over_hold_the_batch(config, tmp_path, monkeypatch):
