@@ -99,10 +99,14 @@ def test_the_wheel_trains(installed, tmp_path):
 
 
 def test_the_wheel_holds_every_module(installed):
-    sources = {p.relative_to(ROOT) for p in (ROOT / "ulysses_jax").rglob("*.py")}
-    assert sources == {
-        p.relative_to(installed) for p in (installed / "ulysses_jax").rglob("*.py")
-    }
+    """And what else lies beside them, such as a page's script."""
+
+    def files(root):
+        found = (root / "ulysses_jax").rglob("*.*")
+        return {p.relative_to(root) for p in found if "__pycache__" not in p.parts}
+
+    assert files(installed) == files(ROOT)
+    assert Path("ulysses_jax/runs/page.js") in files(installed)
 
 
 def test_extras_and_bounds():

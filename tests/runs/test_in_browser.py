@@ -254,6 +254,7 @@ def test_a_page_that_is_open_follows_its_run(shown, tmp_path):
         assert shown.run("return location.hash").endswith("log=loss")
         with open(run / "events.jsonl", "a") as file:
             file.write(lines([event(time.time(), 3, "stopped")]))
+        (run / "lock").unlink()
         assert following.wait(60) == 0
         shown.wait("return document.querySelector('#since')?.textContent == ''")
         shown.wait("return document.body.innerText.includes('stopped')")

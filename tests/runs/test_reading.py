@@ -86,27 +86,42 @@ def test_one_that_was_started_again_after_its_end_goes_on(tmp_path):
     assert state_of(tmp_path / "run", events=events, is_at_work=True)[1]
 
 
+def test_one_that_compiles_after_its_end_goes_on(tmp_path):
+    """It writes its first event when it has compiled, and its lock before."""
+    events = [event(time.time() - 3600, 9, "stopped")]
+    run = write_run(tmp_path / "run", [row(1)], events, is_at_work=True)
+    assert read_runs([run])[0].goes_on
+    (run / "lock").unlink()
+    assert read_runs([run])[0].state == "stopped"
+
+
+def an_hour_ago(run):
+    past = time.time() - 3600
+    for file in run.iterdir():
+        os.utime(file, (past, past))
+    (found,) = read_runs([run])
+    return found.state, found.goes_on
+
+
 def test_a_run_that_was_killed(tmp_path):
     """Its lock is left, and since long there was no sign of life."""
     events = [event(time.time() - 3600, 0, "started")]
-    state, goes_on = state_of(tmp_path / "run", events=events, is_at_work=True)
+    run = write_run(tmp_path / "run", [row(1)], events, is_at_work=True)
+    state, goes_on = an_hour_ago(run)
     assert "without a word" in state and not goes_on
 
 
 def test_steps_of_hours_are_no_silence(tmp_path):
     rows = [row(1, seconds=3000.0, unix_seconds=time.time() - 3600)]
     run = write_run(tmp_path / "run", rows, is_at_work=True)
-    assert read_runs([run])[0].goes_on
+    assert an_hour_ago(run)[1]
 
 
 def test_old_runs(tmp_path):
     assert state_of(tmp_path / "one", num_steps=1) == ("done", False)
     assert state_of(tmp_path / "two") == ("ended before its last step", False)
     assert state_of(tmp_path / "three", is_at_work=True) == ("goes on", True)
-    past = time.time() - 3600
-    for file in (tmp_path / "three").iterdir():
-        os.utime(file, (past, past))
-    assert not read_runs([tmp_path / "three"])[0].goes_on
+    assert not an_hour_ago(tmp_path / "three")[1]
 
 
 def test_what_is_refused(tmp_path):

@@ -309,6 +309,7 @@ def test_it_follows_until_all_have_ended(tmp_path, monkeypatch):
         (run / "metrics.jsonl").write_text(lines(rows))
         if len(seen) == 3:
             (run / "events.jsonl").write_text(lines([event(1.0, 1, "stopped")]))
+            (run / "lock").unlink()
 
     monkeypatch.setattr("ulysses_jax.runs.__main__.time.sleep", meanwhile)
     main(["run", "--follow", "--seconds", "0.5"])

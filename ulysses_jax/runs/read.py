@@ -204,25 +204,27 @@ def _state(
     config: Mapping[str, Any],
 ) -> tuple[str, bool]:
     """How it stands with a run, in words, and whether it goes on."""
-    last = events[-1] if events else None
-    if last is not None and last["event"] in _ENDS:
-        return last["event"], False
-    steps, num_steps = columns["step"], config.get("training.num_steps")
-    if not (folder / "lock").is_file():
-        if len(steps) and steps[-1] == num_steps:
-            return "done", False
-        return "ended before its last step", False
-    signs = [columns.get("unix_seconds", steps[:0])]
+    ended = "ended before its last step"
+    steps = columns["step"]
+    if len(steps) and steps[-1] == config.get("training.num_steps"):
+        ended = "done"
+    if events and events[-1]["event"] in _ENDS:
+        ended = events[-1]["event"]
+    try:
+        began = (folder / "lock").stat().st_mtime
+    except FileNotFoundError:
+        return ended, False
+    # It may have begun again after that end, and not yet have said so.
+    signs = [np.array([began])]
+    signs.append(columns.get("unix_seconds", steps[:0]))
     signs.append(np.array([each["unix_seconds"] for each in events or ()]))
-    known = np.concatenate(signs)
-    known = known[np.isfinite(known)]
-    if len(known):
-        sign = float(known.max())
-    else:
-        sign = max(each.stat().st_mtime for each in folder.iterdir() if each.is_file())
-    silent = time.time() - sign
+    if "unix_seconds" not in columns and (folder / "metrics.jsonl").is_file():
+        signs.append(np.array([(folder / "metrics.jsonl").stat().st_mtime]))
     seconds = columns.get("seconds", steps[:0])
     longest = float(np.nanmax(seconds)) if len(seconds) else 0.0
+    silent = time.time() - float(np.nanmax(np.concatenate(signs)))
     if silent <= max(_SILENT_SECONDS, _TIMES_THE_LONGEST * longest):
         return "goes on", True
+    if ended in _ENDS:
+        return ended, False
     return "ended without a word, as one that is killed", False
