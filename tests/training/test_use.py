@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ulysses_jax.complete import complete
@@ -69,3 +71,15 @@ def test_bytes_that_devices_held(monkeypatch):
     used = Use({128: of_tokens(128)}, Transformer)
     assert used.row(1.0, None) == {"device_peak_bytes": 7}
     assert peak_bytes_by_device() == [5, 7]
+
+
+def test_of_all_processes_in_more_bits_than_an_array_of_jax_has(monkeypatch):
+    def gathered(x, tiled):
+        here = np.asarray(jnp.asarray(x))  # as JAX sends it
+        return np.concatenate([here, here])
+
+    held = [85_899_345_920, 2**31]
+    monkeypatch.setattr(use.jax, "local_devices", lambda: [*map(Device, held)])
+    monkeypatch.setattr(use.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(use.multihost_utils, "process_allgather", gathered)
+    assert peak_bytes_by_device() == held * 2

@@ -58,7 +58,8 @@ def peak_bytes_by_device() -> list[int] | None:
     """
     peaks = np.array(_local_peaks(), np.int64)
     if jax.process_count() > 1:
-        peaks = multihost_utils.process_allgather(peaks, tiled=True)
+        halves = peaks.view(np.int32)  # JAX would cut int64 down to its lower half
+        peaks = multihost_utils.process_allgather(halves, tiled=True).view(np.int64)
     return None if (peaks == 0).any() else peaks.tolist()
 
 
