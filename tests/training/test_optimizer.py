@@ -192,7 +192,7 @@ def test_schedule():
 
 def changed(step, **changes):
     before, now = schedule_fields(TRAINING), dataclasses.replace(TRAINING, **changes)
-    return rate_change(before, now, step)
+    return rate_change(before, now, step, step)
 
 
 def test_another_schedule_is_said_with_both_rates():
@@ -217,7 +217,7 @@ def test_the_same_rate_is_not_spoken_of():
     assert changed(10) == changed(20) == []
     assert changed(2, num_steps=100) == []  # while it warms up
     assert changed(10, clip_norm=2.0) == []
-    assert rate_change({}, TRAINING, 10) == []  # of a checkpoint that does not say
+    assert rate_change({}, TRAINING, 10, 10) == []  # of a checkpoint that does not say
 
 
 def test_schedule_without_warmup_and_with_nothing_else():

@@ -142,6 +142,13 @@ def test_the_step_is_passed_over_and_its_rows_are_told(infinite, tmp_path, capsy
     # The learning rate goes on from where it was.
     rates = {row["step"]: row["learning_rate"] for row in rows}
     assert rates[skipped[0]] == rates[skipped[0] + 1] < rates[skipped[0] + 2]
+    # And so does a run that is resumed at another one, which it says.
+    other = dict(num_steps=9, learning_rate=2 * config.training.learning_rate)
+    training = dataclasses.replace(config.training, **other)
+    train(dataclasses.replace(config, training=training))
+    rate = read_rows(folder / "metrics.jsonl")[-1]["learning_rate"]
+    said = f"from {rates[8]:.3g} at step 8 to {rate:.3g} at step 9: training"
+    assert f"the learning rate goes {said}" in capsys.readouterr().out
 
 
 def test_so_many_in_a_row_and_no_more(infinite, tmp_path):

@@ -35,15 +35,19 @@ def schedule_fields(training: Training) -> dict[str, Any]:
     return {name: getattr(training, name) for name in names}
 
 
-def rate_change(before: dict[str, Any], training: Training, step: int) -> list[str]:
+def rate_change(
+    before: dict[str, Any], training: Training, step: int, taken: int
+) -> list[str]:
     """A line, where a run that goes on after `step` does so at another learning rate.
 
     Args:
       before: `schedule_fields` of the run that saved the step.
+      taken: of the steps so far, those that the schedule counts: fewer, where some
+        were skipped or gone back from.
     """
     was: Any = learning_rate_schedule(dataclasses.replace(training, **before))
     new: Any = learning_rate_schedule(training)
-    last, planned, rate = float(was(step - 1)), float(was(step)), float(new(step))
+    last, planned, rate = float(was(taken - 1)), float(was(taken)), float(new(taken))
     if abs(rate - planned) <= 0.01 * planned:
         return []
     now = schedule_fields(training)

@@ -242,7 +242,8 @@ def run_once(
                 frozen = read_from(config, make_model, source)
                 state = dataclasses.replace(state, frozen=frozen)
             say(f"resuming after step {first_step} of {training.num_steps}")
-            changes = rate_change(then.get("schedule", {}), training, first_step)
+            schedule, taken = then.get("schedule", {}), int(state.step)
+            changes = rate_change(schedule, training, first_step, taken)
         owes_validation = (
             validates
             and validates_at(first_step, config)
