@@ -124,3 +124,25 @@ def test_a_step_in_which_no_token_counts_has_no_loss():
     assert rows[0]["loss"] == rows[0]["objective"] == 0
     assert rows[1]["loss"] is None and "objective" not in rows[1]
     assert rows[1]["counted_tokens"] == 0
+
+
+def test_a_skipped_step_has_no_loss_and_only_those_in_a_row_are_counted():
+    """Also where the loss is finite and a gradient is not: it is no spike's."""
+    rows, told, inf = {}, [], float("inf")
+    steps = InFlight(
+        100,
+        lambda number, **row: rows.update({number: row}),
+        Phases(),
+        most_skipped=2,
+        on_skipped=lambda *what: told.append(what),
+    )
+    good = {"loss": 5.0, "gradient_norm": 1.0, "skipped": 0}
+    bad = good | {"gradient_norm": inf, "skipped": 1}
+    for number, metrics in enumerate([good, bad, bad, good, bad, bad, bad], 1):
+        steps.add(number, metrics, 0.0)
+    assert told == [(number, "gradient_norm is inf") for number in (2, 3, 5, 6)]
+    with pytest.raises(ValueError, match="norm is inf at step 7, after 2 that were sk"):
+        steps.settle()
+    assert [rows[number]["loss"] for number in rows] == [5, None, None, 5, None, None]
+    assert [n for n, row in rows.items() if row.get("skipped")] == [2, 3, 5, 6]
+    assert "gradient_norm" not in rows[2] and rows[4]["gradient_norm"] == 1

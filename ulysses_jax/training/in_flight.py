@@ -20,7 +20,7 @@ class InFlight:
       phases: the wait for numbers is one of them, and a row has the seconds of each.
       most_skipped: steps in a row that may be skipped.
       on_skipped: `f(step, why)`, called before such a step is logged, which is without
-        the numbers that are not finite.
+        a loss, and without the numbers that are not finite.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class InFlight:
             bad = _not_finite(row)
             self._on_skipped(number, " and ".join(bad.values()))
             row = {name: value for name, value in row.items() if name not in bad}
-            row |= {"loss": row.get("loss"), "skipped": 1}
+            row |= {"loss": None, "skipped": 1}  # also where only a gradient is not
         check_finite(number, row, skipped=max(self._skipped - 1, 0))
         self._log(
             number, tokens_per_second=self._tokens / seconds, seconds=seconds, **row
