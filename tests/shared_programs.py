@@ -53,6 +53,7 @@ def shared_programs():
             ),
             distributed=Distributed(),
             quiet=False,
+            profile=(),
         )
 
     with pytest.MonkeyPatch.context() as patched:

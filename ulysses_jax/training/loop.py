@@ -116,6 +116,9 @@ class Loop:
         watched = self._interrupted is not None
         watch = phases.watched() if watched else nullcontext()
         told = told_to_stop(self._told, self._interrupted)
+        if self._profile.is_past(self.number):
+            what = " ".join(map(str, self.config.profile))
+            self._log.say(f"profile {what}: nothing is traced after step {self.number}")
         self._read_from(self.number)
         with self._streams, self._together, watch, told, self._profile:
             if self._owes_validation:

@@ -25,9 +25,14 @@ class Profile:
         self.folder = folder / f"process_{jax.process_index()}" if several else folder
         self._is_on = False
 
+    def is_past(self, step: int) -> bool:
+        """Whether a run that goes on after this step has none of the steps to trace."""
+        return self._first > 0 and step >= self._last
+
     def begins_at(self, step: int) -> bool:
-        """The step before it must have ended."""
-        return step == self._first
+        """The step before it must have ended. A run that is resumed between the two
+        traces the rest."""
+        return not self._is_on and self._first <= step <= self._last
 
     def begin(self) -> None:
         options = jax.profiler.ProfileOptions()
