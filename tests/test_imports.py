@@ -26,6 +26,7 @@ ATTENTION = BASE | {"parallel", "attention"}
 ALLOWED = {
     "strategies": set(),
     "ids": set(),
+    "outside": set(),
     "launcher": set(),
     "roll_call": set(),
     "aborts": set(),
@@ -45,7 +46,7 @@ ALLOWED = {
     "parallel": BASE,
     "attention": BASE,
     "placement": BASE | {"parallel"},
-    "data": BASE | {"parallel", "run_folder", "config_file"},
+    "data": BASE | {"parallel", "run_folder", "config_file", "outside"},
     "attend": ATTENTION,
     "api": ATTENTION | {"attend", "ids"},
     "recur": ATTENTION | {"api", "ids"},
@@ -53,7 +54,7 @@ ALLOWED = {
     "low_rank": ATTENTION | {"linear", "recur"},
     "flax_attention": ATTENTION | {"api"},
 }
-ALLOWED["families"] = {"config", "complete", "run_folder"}
+ALLOWED["families"] = {"config", "complete", "run_folder", "outside"}
 ALLOWED["config_file"] |= {"families"}
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
@@ -66,11 +67,11 @@ ALLOWED["__init__"] = ALLOWED["models"] | {
     "recur",
 }
 ALLOWED["costs"] = ATTENTION | {"placement"}
-ALLOWED["tensors"] = ALLOWED["models"] | {"models", "families"}
+ALLOWED["tensors"] = ALLOWED["models"] | {"models", "families", "outside"}
 ALLOWED["training"] = (
     ALLOWED["memory"]
     | ALLOWED["costs"]
-    | {"memory", "data", "costs", "config_file", "run_folder", "tensors"}
+    | {"memory", "data", "costs", "config_file", "run_folder", "tensors", "outside"}
     | {"aborts", "roll_call"}
 )
 ALLOWED["interop"] = ALLOWED["training"] | {"training", "families"}
@@ -82,7 +83,7 @@ ALLOWED["evaluate"] = ALLOWED["retrieval"] | {"run_folder"}
 ALLOWED["check_links"] = {"costs", "inference", "mesh", "training"}
 ALLOWED["plan"] = ALLOWED["training"] | {"training"}
 ALLOWED["check_gpu"] = ALLOWED["plan"] | {"plan"}
-ALLOWED["runs"] = {"run_folder", "training"}
+ALLOWED["runs"] = {"run_folder", "training", "config_file", "outside"}
 ALLOWED["train"] = ALLOWED["training"] | {"training", "distributed"}
 
 

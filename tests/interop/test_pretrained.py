@@ -303,9 +303,9 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused(folder, "pickled weights, which run code")
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json is not JSON")
+    refused(folder, "config.json is no JSON")
     (folder / "config.json").write_text("[]")
-    refused(folder, "not an object of fields")
+    refused(folder, "is no JSON object, but a list")
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):

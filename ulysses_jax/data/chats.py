@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, tokenizer_of
+from ulysses_jax.outside import MOST_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from ulysses_jax.data.chat_template import ChatTemplate
@@ -84,7 +85,7 @@ class ExampleEncoder:
         if self._folder is None:
             return []
         paths = (self._folder / name for name in TEMPLATE_FILES)
-        return [path.read_bytes() for path in paths if path.is_file()]
+        return [read_bounded(path, MOST_BYTES) for path in paths if path.is_file()]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -112,7 +113,8 @@ class ExampleEncoder:
         digest = hashlib.sha256()
         for name in TEMPLATE_FILES:
             path = self._folder / name
-            digest.update(path.read_bytes() if path.is_file() else b"none")
+            there = path.is_file()
+            digest.update(read_bounded(path, MOST_BYTES) if there else b"none")
         return digest.hexdigest()
 
     def encode(self, example: Any) -> Counted:

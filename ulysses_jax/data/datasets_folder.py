@@ -1,7 +1,8 @@
 """Folders that `datasets` saved: which of their files are the documents."""
 
-import json
 from pathlib import Path, PurePath
+
+from ulysses_jax.outside import read_object
 
 
 def of_datasets(named: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
@@ -65,9 +66,6 @@ def _data_files(path: Path) -> list[str]:
 
 def _read(path: Path) -> dict:
     try:
-        said = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no JSON: {error}: save the dataset again"
-        ) from None
-    return said if isinstance(said, dict) else {}
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: save the dataset again") from None

@@ -1,6 +1,5 @@
 """What index.json and unfinished.json of a prepared folder must say, field by field."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,21 +7,6 @@ from typing import Any
 
 _DTYPES = {"uint16": 2**16, "uint32": 2**32}
 _MOST = 2**62  # tokens and bytes are counted in int64
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
-
-    Raises:
-      ValueError: it is none.
-    """
-    try:
-        said = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {_short(error)}") from None
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} is no JSON object, but {_short(said)}")
-    return said
 
 
 def check_index(path: Path, index: dict[str, Any]) -> None:
@@ -160,5 +144,5 @@ def _is_date(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    found = value if isinstance(value, Exception) else repr(value)
-    return f"{str(found)[:60]}..." if len(str(found)) > 60 else str(found)
+    found = repr(value)
+    return f"{found[:60]}..." if len(found) > 60 else found

@@ -12,7 +12,7 @@ import numpy as np
 
 from ulysses_jax.data.chats import ExampleEncoder
 from ulysses_jax.data.corpus import find_documents
-from ulysses_jax.data.index_fields import check_begun, read_object
+from ulysses_jax.data.index_fields import check_begun
 from ulysses_jax.data.prepared import (
     FORMAT,
     INDEX,
@@ -26,6 +26,7 @@ from ulysses_jax.data.shards import Shard, write_json
 from ulysses_jax.data.sources import name_of, records
 from ulysses_jax.data.tokenizer import Bytes, Tokenizer, tokenizer_of
 from ulysses_jax.data.workers import Encoded, Encoder, Refused, TextEncoder, encoded
+from ulysses_jax.outside import read_object
 
 SHARD_TOKENS = 2**28
 

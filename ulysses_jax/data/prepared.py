@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
-from ulysses_jax.data.index_fields import check_index, read_object
+from ulysses_jax.data.index_fields import check_index
+from ulysses_jax.outside import check_inside, read_object
 
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 FORMAT, VERSION = "ulysses_jax tokens", 1
@@ -147,7 +148,9 @@ class PreparedTokens:
         shards = self.index["shards"]
         for shard in range(len(shards)):
             for what, size in sizes_of(self.index, shard).items():
-                _check_size(shard_path(folder, what, shard), size)
+                path = shard_path(folder, what, shard)
+                check_inside(path)
+                _check_size(path, size)
         self._tokens = np.cumsum([0, *(each["tokens"] for each in shards)])
         self.ends = np.concatenate(
             [

@@ -87,7 +87,8 @@ def _rows(
                 row = max(row, skip) + 1
                 text = value.as_buffer() if value.is_valid else None
                 yield row, b"" if text is None else text.to_pybytes(), share
-    except (pyarrow.ArrowException, OSError) as error:
+    # UnicodeDecodeError: of a column's name.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{file.path} is no whole table, after row {row}: {error}: fetch it again"
         ) from None

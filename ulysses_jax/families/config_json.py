@@ -1,7 +1,6 @@
 """A Hugging Face config.json: read as a `Model` of this library, and written as one."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from ulysses_jax.families.gemma import GEMMA3
 from ulysses_jax.families.gpt2 import GPT2
 from ulysses_jax.families.gpt_oss import GPT_OSS
 from ulysses_jax.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from ulysses_jax.outside import read_object
 from ulysses_jax.run_folder import is_run_folder, stages_in
 
 CONFIG = "config.json"
+_MOST_BYTES = 2**20  # a hundred times those of a long one
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -27,11 +28,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """What the folder's config.json says.
 
     Raises:
-      ValueError: there is none, or it is not JSON.
+      ValueError: there is none, or as `outside.read_object`.
     """
     path = Path(folder) / CONFIG
     try:
-        values = json.loads(path.read_bytes())
+        return read_object(path, _MOST_BYTES)
     except OSError as error:
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(
@@ -51,11 +52,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no model's folder: cannot read {path} ({error.strerror}); "
             "give a folder with a config.json and safetensors"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not an object of fields, but {values!r}")
-    return values
 
 
 def family_of(values: dict[str, Any], where: str = CONFIG) -> Family:
@@ -170,7 +166,7 @@ def longest_of(folder: str | Path) -> int:
 
 
 def _longest(source: dict[str, Any]) -> int:
-    return int(source.get(_LONGEST[family_of(source).model_type]) or 0)
+    return Fields(source, CONFIG).get(_LONGEST[family_of(source).model_type], 0)
 
 
 def _candidates(source: dict[str, Any] | None) -> list[Family]:

@@ -31,6 +31,7 @@ from ulysses_jax.interop.peft import (
     peft_folder,
 )
 from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.outside import check_inside
 from ulysses_jax.run_folder import is_run_folder
 from ulysses_jax.tensors.expected import expected, open_source
 from ulysses_jax.tensors.files import DTYPES, Shape, Tensors, write, write_file
@@ -185,6 +186,7 @@ def save_pretrained(
 def _copy_beside(source: Path, folder: Path) -> None:
     """A tokenizer's files, and the license."""
     for path in (*files_of(source), *sorted(source.glob("LICENSE*"))):
+        check_inside(path)
         shutil.copy(path, folder / path.name)
 
 

@@ -116,6 +116,12 @@ def _check_tied(tensors: Tensors, wanted: list[Expected]) -> None:
     tables = [each.name for each in wanted if each.parts[0][1] == ("embedding",)]
     if head is None or any(each.name == _HEAD for each in wanted):
         return
+    if any(tensors.entries[name].shape != head.shape for name in tables):
+        raise ValueError(
+            f"{head.file}: {_HEAD} has shape {list(head.shape)}, and is not the "
+            "embedding, which config.json ties it to: say tie_word_embeddings false "
+            "there"
+        )
     step = max(2**24 // max(head.shape[-1], 1), 1)
     for start in range(0, head.shape[0], step):
         rows = (slice(start, min(start + step, head.shape[0])),)

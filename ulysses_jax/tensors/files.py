@@ -11,9 +11,12 @@ import ml_dtypes  # noqa: F401  (its bfloat16 is what NumPy reads one as)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ulysses_jax.outside import check_inside, read_object
+
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Those that are read, as safetensors and as NumPy call them."""
+_MOST_BYTES = 2**24  # of a header: of some hundred thousand tensors
 
 
 class Entry(NamedTuple):
@@ -37,7 +40,7 @@ class Tensors:
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
         placed = self._placed()
-        for name in placed.values() if placed is not None else [ONE_FILE]:
+        for name in [ONE_FILE] if placed is None else dict.fromkeys(placed.values()):
             self._read_header(self.folder / name)
         if placed is None:
             return
@@ -62,23 +65,14 @@ class Tensors:
                 + ", but pickled weights, which run code when they are read: save them "
                 "with save_pretrained(..., safe_serialization=True)" * pickled
             )
-        try:
-            placed = json.loads(path.read_bytes())["weight_map"]
-            if not placed or not all(isinstance(x, str) for x in placed.values()):
-                raise TypeError
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):
+        placed = read_object(path).get("weight_map")
+        names = list(placed.values()) if isinstance(placed, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"{path} is no index: it must be JSON with a weight_map of tensors' "
                 "names and their files"
-            ) from None
-        for name in placed.values():
+            )
+        for name in dict.fromkeys(names):
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ValueError(
                     f"{path} names the file {name!r}, which leaves the folder: the "
@@ -87,8 +81,8 @@ class Tensors:
         return placed
 
     def _read_header(self, path: Path) -> None:
-        if any(entry.file == path for entry in self.entries.values()):
-            return
+        check_inside(path)
+        _check_header(path)
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 piece = file.get_slice(name)
@@ -125,9 +119,28 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is no whole safetensors file ({error}): copy it again"
-        ) from None
+        raise _broken(path, error) from None
+
+
+def _check_header(path: Path) -> None:
+    """Before the library makes room for it.
+
+    Raises:
+      ValueError: the header is longer than any, or the file is none.
+    """
+    if path.exists() and not path.is_file():  # to open a pipe may block for ever
+        raise _broken(path, "it is a folder, or a pipe")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise _broken(path, error) from None
+    if length > _MOST_BYTES:
+        raise _broken(path, f"a header of {length:,} bytes")
+
+
+def _broken(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} is no whole safetensors file ({why}): copy it again")
 
 
 class Shape(NamedTuple):
