@@ -40,7 +40,7 @@ def test_anchors_and_merge_keys(load_text):
     )
     assert config.training.num_steps == config.training.warmup_steps == 5
     assert (config.model.width, config.model.num_heads) == (32, 4)
-    with pytest.raises(ValueError, match="must be int, not"):
+    with pytest.raises(ValueError, match="what begins in line 1 has itself in it"):
         load_text("training: &t {num_steps: *t}")
 
 

@@ -5,7 +5,16 @@ import math
 import os
 from typing import Any, get_type_hints
 
-from ulysses_jax.config import Config, Data, Memory, Model, Training, in_pieces
+from ulysses_jax.config import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    Config,
+    Data,
+    Memory,
+    Model,
+    Training,
+    in_pieces,
+)
 from ulysses_jax.fields import checked
 from ulysses_jax.lengths import check_lengths
 from ulysses_jax.lora import check_lora
@@ -102,6 +111,12 @@ def complete_model(model: Model) -> Model:
     """
     _check_class(model, Model, "a model's size")
     model = checked(model, "model")
+    for name, most in (("num_layers", MOST_LAYERS), ("num_heads", MOST_HEADS)):
+        if getattr(model, name) > most:
+            raise ValueError(
+                f"model.{name} {getattr(model, name)} is more than {most}: use {most} "
+                "or fewer"
+            )
     if model.head_size is None and model.width % model.num_heads:
         raise ValueError(
             f"model.width {model.width} does not divide by model.num_heads "

@@ -78,7 +78,7 @@ def load_stages(
       ValueError: as `load`, naming the stage.
     """
     path = Path(path)
-    values = _read(path)
+    values = read_values(path)
     stages = values.pop("stages", None) if isinstance(values, dict) else None
     if stages is None:
         return (_load(path, values, argv, program),)
@@ -119,10 +119,21 @@ def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read(path: Path) -> Any:
-    """What a YAML file holds."""
+def read_values(path: Path) -> Any:
+    """What a YAML file holds, of any form.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     try:
-        values = yaml.load(path.read_bytes(), Loader=_Loader)
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise yaml.YAMLError(
+                f"it has more than {_MOST_BYTES:,} bytes, and a config has a few "
+                "thousand: give a run's"
+            )
+        values = yaml.load(data, Loader=_Loader)
     except OSError as error:
         raise ValueError(
             f"cannot read the config {path}: {error.strerror}; {_near(path)}"
@@ -196,8 +207,47 @@ def _source(values: Any, argv: Sequence[str]) -> str | None:
     return None if says_all or not isinstance(said, str) else said
 
 
+_MOST_BYTES, _MOST_BITS, _MOST_DEPTH = 2**16, 2**13, 2**6
+_MOST_NODES = 2**16  # as many as a file of that size can have, without aliases
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people read it: no key twice, no numbers in base 8 or 60, no dates."""
+    """YAML as people read it: no key twice, no numbers in base 8 or 60, no dates.
+
+    And no more of it than is written down: aliases of aliases, a few lines, could stand
+    for 2^40 values.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level == _MOST_DEPTH:  # the scanner's time goes by its square
+            raise yaml.YAMLError(f"brackets in {_MOST_DEPTH} brackets")
+        super().fetch_flow_collection_start(TokenClass)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
+        """Of a node and all below it, an alias as what it stands for."""
+        if (found := known.get(id(node))) is not None:
+            if not found:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"what begins in line {line} has itself in it")
+            return found
+        known[id(node)], found = 0, 1
+        below: Any = [] if isinstance(node, yaml.ScalarNode) else node.value
+        for each in below:
+            for inner in each if isinstance(each, tuple) else (each,):
+                found += self._count(inner, known)
+        if found > _MOST_NODES:
+            raise yaml.YAMLError(
+                f"its aliases (*) stand for more than {_MOST_NODES:,} values: write "
+                "them out"
+            )
+        known[id(node)] = found
+        return found
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -220,7 +270,10 @@ class _Loader(yaml.SafeLoader):
         if ":" in text or (text[:1] == "0" and text[1:2] in tuple("01234567_")):
             return node.value
         if node.tag.endswith("int"):
-            return self.construct_yaml_int(node)
+            number = self.construct_yaml_int(node)
+            if number.bit_length() > _MOST_BITS:
+                raise yaml.YAMLError(f"a number of {number.bit_length():,} bits")
+            return number
         return self.construct_yaml_float(node)
 
 

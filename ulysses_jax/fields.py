@@ -89,7 +89,7 @@ def _check_ranges(section: str, values: dict[str, Any]) -> None:
             continue
         low = 0 if field in _MAY_BE_ZERO else sys.float_info.min
         name = f"{section}.{field}"
-        if not math.isfinite(value) or value < low:
+        if value < low or isinstance(value, float) and not math.isfinite(value):
             bound = "not negative" if low == 0 else "positive"
             raise ValueError(f"{name} must be {bound}, not {value}")
         if field == "seed" and value >= 2**32:

@@ -327,7 +327,7 @@ def test_it_follows_until_all_have_ended(tmp_path, monkeypatch):
         (["new"], "no step was taken yet"),
         (["starting"], "the run in starting has taken no step yet"),
         (["run", "run"], "stands twice"),
-        (["bad"], "bad/config.yaml cannot be read"),
+        (["bad"], "bad/config.yaml is not valid YAML"),
         (["run", "--output", "notes.html"], "is there and no page of this program"),
         (["run", "--output", "no/such/folder.html"], "No such file or directory"),
         (["run", "--follow", "--seconds", "0"], "give more than 0"),

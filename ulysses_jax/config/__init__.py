@@ -1,7 +1,7 @@
 """A run as frozen, validated dataclasses."""
 
 from ulysses_jax.config.memory import Memory, in_pieces
-from ulysses_jax.config.model import Lora, Model, Rope
+from ulysses_jax.config.model import MOST_HEADS, MOST_LAYERS, Lora, Model, Rope
 from ulysses_jax.config.run import (
     Config,
     Curriculum,
@@ -13,6 +13,8 @@ from ulysses_jax.config.run import (
 )
 
 __all__ = [
+    "MOST_HEADS",
+    "MOST_LAYERS",
     "Config",
     "Curriculum",
     "Data",

@@ -6,6 +6,9 @@ from typing import Literal
 
 from ulysses_jax.strategies import Strategy
 
+# Lists are made of them before anything else is known of a model.
+MOST_LAYERS, MOST_HEADS = 2**12, 2**16
+
 
 @dataclass(frozen=True)
 class Rope:

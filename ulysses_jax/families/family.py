@@ -101,13 +101,17 @@ class Fields:
             )
         return value
 
-    def need(self, name: str, kind: type = int) -> Any:
-        """A field that must be there."""
+    def need(self, name: str, kind: type = int, most: int = 2**31 - 1) -> Any:
+        """A field that must be there; a whole number is positive, and at most that."""
         value = self.get(name, None, kind)
         if value is None:
             raise ValueError(f"{self.where} has no {name}, which its model_type has")
         if kind is int and value < 1:
             raise ValueError(f"{self.where}: {name} is {value}, and must be positive")
+        if kind is int and value > most:
+            raise ValueError(
+                f"{self.where}: {name} is {value}, and must be at most {most}"
+            )
         return value
 
     def one_of(self, name: str, choices: dict[str, T], default: str) -> T:
@@ -131,8 +135,9 @@ class Fields:
 
 def pattern_of(kinds: Sequence[str]) -> tuple[str, ...]:
     """The fewest kinds that repeat along the depth; the last time may be cut short."""
+    kinds = tuple(kinds)
     return next(
-        tuple(kinds[:size])
+        kinds[:size]
         for size in range(1, len(kinds) + 1)
-        if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+        if kinds[size:] == kinds[:-size]
     )

@@ -3,7 +3,7 @@ experts are not here."""
 
 from typing import Any
 
-from ulysses_jax.config import Model
+from ulysses_jax.config import MOST_LAYERS, Model
 from ulysses_jax.families.family import Family, Fields, Stored, stored
 from ulysses_jax.families.llama import (
     ATTENTION,
@@ -16,7 +16,7 @@ from ulysses_jax.families.rope_json import rope_json, rope_of
 
 
 def _model_of(fields: Fields) -> Model:
-    layers = fields.need("num_hidden_layers")
+    layers = fields.need("num_hidden_layers", most=MOST_LAYERS)
     kinds = ["full" if i % 2 else "window" for i in range(layers)]
     return Model(
         **sizes_of(fields),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ulysses_jax.config import Model
+from ulysses_jax.config import MOST_LAYERS, Model
 from ulysses_jax.families.family import Family, Fields, Part, Stored, pattern_of, stored
 from ulysses_jax.families.rope_json import REPLACED, rope_json, rope_of
 
@@ -17,7 +17,7 @@ def sizes_of(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.need("vocab_size"),
         "width": width,
-        "num_layers": fields.need("num_hidden_layers"),
+        "num_layers": fields.need("num_hidden_layers", most=MOST_LAYERS),
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads", heads),
         "head_size": fields.get("head_dim", None, int) or width // heads,
@@ -86,7 +86,7 @@ def _model_of(
     use_sliding_window and max_window_layers. biases: of attention. window: of a file
     that does not say."""
     fields.only("hidden_act", "silu", "an activation")
-    layers = fields.need("num_hidden_layers")
+    layers = fields.need("num_hidden_layers", most=MOST_LAYERS)
     kinds = ["full"] * layers
     said = {"sliding_window": window, **fields.values}
     fields = Fields(said, fields.where)

@@ -1,6 +1,5 @@
 """A run's folder as a record: its rows as columns, its events, its config, its end."""
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-import yaml
 
+from ulysses_jax.config_file import read_values
+from ulysses_jax.outside import objects_in_lines
 from ulysses_jax.run_folder import check_run_folder, is_run_folder, stages_in
 from ulysses_jax.training.metrics import rows_in
 
@@ -149,13 +149,9 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        text = path.read_text()
-        fields = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read: {said}") from None
-    if not isinstance(fields, dict):
+    fields = read_values(path)
+    text = path.read_text()
+    if not isinstance(fields, dict) or not fields:
         raise ValueError(f"{path} is no config: it has no sections")
     return text, dict(_flat(fields))
 
@@ -171,22 +167,14 @@ def _flat(fields: Mapping[Any, Any], before: str = "") -> Iterable[tuple[str, An
 def _events(path: Path) -> list[Event] | None:
     if not path.is_file():
         return None
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # a killed run left it half
-        if _is_event(value):
-            found.append(value)
-    return found
+    return [value for value in objects_in_lines(path) if _is_event(value)]
 
 
-def _is_event(value: Any) -> TypeGuard[Event]:
+def _is_event(value: dict[str, Any]) -> TypeGuard[Event]:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("event"), str)
+        isinstance(value.get("event"), str)
         and type(value.get("step")) is int
+        and abs(value["step"]) < 2**63
         and "unix_seconds" in value
         and all(_is_number(value[name]) for name in _NUMBERS if name in value)
     )
