@@ -82,7 +82,7 @@ def test_other_tokenizers_are_not_taken_for_bytes(tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"eos', "generation_config.json is no JSON object"),
+        ('{"eos', "generation_config.json is no JSON: "),
         ("[1]", "generation_config.json is no JSON object"),
         ('{"eos_token_id": "</s>"}', "eos_token_id '</s>': give an id"),
         ('{"eos_token_id": [1, 6]}', "eos_token_id 6, and its .* has ids 0 to 5"),
@@ -97,5 +97,5 @@ def test_ends_that_cannot_be_read(folder, text, message):
 def test_a_file_larger_than_any_tokenizer(words, monkeypatch):
     """It is refused before it is read."""
     monkeypatch.setattr("ulysses_jax.data.tokenizer._MOST_BYTES", 100)
-    with pytest.raises(ValueError, match=r"tokenizer.json has [\d,]+ bytes, and a tok"):
+    with pytest.raises(ValueError, match="json has [0-9,]+ bytes, and .* at most 100"):
         tokenizer_of(words)

@@ -21,7 +21,7 @@ from jinja2.utils import Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer, NodeVisitor
 
 STATE = "_state"
-_SOURCE_LETTERS = 2**18
+SOURCE_LETTERS = 2**16
 _MOST_BITS = 2**13  # of a whole number; Python writes none of more than 4,300 digits
 _LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 _VIEWS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
@@ -62,7 +62,7 @@ class Bounds:
         if self._calls > self._most_calls:
             raise TooMuch(f"does not end within {self._most_calls:,} calls and loops")
         if time.thread_time() - self._started > self._seconds:
-            raise TooMuch(f"does not end within {self._seconds:.0f} seconds")
+            raise TooMuch(f"does not end within {self._seconds:.1f} seconds")
 
     def check(self, letters: int) -> None:
         if letters > self._most_letters:
@@ -167,9 +167,9 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "range": _range, **functions}
 
     def _parse(self, source: str, name: str | None, filename: str | None):
-        if len(source) > _SOURCE_LETTERS:
+        if len(source) > SOURCE_LETTERS:
             raise jinja2.TemplateError(
-                f"{len(source):,} letters are more than {_SOURCE_LETTERS:,}"
+                f"{len(source):,} letters are more than {SOURCE_LETTERS:,}"
             )
         tree = super()._parse(source, name, filename)
         _Generations().visit(tree)

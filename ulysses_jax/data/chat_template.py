@@ -9,13 +9,20 @@ from typing import Any, NamedTuple
 from jinja2.runtime import Context
 from jinja2.utils import pass_context
 
-from ulysses_jax.data.bounded_jinja import STATE, Bounds, Environment, TooMuch
+from ulysses_jax.data.bounded_jinja import (
+    SOURCE_LETTERS,
+    STATE,
+    Bounds,
+    Environment,
+    TooMuch,
+)
+from ulysses_jax.outside import read_bounded, read_object
 
 # A template that asks for more is taken not to end.
 _CALLS, _CALLS_A_MESSAGE = 2**17, 2**10
 _LETTERS, _LETTERS_A_LETTER = 2**20, 2**4
 _MADE, _MADE_A_LETTER_AND_MESSAGE = 2**26, 2**4
-_SECONDS, _SECONDS_A_MESSAGE = 3.0, 0.02
+_SECONDS, _SECONDS_A_MESSAGE = 0.5, 0.02
 _WORDS = 300  # of an error, in letters
 
 Message = dict[str, Any]
@@ -54,9 +61,9 @@ class ChatTemplate:
             folder / "tokenizer_config.json",
             folder / "chat_template.jinja",
         )
-        config = _read_config(config_path)
+        config = read_object(config_path) if config_path.is_file() else {}
         if own.is_file():
-            self.path, source = own, own.read_text(encoding="utf-8")
+            self.path, source = own, _text(own)
         else:
             self.path, source = config_path, _default(config.get("chat_template"))
         if not isinstance(source, str):
@@ -136,23 +143,24 @@ def _words(error: Exception) -> str:
     return words if len(words) <= _WORDS else f"{words[:_WORDS]}..."
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _text(path: Path) -> str:
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object: take the model's own")
-    return found
+        return read_bounded(path, 4 * SOURCE_LETTERS).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): take the "
+            "model's own"
+        ) from None
 
 
 def _default(template: Any) -> Any:
     """Of several, each with a name, the one for conversations."""
     if isinstance(template, list):
-        named = {each.get("name"): each.get("template") for each in template}
-        return named.get("default")
+        named = [each for each in template if isinstance(each, dict)]
+        found = [
+            each.get("template") for each in named if each.get("name") == "default"
+        ]
+        return found[-1] if found else None
     return template
 
 

@@ -1,13 +1,16 @@
 """What text is as tokens: bytes, or what a folder's tokenizer.json says."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from ulysses_jax.data.shards import write_bytes
+from ulysses_jax.data.tokenizer_claims import refuse_large
+from ulysses_jax.outside import check_inside, parsed, read_bounded, read_object
 
 END_OF_DOCUMENT = 256
 NUM_IDS = 257
@@ -60,19 +63,17 @@ class Folder:
 
     def __init__(self, folder: Path):
         path = folder / _FILE
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise ValueError(
-                f"{path} has {size:,} bytes, and a tokenizer has at most "
-                f"{_MOST_BYTES:,}: take the model's own"
-            )
-        try:
-            self._own = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is no tokenizer: {error}") from None
+        data = read_bounded(path, _MOST_BYTES)
+        refuse_large(parsed(data, f"{path} is no tokenizer: it"), path)
+        with _in_words(path, "is no tokenizer"):
+            self._own = tokenizers.Tokenizer.from_buffer(data)
         self._own.no_truncation()
         self._own.no_padding()
         self.path = path
-        self.num_ids = 1 + max(self._own.get_vocab(with_added_tokens=True).values())
+        ids = self._own.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError(f"{path} has no token: take the model's own")
+        self.num_ids = 1 + max(ids)
         self.ends = _ends(folder) or self._end_by_name(folder)
         if wrong := [end for end in self.ends if not 0 <= end < self.num_ids]:
             raise ValueError(
@@ -83,44 +84,65 @@ class Folder:
     def _end_by_name(self, folder: Path) -> tuple[int, ...]:
         """Of the token that tokenizer_config.json says, where no file says its id."""
         path = folder / "tokenizer_config.json"
-        try:
-            said: Any = json.loads(path.read_bytes()).get("eos_token")
-        except FileNotFoundError:
+        if not path.is_file():
             return ()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no JSON object: {error}") from None
+        said: Any = read_object(path).get("eos_token")
         name = said.get("content") if isinstance(said, dict) else said
         end = self._own.token_to_id(name) if isinstance(name, str) else None
         return () if end is None else (end,)
 
     def encode(self, text: str) -> list[int]:
         """With what the tokenizer puts around a text, such as a token to begin with."""
-        return self._own.encode(text).ids
+        with self._at_work():
+            return self._own.encode(text).ids
 
     def encode_with_places(
         self, text: str, *, around: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """As of `Bytes`; what is put around a text (around: it is) stands nowhere:
         (0, 0)."""
-        encoding = self._own.encode(text, add_special_tokens=around)
-        return encoding.ids, encoding.offsets
+        with self._at_work():
+            encoding = self._own.encode(text, add_special_tokens=around)
+            return encoding.ids, encoding.offsets
 
     def copy_to(self, folder: Path) -> None:
         """So that `tokenizer_of(folder)` is this one, and has its chat template."""
         if self.path.parent == folder:
             return
         for path in files_of(self.path.parent):
+            check_inside(path)
             write_bytes(folder / path.name, path.read_bytes())
         if _ends(folder) == self.ends and self.ends:
             return
         own = folder / _ENDS  # they were said elsewhere
-        said = json.loads(own.read_bytes()) if own.is_file() else {}
+        said = read_object(own) if own.is_file() else {}
         said["eos_token_id"] = list(self.ends) or None
         write_bytes(own, json.dumps(said).encode())
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Special tokens by their names (special: they are), or left out."""
-        return self._own.decode(list(ids), skip_special_tokens=not special)
+        with self._at_work():
+            return self._own.decode(list(ids), skip_special_tokens=not special)
+
+    def _at_work(self) -> AbstractContextManager[None]:
+        return _in_words(self.path, "fails at a text")
+
+
+@contextmanager
+def _in_words(path: Path, what: str) -> Iterator[None]:
+    """What the library raises, as a ValueError with the file's name."""
+    try:
+        yield
+    except (UnicodeEncodeError, MemoryError):
+        raise  # of the text, of the machine
+    except BaseException as error:
+        # Where its Rust code panics it raises what is no Exception, nor to be imported.
+        if (
+            not isinstance(error, Exception)
+            and type(error).__name__ != "PanicException"
+        ):
+            raise
+        raise ValueError(f"{path} {what}: {error}: take the model's own") from None
 
 
 Tokenizer = Bytes | Folder
@@ -173,12 +195,7 @@ def _ends(folder: Path) -> tuple[int, ...]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            said: Any = json.loads(path.read_bytes())["eos_token_id"]
-        except KeyError:
-            continue
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no JSON object: {error}") from None
+        said: Any = read_object(path).get("eos_token_id")
         ids = said if isinstance(said, list) else [said]
         if said is None:
             continue
