@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from ulysses_jax.training.preflight import (
     check_space,
     refuse_other_model,
 )
-from ulysses_jax.training.proof import COMMIT_FILE
+from ulysses_jax.training.proof import COMMIT_FILE, read_commit, write_commit
 
 META = {"model": {"width": 8, "norm": "rms"}, "tokens_read": 2**40, "data": "f00d"}
 MESHES = {
@@ -274,8 +275,16 @@ def test_broken_commit_file_is_skipped(folder, fault):
 
 
 @pytest.mark.parametrize("fault", [flip, Path.unlink])
-def test_no_file_can_break_unseen(two_saved, tmp_path, fault):
-    """Whichever file is hit, what comes back is exactly what was saved."""
+def test_no_file_can_break_unseen(two_saved, tmp_path, fault, monkeypatch):
+    """Whichever file is hit, what comes back is exactly what was saved; and Orbax
+    never sees it, nor another file of its folder."""
+    read, whole = [], ocp.StandardCheckpointer.restore
+
+    def restored(self, path, *args):
+        read.append(path.name)
+        return whole(self, path, *args)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", restored)
     for path in sorted(p for p in (two_saved / "20").rglob("*") if p.is_file()):
         folder = Path(shutil.copytree(two_saved, tmp_path / "c", dirs_exist_ok=True))
         fault(folder / path.relative_to(two_saved))
@@ -283,6 +292,50 @@ def test_no_file_can_break_unseen(two_saved, tmp_path, fault):
         stamp = path.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
         step, said = restore(folder)
         assert (step, len(said)) == ((20, 0) if stamp else (10, 1)), path
+        assert read.pop() == str(step) and not read
+
+
+# Orbax's own readers go on, and find their event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("fault", [overwrite, Path.unlink])
+def test_files_of_another_hand_with_checksums_that_are_right(folder, fault):
+    """Checksums say that a checkpoint is whole, not who wrote it: what Orbax cannot
+    read is refused in words."""
+    shutil.rmtree(folder / "10")
+    whole, words = folder.with_name("whole"), 0
+    shutil.copytree(folder, whole)
+    body = read_commit(folder / "20")
+    for path in sorted(p for p in (whole / "20").rglob("*") if p.is_file()):
+        if path.name in (COMMIT_FILE, "_CHECKPOINT_METADATA"):
+            continue
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        fault(folder / path.relative_to(whole))
+        (folder / "20" / COMMIT_FILE).unlink()
+        write_commit(folder / "20", body)
+        target = abstract(make_state(mesh_of("data2 seq4")))
+        try:
+            with Checkpointer(folder, interval_steps=1) as checkpointer:
+                checkpointer.restore(target)
+        except ValueError as error:
+            assert f"{folder}/20 is no checkpoint of a run" in str(error)
+            words += 1
+        except OSError as error:
+            assert path.name in str(error)
+    assert words
+
+
+def test_a_commit_file_that_names_files_elsewhere(folder):
+    outside = folder.with_name("outside")
+    shutil.copy(folder / "20" / "_METADATA", outside)
+    body = read_commit(folder / "20")
+    files = body["files"]
+    (folder / "20" / "link").symlink_to(outside)
+    for name in ("../../outside", str(outside), "link"):
+        text = json.dumps(body | {"files": files | {name: files["_METADATA"]}})
+        line = f"{text}\n{zlib.crc32(text.encode())}\n"
+        (folder / "20" / COMMIT_FILE).write_text(line)
+        step, (said,) = restore(folder)
+        assert step == 10 and f"leads to {outside}, out of {folder}/20" in said
 
 
 def test_all_broken_is_an_error(folder):

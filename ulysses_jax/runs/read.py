@@ -79,10 +79,9 @@ def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
 def _read_columns(path: Path) -> Columns:
     """Of a file, some rows at a time: as objects they take ten times the memory."""
     parts = [_table([])]
-    with open(path, errors="replace") as file:
-        rows = rows_in(file)
-        while part := list(islice(rows, _ROWS_AT_A_TIME)):
-            parts.append(_table(part))
+    rows = rows_in(path)
+    while part := list(islice(rows, _ROWS_AT_A_TIME)):
+        parts.append(_table(part))
     return _each_step_once(parts)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,7 +134,9 @@ class Checkpointer:
         folder = self.folder / str(step)
         commit = read_commit(folder)
         refuse_others(commit["arrays"], describe(abstract_state), folder)
-        state = self._orbax.restore(folder, jax.tree.map(on_devices, abstract_state))
+        target = jax.tree.map(on_devices, abstract_state)
+        with _in_words(folder):
+            state = self._orbax.restore(folder, target)
         self.newest = step
         return step, state, commit["meta"]
 
@@ -164,7 +167,10 @@ class Checkpointer:
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
             partial_restore=True,
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with (
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax,
+            _in_words(folder),
+        ):
             return orbax.restore(folder, args=args)[name]
 
     def latest_meta(self) -> tuple[int, dict[str, Any]] | None:
@@ -311,6 +317,21 @@ class Checkpointer:
         raise OSError(
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{why}; {before}"
+        ) from error
+
+
+@contextmanager
+def _in_words(folder: Path) -> Iterator[None]:
+    """What Orbax raises at files that are as they were written, but by nobody's run."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError):
+        raise  # of the machine
+    except Exception as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"{folder} is no checkpoint of a run, although its checksums are right: "
+            f"{why}; remove it, or use another run.folder (--run.folder)"
         ) from error
 
 

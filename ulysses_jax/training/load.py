@@ -20,6 +20,7 @@ from ulysses_jax.run_folder import check_run_folder, stages_in
 from ulysses_jax.tensors.reading import described, read_parameters
 from ulysses_jax.training.base import fingerprint, open_base, refuse_other_base
 from ulysses_jax.training.checkpoint import Checkpointer
+from ulysses_jax.training.meta import saved_lora, saved_meta
 from ulysses_jax.training.model import (
     MakeModel,
     abstract_model,
@@ -62,7 +63,7 @@ def open_run(config: Config, meta: dict[str, Any]) -> tuple[Before, list[str]]:
     assert folder is not None
     before = Before(Path(folder) / "checkpoints")
     with Checkpointer(before.checkpoints, interval_steps=1) as checkpoints:
-        saved = checkpoints.latest_meta()
+        saved = saved_meta(checkpoints)
     if saved is None:
         stages = stages_in(Path(folder))
         raise ValueError(
@@ -75,8 +76,7 @@ def open_run(config: Config, meta: dict[str, Any]) -> tuple[Before, list[str]]:
         )
     step, then = saved
     changed = differences(then["model"], meta["model"])
-    lora = then["model"].get("lora")
-    was = None if lora is None else Lora(**lora | {"targets": tuple(lora["targets"])})
+    was = saved_lora(then)
     refuse_other_adapters(was, config)
     if was is not None:
         refuse_other_base(then["base"], meta["base"], config)
@@ -148,7 +148,7 @@ def load_run(folder: str | Path, make_model: MakeModel = Transformer) -> Any:
     target, frozen = split(config.model, target)
     checkpoints = Checkpointer(folder / "checkpoints", interval_steps=1)
     with checkpoints:
-        saved = checkpoints.latest_meta()
+        saved = saved_meta(checkpoints)
         if saved is not None:
             refuse_other_model(saved[1]["model"], identity(config, make_model))
         source = None

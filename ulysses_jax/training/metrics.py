@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
+from ulysses_jax.outside import objects_in_lines
 from ulysses_jax.training.events import Events
 from ulysses_jax.training.journal import Journal
 from ulysses_jax.training.picture import draw_loss
@@ -293,19 +294,12 @@ class RunLog:
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`, without other tools' rows and broken lines."""
-    with open(path, errors="replace") as file:
-        return list(rows_in(file))
+    return list(rows_in(path))
 
 
-def rows_in(lines: Iterable[str]) -> Iterator[dict[str, float]]:
-    """`read_rows`, one after another, of lines of the file."""
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # a killed run left it half
-        if _is_row(value):
-            yield value
+def rows_in(path: Path) -> Iterator[dict[str, float]]:
+    """`read_rows`, one after another."""
+    return filter(_is_row, objects_in_lines(path))
 
 
 def lacks_validation(folder: Path, step: int) -> bool:
@@ -325,14 +319,17 @@ def _line(row: dict[str, float]) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def _is_row(value: Any) -> TypeGuard[dict[str, float]]:
+def _is_row(value: dict[str, Any]) -> TypeGuard[dict[str, float]]:
     return (
-        isinstance(value, dict)
-        and "step" in value
+        "step" in value
         and ("loss" in value or value.get("counted_tokens") == 0 or "skipped" in value)
         and type(value["step"]) is int
-        and {*map(type, value.values())} <= {int, float}
+        and all(map(_is_number, value.values()))
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or type(value) is int and abs(value) < 2**63
 
 
 def _cut_rows(path: Path, *, after: int) -> list[dict[str, float]]:

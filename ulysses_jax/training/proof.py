@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ulysses_jax.outside import MOST_BYTES, check_inside, parsed, read_bounded
+
 # Written last, inside the folder that one rename then commits: what the run was, and
 # the size and CRC-32 of every file. Orbax notices a truncated file, but restores
 # flipped bytes in array data without a word.
@@ -38,14 +40,28 @@ def write_commit(folder: Path, body: dict[str, Any]) -> None:
 def read_commit(folder: Path) -> dict[str, Any]:
     """The commit file of a checkpoint; ValueError when it is missing or broken."""
     try:
-        text, crc = (folder / COMMIT_FILE).read_text().splitlines()
-        if zlib.crc32(text.encode()) == int(crc):
-            return json.loads(text)
+        data = read_bounded(folder / COMMIT_FILE, MOST_BYTES)
+        text, crc = data.decode().splitlines()
+        said = parsed(text, COMMIT_FILE)
+        if zlib.crc32(text.encode()) == int(crc) and _is_commit(said):
+            return said
     except FileNotFoundError:
         raise ValueError(f"{COMMIT_FILE} is missing: it was never committed") from None
     except (OSError, ValueError):
         pass
     raise ValueError(f"{COMMIT_FILE} is not what was saved")
+
+
+def _is_commit(said: Any) -> bool:
+    if not isinstance(said, dict) or type(said.get("step")) is not int:
+        return False
+    if not all(isinstance(said.get(name), dict) for name in ("meta", "arrays")):
+        return False
+    files = said.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(pair, list) and [type(number) for number in pair] == [int, int]
+        for pair in files.values()
+    )
 
 
 def why_broken(folder: Path) -> str | None:
@@ -59,12 +75,15 @@ def why_broken(folder: Path) -> str | None:
         size, crc = files[name]
         path = folder / name
         try:
+            check_inside(path, folder)
             # The size first: it costs nothing, and says more.
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             return None if _size_and_crc(path)[1] == crc else f"{name} has other bytes"
         except OSError as error:
             return f"{name}: {error.strerror}"
+        except ValueError as error:  # a name that no file has, or one elsewhere
+            return f"{name}: {error}"
 
     return next((found for found in _in_parallel(why, list(files)) if found), None)
 

@@ -41,6 +41,7 @@ from ulysses_jax.training.choose_memory import choose_memory
 from ulysses_jax.training.load import open_run
 from ulysses_jax.training.lock import RunLock
 from ulysses_jax.training.loop import Loop, validates_at
+from ulysses_jax.training.meta import check_meta, saved_meta
 from ulysses_jax.training.metrics import RunLog, lacks_validation
 from ulysses_jax.training.model import (
     MakeModel,
@@ -191,13 +192,11 @@ def run_once(
                 "optimizer": training.optimizer,
                 "schedule": schedule_fields(training),
             }
-            saved = checkpointer.latest_meta()
+            saved = saved_meta(checkpointer)
             if saved is not None:
                 refuse_other_model(saved[1]["model"], meta["model"])
                 refuse_other_data(saved[1]["data"], meta["data"], config)
-                # Before it had a name it was AdamW.
-                then = saved[1].get("optimizer", "adamw")
-                refuse_other_optimizer(then, training.optimizer)
+                refuse_other_optimizer(saved[1]["optimizer"], training.optimizer)
             source, before, changed = None, None, []
             if config.model.lora is not None:
                 source = open_base(config)
@@ -237,6 +236,7 @@ def run_once(
                 say(f"parameters: of {whole or begun}")
         else:
             first_step, state, then = restored
+            check_meta(then, checkpointer.folder / str(first_step))
             if config.model.lora is not None:
                 assert isinstance(source, tuple)
                 frozen = read_from(config, make_model, source)
