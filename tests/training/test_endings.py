@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from ulysses_jax.aborts import lost_at_abort
+from ulysses_jax.config_file import load
 from ulysses_jax.roll_call import Absent
 from ulysses_jax.training import endings, phases
 from ulysses_jax.training.endings import as_program, ends_in_words
@@ -67,6 +68,17 @@ def test_whose_fault_an_error_is(tmp_path, capfd, monkeypatch):
     # A disk's, whoever wrote to it.
     assert ended(lambda: library.fail(OSError("full"))) == 2
     assert capfd.readouterr().err == "python -m mine: full\n"
+
+
+def test_a_value_as_long_as_a_file_is_not_all_of_the_words(tmp_path, capfd):
+    """What is wrong stands at their beginning, the remedy at their end."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training: {{num_steps: {'x' * 60_000}}}")
+    assert ended(lambda: load(path)) == 2
+    words = capfd.readouterr().err
+    assert len(words) < 2100 and " ... " in words
+    assert words.startswith(f"python -m mine: {path}: training.num_steps must be int")
+    assert words.endswith("x'\n")
 
 
 def test_the_package_is_the_one_that_runs():

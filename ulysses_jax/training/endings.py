@@ -26,6 +26,7 @@ _ENDED, _ALIVE = "ulysses_jax/ended", "ulysses_jax/alive"
 _POLL_SECONDS = 1.0
 # Of a process that is killed, or stopped: it sets its key once a second.
 _SILENT_SECONDS = 30.0
+_MOST_LETTERS = 2000  # of an error, which may have in it what was read
 
 
 @contextmanager
@@ -46,14 +47,23 @@ def ends_in_words(program: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError) or _is_ours(error):
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-            stop(LOST if isinstance(error, Absent) else 2, str(error))
+            words = _short(str(error))
+            print(f"{program}: {words}", file=sys.stderr, flush=True)
+            stop(LOST if isinstance(error, Absent) else 2, words)
         if jax.distributed.is_initialized():
             traceback.print_exc()
             stop(1, repr(error))
         raise
     finally:
         jax.config.update("jax_traceback_filtering", filtering)
+
+
+def _short(words: str) -> str:
+    """What was wrong stands at their beginning, and the remedy at their end."""
+    if len(words) <= _MOST_LETTERS:
+        return words
+    half = _MOST_LETTERS // 2
+    return f"{words[:half]} ... {words[-half:]}"
 
 
 def _is_ours(error: Exception) -> bool:
