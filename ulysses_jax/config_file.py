@@ -140,7 +140,8 @@ def read_values(path: Path) -> Any:
         ) from None
     # ValueError: of a number of thousands of digits, or of what follows !!int.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {said}") from None
     return {} if values is None else values
 
 

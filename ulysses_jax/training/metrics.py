@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -324,12 +324,9 @@ def _is_row(value: dict[str, Any]) -> TypeGuard[dict[str, float]]:
         "step" in value
         and ("loss" in value or value.get("counted_tokens") == 0 or "skipped" in value)
         and type(value["step"]) is int
-        and all(map(_is_number, value.values()))
+        and {*map(type, value.values())} <= {int, float}
+        and not any(type(x) is int and abs(x) >= 2**63 for x in value.values())
     )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or type(value) is int and abs(value) < 2**63
 
 
 def _cut_rows(path: Path, *, after: int) -> list[dict[str, float]]:
