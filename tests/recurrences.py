@@ -51,22 +51,30 @@ def exact(kind, given, documents, scale=H**-0.5):
       given: of `inputs`.
       documents: `[B, T]`.
     """
-    begins = np.ones(documents.shape, bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    rule = {"linear": _linear, "delta": _delta, "convolution": _convolution}[kind]
     with jax.enable_x64(True):
         given = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in given.items()}
-        out, pull = jax.vjp(lambda given: rule(given, begins, scale), given)
+        out, pull = jax.vjp(lambda given: rule(kind, given, documents, scale), given)
         (gradients,) = pull(jnp.asarray(upstream(kind), np.float64))
         return {n: np.asarray(x) for n, x in (gradients | {"out": out}).items()}
 
 
+def rule(kind, given, documents, scale=H**-0.5):
+    """The output alone, in the dtype that is given."""
+    begins = np.ones(documents.shape, bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    rules = {"linear": _linear, "delta": _delta, "convolution": _convolution}
+    return rules[kind](given, begins, scale)
+
+
 def _linear(given, begins, scale):
-    return _delta(given | {"beta": jnp.ones((B, T, N))}, begins, scale, erase=0.0)
+    return _delta(
+        given | {"beta": jnp.ones_like(given["log_decay"])}, begins, scale, erase=0.0
+    )
 
 
 def _delta(given, begins, scale, erase=1.0):
-    q, k = (jnp.repeat(given[name], N // K, axis=2) for name in "qk")
+    groups = given["v"].shape[2] // given["k"].shape[2]
+    q, k = (jnp.repeat(given[name], groups, axis=2) for name in "qk")
 
     def one_token(state, now):
         q, k, v, log_decay, beta, begins = now
@@ -79,14 +87,14 @@ def _delta(given, begins, scale, erase=1.0):
 
     tokens = (q, k, given["v"], given["log_decay"], given["beta"], begins)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    state = jnp.zeros((B, N, H, V))
+    state = jnp.zeros((*k.shape[:1], *k.shape[2:], given["v"].shape[-1]))
     return jnp.moveaxis(jax.lax.scan(one_token, state, tokens)[1], 0, 1)
 
 
 def _convolution(given, begins, scale):
     x, weights = given["x"], given["weights"]
     out = []
-    for t in range(T):
+    for t in range(x.shape[1]):
         total, alive = jnp.zeros(x[:, t].shape), np.ones(len(x))
         for d in range(min(4, t + 1)):
             total += weights[3 - d] * x[:, t - d] * alive[:, None, None]

@@ -56,7 +56,7 @@ ALLOWED = {
 }
 ALLOWED["families"] = {"config", "complete", "run_folder", "outside"}
 ALLOWED["config_file"] |= {"families"}
-ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "weights"}
+ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "linear", "weights"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {
     "models",

@@ -149,8 +149,30 @@ def complete_model(model: Model) -> Model:
         )
     if not learned:
         check_rope(model.rope, model.head_size)
+    if model.is_recurrent:
+        _check_recurrent(model)
     check_lora(model)
     return model
+
+
+def _check_recurrent(model: Model) -> None:
+    """Refuses what layers whose tokens reach others by a state cannot have."""
+    of = f"model.pattern {', '.join(model.pattern or ())} has layers of a state, "
+    if model.zigzag:
+        raise ValueError(
+            of + "which take tokens in the sequence's order, and model.zigzag true is "
+            "another: leave model.zigzag out"
+        )
+    if model.strategy == "megatron":
+        raise ValueError(
+            of + "which take tokens from the shard before, and model.strategy megatron "
+            "gathers all: use model.strategy auto or ulysses"
+        )
+    if model.lora is not None:
+        raise ValueError(
+            of + "whose projections have no adapters: leave model.lora out, or use "
+            "full, window and sparse alone"
+        )
 
 
 def _check_class(value: Any, cls: Any, what: str) -> None:
@@ -257,6 +279,12 @@ def _folder(folder: str | None, name: str) -> str:
 def _check_memory(memory: Memory, model: Model, training: Training) -> None:
     if memory.auto:
         return  # they are replaced
+    if memory.sequence_chunk_tokens and model.is_recurrent:
+        raise ValueError(
+            f"memory.sequence_chunk_tokens {memory.sequence_chunk_tokens} cuts layers "
+            f"that attend, and model.pattern {', '.join(model.pattern or ())} has "
+            "others, of a state, which go in chunks by themselves: leave it out"
+        )
     if memory.remat == "none" and "inputs" in memory.offload:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "

@@ -14,7 +14,7 @@ from ulysses_jax.attention import delta, linear
 from ulysses_jax.parallel.spread import DTYPES
 from ulysses_jax.recur import AnyMesh, Convolution, Delta, Linear, SegmentIds, recur
 
-Decay = float | Float[Array, "N"] | None
+Decay = float | np.ndarray | Float[Array, "N"] | None
 
 
 def linear_attention(

@@ -80,7 +80,22 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     )
     if model.sparse is not None:
         _check_sparse(placed)
+    if "delta" in model.kinds():
+        _check_convolution(placed)
     return placed
+
+
+def _check_convolution(config: Config) -> None:
+    """Refuses one that reaches over more than the shard before."""
+    mesh, before = config.mesh, config.model.convolution_tokens - 1
+    tokens, shards = config.padded_tokens(), mesh.ring * mesh.seq
+    if shards > 1 and tokens // shards < before:
+        raise ValueError(
+            f"model.convolution_tokens {before + 1} reach {before} tokens back, but a "
+            f"device has {tokens // shards} of the {tokens} of a sequence (mesh.ring "
+            f"{mesh.ring} x mesh.seq {mesh.seq}): use sequences of {before * shards} "
+            f"tokens or more, or model.convolution_tokens {tokens // shards + 1}"
+        )
 
 
 def _check_sparse(config: Config) -> None:
@@ -123,6 +138,7 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             and model.attention != "reference"
             and not any(model.windows())
             and model.sparse is None
+            and not model.is_recurrent  # without zigzag order work is not shared out
         )
         if strategy == "ulysses" and seq > 1 and can_gather:
             sizes: dict[str, Any] = dict(
@@ -169,5 +185,6 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
             f"mesh.seq 1, or with mesh.ring 2, mesh.seq {max(shards // 2, 2)}; "
             "mesh.data and mesh.fsdp share the devices that are left"
         )
-    zigzag = by_blocks if model.zigzag is None else model.zigzag
+    zigzag = by_blocks and not model.is_recurrent
+    zigzag = zigzag if model.zigzag is None else model.zigzag
     return dataclasses.replace(model, strategy=strategy, zigzag=zigzag)

@@ -61,6 +61,10 @@ class Lora:
     and down of the feed-forward. all: every one that the model has."""
 
 
+RECURRENT = ("linear", "delta")
+"""Kinds of layers whose tokens reach others by a state, in the sequence's order."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder-only transformer; the defaults are Llama's choices."""
@@ -100,8 +104,9 @@ class Model:
     pattern: tuple[str, ...] | None = None
     """Kinds of layers, which repeat along the depth; the last time may be cut short.
     full: attends to all tokens before; window: to those in model.window; sparse: to
-    blocks of them, by model.sparse. Default: window where model.window is set, sparse
-    where model.sparse is, else full."""
+    blocks of them, by model.sparse; linear: linear attention with decay; delta: the
+    gated delta rule. Default: window where model.window is set, sparse where
+    model.sparse is, else full."""
     window: int | None = None
     """Layers of kind window attend only to keys fewer than this many positions away."""
     sparse: Literal["fixed", "strided", "longformer", "bigbird"] | None = None
@@ -119,6 +124,9 @@ class Model:
     """Of bigbird."""
     sparse_by_head: bool = False
     """Each head sees others: of each group of fixed, or random ones of bigbird."""
+    convolution_tokens: int = 4
+    """Of layers of kind delta: over how many tokens queries, keys and values are
+    convolved, a token's own among them."""
     attention: Literal["auto", "cudnn", "mosaic", "blockwise", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
     sinks: bool = False
@@ -153,3 +161,8 @@ class Model:
     def windows(self) -> tuple[int | None, ...]:
         """Of every layer: how many tokens it sees; None: all."""
         return tuple(self.window if kind == "window" else None for kind in self.kinds())
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a completed model has layers of a kind in RECURRENT."""
+        return not set(RECURRENT).isdisjoint(self.kinds())

@@ -107,9 +107,9 @@ def choose(
 def rungs(config: Config) -> list[tuple[str, Memory]]:
     """The options of every rung, for the tokens that a device of this run has.
 
-    Only the strategy ulysses is cut into chunks, and only where some number of tokens,
-    a multiple of 128, divides a device's; only parameters that are cut, at ZeRO's
-    stage 3, go to the host. Without, those rungs are what else they say.
+    Only the strategy ulysses is cut into chunks, where all layers attend and some
+    number of tokens, a multiple of 128, divides a device's; only parameters that are
+    cut, at ZeRO's stage 3, go to the host. Without, those rungs are what else they say.
     """
     chunk = _chunk_tokens(config)
     may_wait = {"inputs", "attention", "optimizer"}
@@ -138,7 +138,7 @@ def _chunk_tokens(config: Config) -> int | None:
     """The most tokens that a chunk may have; None: no chunks."""
     if config.model.strategy not in ("auto", "ulysses"):
         return None
-    if config.model.attention == "reference":
+    if config.model.attention == "reference" or config.model.is_recurrent:
         return None
     tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
     if tokens <= LEAST_CHUNK_TOKENS:

@@ -7,6 +7,8 @@ from flax import nnx
 
 from ulysses_jax.config import Model
 from ulysses_jax.models.attention import Attention
+from ulysses_jax.models.delta import GatedDelta
+from ulysses_jax.models.linear import LinearAttention
 
 
 def full(model: Model, *, rngs: nnx.Rngs) -> Attention:
@@ -28,6 +30,8 @@ KINDS: dict[str, Callable[..., Any]] = {
     "full": full,
     "window": window,
     "sparse": sparse,
+    "linear": LinearAttention,
+    "delta": GatedDelta,
 }
 """What makes the part of a layer that reaches other tokens: `f(model, rngs=...)`, a
 module that is called as `Attention` is. `docs/architecture.md` says how to add one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
@@ -58,9 +59,13 @@ def check_rngs(rngs: Any) -> None:
 
 
 def vector(
-    letters: str, sizes: dict[str, int], value: float, table: Table = ACTIVATION
+    letters: str,
+    sizes: dict[str, int],
+    value: float | np.ndarray,
+    table: Table = ACTIVATION,
 ) -> nnx.Param:
-    """A float32 parameter that starts as one number: a bias, or the scale of a norm."""
+    """A float32 parameter that starts as one number, or as an array that broadcasts to
+    its shape: a bias, or the scale of a norm."""
     shape = tuple(sizes[letter] for letter in letters)
     spec = _spec(letters, shape, table)
     if layout.is_explicit():

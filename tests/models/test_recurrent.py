@@ -1,0 +1,188 @@
+"""Layers whose tokens reach others by a state, in models of several kinds."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from recurrences import DOCUMENTS, B, T, rule
+from slow import slow_but_for
+
+from ulysses_jax import Model, Transformer, make_mesh
+from ulysses_jax.complete import complete, complete_model
+from ulysses_jax.config import Config, Lora, Memory, Training
+from ulysses_jax.memory.auto import rungs
+from ulysses_jax.memory.saving import Saving
+from ulysses_jax.mesh import AXES
+from ulysses_jax.models.delta import GatedDelta
+from ulysses_jax.models.linear import LinearAttention
+from ulysses_jax.placement import place
+
+SIZE = Model(
+    vocab_size=32,
+    width=16,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=4,
+    feed_forward_width=16,
+    pattern=("delta", "linear", "full"),
+    compute_dtype="float32",
+)
+KINDS = {"linear": LinearAttention, "delta": GatedDelta}
+
+
+def drawn(kind):
+    """A layer's part with drawn parameters, so that gates and taps say something."""
+    module = KINDS[kind](SIZE, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        jax.random.normal(key, leaf.shape) * 0.5
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
+
+
+def by_hand(kind, module, x):
+    """The layer's part in float64, from its parameters."""
+    w = {n: jnp.asarray(np.asarray(p[...], np.float64)) for n, p in parts(module)}
+    silu, sigmoid = jax.nn.silu, jax.nn.sigmoid
+    into = {
+        name: jnp.tensordot(x, w[name], 1)
+        for name in ("q", "k", "v", "gate", "beta", "decay")
+        if name in w
+    }
+    q, k, v, gate = (into[name] for name in ("q", "k", "v", "gate"))
+    if kind == "delta":
+        q, k, v = (
+            silu(rule("convolution", dict(x=y, weights=w[f"{n}_taps"]), DOCUMENTS))
+            for n, y in (("q", q), ("k", k), ("v", v))
+        )
+        q, k = (y / jnp.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+        step = jax.nn.softplus(into["decay"] + w["decay_bias"])
+        given = dict(q=q, k=k, v=v, log_decay=-jnp.exp(w["log_rate"]) * step)
+        out = rule("delta", given | {"beta": sigmoid(into["beta"])}, DOCUMENTS, 0.5)
+        gate = silu(gate)
+    else:
+        rates = np.asarray([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
+        given = dict(q=silu(q), k=silu(k), v=v)
+        given["log_decay"] = jnp.broadcast_to(-rates, (*x.shape[:2], 4))
+        out, gate = rule("linear", given, DOCUMENTS, 0.5), sigmoid(gate)
+    out = out / jnp.sqrt((out * out).mean(-1, keepdims=True) + SIZE.norm_epsilon)
+    return jnp.tensordot(out * w["norm"] * gate, w["out"], 2)
+
+
+def parts(module):
+    return [(n, p) for n, p in vars(module).items() if isinstance(p, nnx.Param)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_by_hand(kind):
+    module = drawn(kind)
+    x = jax.random.normal(jax.random.key(2), (B, T, SIZE.width))
+    got = nnx.jit(lambda module, x: module(x, segment_ids=DOCUMENTS))(module, x)
+    with jax.enable_x64(True):
+        want = np.asarray(by_hand(kind, module, jnp.asarray(np.asarray(x, np.float64))))
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def loss_and_gradients(size, memory=None):
+    """Of a model made on the mesh that is set."""
+    model = Transformer(size, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(3), (B, T), 0, size.vocab_size)
+    run = {} if memory is None else dict(run=Saving(memory))
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss(model):
+        x = model.features(tokens, segment_ids=jnp.asarray(DOCUMENTS), **run)
+        return jnp.sum(jnp.sin(x.astype(jnp.float32)))
+
+    value, gradients = loss(model)
+    leaves = {str(k): np.asarray(v) for k, v in nnx.to_flat_state(gradients)}
+    return leaves | {"loss": np.asarray(value)}
+
+
+HYBRID = "delta", "linear", "full"
+plain = functools.cache(loss_and_gradients)
+EXPLICIT = dict(axis_type=AxisType.Explicit)
+MESHES = [
+    dict(data=2, ring=2, seq=2),
+    dict(fsdp=2, seq=2, tensor=2),
+    dict(ring=2, tensor=2, **EXPLICIT),
+    dict(ring=2, seq=4, **EXPLICIT),
+]
+
+
+@pytest.mark.parametrize(
+    "pattern, degrees",
+    slow_but_for([(("delta",), MESHES[2])], [("delta",), HYBRID], MESHES),
+)
+def test_a_model_on_every_mesh(pattern, degrees):
+    """Layers computed again, and feed-forwards in tiles."""
+    size = dataclasses.replace(SIZE, pattern=pattern, num_layers=len(pattern) + 1)
+    num = int(np.prod([n for n in degrees.values() if isinstance(n, int)]))
+    with jax.set_mesh(make_mesh(**degrees, devices=jax.devices()[:num])):
+        memory = Memory(remat="attention", mlp_tile_tokens=8)
+        got = loss_and_gradients(size, memory)
+    for name, want in plain(size).items():
+        np.testing.assert_allclose(
+            got[name], want, atol=3e-5 * np.abs(want).max(), err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(zigzag=True), "leave model.zigzag out"),
+        (dict(strategy="megatron"), "use model.strategy auto or ulysses"),
+        (dict(lora=Lora()), "leave model.lora out"),
+        (dict(convolution_tokens=0), "model.convolution_tokens must be positive"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        complete_model(dataclasses.replace(SIZE, **changes))
+
+
+DEGREES = dict.fromkeys(AXES, 1)
+
+
+def placed(size, tokens=32, **degrees):
+    config = Config(model=size, training=Training(sequence_tokens=tokens))
+    return place(complete(config, name="test"), DEGREES | degrees)
+
+
+def test_a_hybrid_over_a_ring_lies_in_the_sequences_order():
+    assert not placed(SIZE, ring=2, seq=2).model.zigzag
+    full = dataclasses.replace(SIZE, pattern=("full",))
+    assert placed(full, ring=2, seq=2).model.zigzag
+    # Nor are keys gathered, where a shard's work would depend on its place.
+    few = dict(num_kv_heads=1, num_heads=16)
+    assert placed(dataclasses.replace(SIZE, **few), seq=2).model.strategy == "ulysses"
+    full = dataclasses.replace(full, **few)
+    assert placed(full, seq=2).model.strategy == "all_gather"
+
+
+def test_layers_of_a_state_are_not_cut_into_chunks():
+    """Of the sequence: neither asked for, nor by memory auto."""
+    config = Config(model=SIZE, memory=Memory(sequence_chunk_tokens=128))
+    with pytest.raises(ValueError, match="sequence_chunk_tokens 128 cuts .* leave it"):
+        complete(config, name="test")
+    for pattern, in_chunks in ((HYBRID, False), (("full",), True)):
+        size = dataclasses.replace(SIZE, pattern=pattern, strategy="ulysses")
+        found = rungs(placed(size, tokens=4096, seq=2))
+        assert any(rung.sequence_chunk_tokens for _, rung in found) == in_chunks
+
+
+def test_a_convolution_wider_than_a_shard():
+    with pytest.raises(ValueError, match="sequences of 24 tokens or more"):
+        placed(SIZE, tokens=16, seq=8)
+    placed(SIZE, tokens=24, seq=8)
+    placed(dataclasses.replace(SIZE, convolution_tokens=3), tokens=16, seq=8)
