@@ -58,6 +58,7 @@ def pages(tmp_path_factory):
         event(0.0, 0, "started", num_devices=8, device_kind="cpu"),
         event(160.0, 150, "started", num_devices=8, lost_steps=3, lost_seconds=3.0),
         event(260.0, 250, "spike", why="loss 9 is far above 4"),
+        event(261.0, 250, "rolled_back", to_step=150, rows=[1]),
         event(310.0, 300, "done"),
     ]
     short = write_run(folder / "short", rows, events)
@@ -90,7 +91,13 @@ def test_curves_are_drawn_of_every_point(shown, pages):
     assert shown.run(count, "figure[data-chart=loss] circle.dot") == 6
     assert shown.run(count, "figure[data-chart=loss] path.band") == 1
     kinds = "return [...document.querySelectorAll('.mark')].map(m => m.dataset.kind)"
-    assert shown.run(kinds) == ["resumed", "spike"]
+    assert shown.run(kinds) == ["resumed", "spike", "rolled_back"]
+    signs = (
+        "return [...document.querySelectorAll('.mark path')].map(each => "
+        "each.getBoundingClientRect()).map(r => [r.left, r.right])"
+    )
+    _, (_, right), (left, _) = shown.run(signs)
+    assert left > right
     assert shown.said() == []
     assert shown.requested() == [pages.as_uri()]
 

@@ -235,6 +235,7 @@ function draw(figure, chart) {
 
 /** Resumes, skipped batches and spikes, each at its step. */
 function marks(svg, X, box, x0, x1) {
+  const taken = []; // signs stand beside each other, lines at their step
   data.runs.forEach((run, index) => {
     if (chosen.hidden.has(index)) return;
     for (const mark of run.marks) {
@@ -243,7 +244,10 @@ function marks(svg, X, box, x0, x1) {
       const group = add(svg, "g", { class: "mark", stroke: colour(index), "data-kind": mark.kind });
       const x = X(at);
       add(group, "line", { x1: x, x2: x, y1: box.top, y2: box.bottom });
-      add(group, "path", { d: data.marks[mark.kind], transform: `translate(${x},11)` });
+      let sign = x;
+      while (taken.some((each) => Math.abs(each - sign) < 12)) sign += 1;
+      taken.push(sign);
+      add(group, "path", { d: data.marks[mark.kind], transform: `translate(${sign},11)` });
     }
   });
 }
