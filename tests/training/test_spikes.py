@@ -6,13 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from shared_programs import shared_programs as shared_programs
 
-from ulysses_jax.config import Config, Data, Mesh, Model, Run, Training
-from ulysses_jax.training import loop, spikes, train
+from ulysses_jax.config import Config, Data, Lora, Memory, Mesh, Model, Run, Training
+from ulysses_jax.interop import save_pretrained
+from ulysses_jax.models.transformer import Transformer
+from ulysses_jax.training import loop, run, spikes, train
 from ulysses_jax.training.metrics import read_rows
 from ulysses_jax.training.proof import COMMIT_FILE, read_commit, write_commit
 from ulysses_jax.training.spikes import Spikes
+from ulysses_jax.training.state import first_state
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -98,6 +102,15 @@ def events(folder, *names):
     return [each for each in map(json.loads, lines) if each["event"] in names]
 
 
+def as_if(folder, back, other, spike):
+    """The state of a checkpoint as if it were the spike's, and no spike after it."""
+    step = other / "checkpoints" / str(spike)
+    shutil.copytree(folder / "checkpoints" / str(back), step)
+    body = read_commit(step) | {"step": spike}
+    (step / COMMIT_FILE).unlink()
+    write_commit(step, body)
+
+
 def test_back_to_a_checkpoint_and_on_past_the_batch(config, tmp_path, monkeypatch):
     """What follows is to the bit what a run from that state does with later batches."""
     monkeypatch.setattr(spikes, "_LOSSES", 8)
@@ -113,13 +126,8 @@ def test_back_to_a_checkpoint_and_on_past_the_batch(config, tmp_path, monkeypatc
     assert rows[spike] > np.median([rows[s] for s in range(spike - 8, spike)]) + 1.5
     assert back == (spike - 1) // 8 * 8
     assert len(went[0]["rows"]) == 4 * (spike - back)
-    # The state of that checkpoint as if it were the spike's, and no spike after it.
     other = tmp_path / "other"
-    as_if = other / "checkpoints" / str(spike)
-    shutil.copytree(folder / "checkpoints" / str(back), as_if)
-    body = read_commit(as_if) | {"step": spike}
-    (as_if / COMMIT_FILE).unlink()
-    write_commit(as_if, body)
+    as_if(folder, back, other, spike)
     train(in_folder(config, other))
     assert {s: x for s, x in rows.items() if s > spike} == losses(other)
     # Resumed before the spike, a run knows what was usual, and does the same.
@@ -160,3 +168,50 @@ def test_without_a_checkpoint_it_goes_on(config, tmp_path, monkeypatch, capsys):
     assert events(folder, "spike") and not events(folder, "rolled_back")
     assert "there is no checkpoint to go back to" in capsys.readouterr().out
     assert list(losses(folder)) == list(range(1, 41))
+
+
+ELSEWHERE = {
+    "in the host": dict(memory=Memory(offload=("optimizer", "parameters"))),
+    "frozen": dict(lora=Lora(rank=2, targets=("q", "up"))),
+    "by length": dict(lengths=(16, 32, 64), curriculum="uniform"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_lies_elsewhere_comes_back_too(tmp_path, monkeypatch, name):
+    """As above: parameters in the host, those that no checkpoint has, and a state that
+    the steps before have left as another length's split has it."""
+    changed, model = dict(ELSEWHERE[name]), CONFIG.model
+    memory, lora = changed.pop("memory", Memory()), changed.pop("lora", None)
+    monkeypatch.setattr(run, "first_state", first_state)  # which reads the base
+    if lora:
+        base = tmp_path / "base"
+        save_pretrained(Transformer(model, rngs=nnx.Rngs(0)), base, max_tokens=64)
+        model = dataclasses.replace(model, from_=str(base), lora=lora)
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text("one two three " * (4 + number))
+    data = Data(
+        files=str(text),
+        validation_fraction=0.0,
+        **changed,
+    )
+    config = dataclasses.replace(CONFIG, model=model, data=data, memory=memory)
+    training = dict(num_steps=12, checkpoint_interval_steps=3, spike_nats=None)
+
+    def see(self, step, loss):
+        if step == 5:
+            self._found = step, "a spike"
+
+    monkeypatch.setattr(Spikes, "see", see)
+    folder, other = tmp_path / "run", tmp_path / "other"
+    train(in_folder(config, folder, **training))
+    (went,) = events(folder, "rolled_back")
+    assert (went["step"], went["to_step"]) == (5, 3)
+    as_if(folder, 3, other, 5)
+    train(in_folder(config, other, **training))
+    rows = losses(folder)
+    assert list(rows) == list(range(1, 13))
+    assert {s: x for s, x in rows.items() if s > 5} == losses(other)
