@@ -25,6 +25,7 @@ from shared_programs import shared_programs as shared_programs
 from ulysses_jax import make_mesh
 from ulysses_jax.config import Data, Distributed, Mesh, Model, Run, Training
 from ulysses_jax.training import train
+from ulysses_jax.training.journal import Journal
 from ulysses_jax.training.metrics import RunLog, read_rows
 from ulysses_jax.training.signals import Stopped
 
@@ -177,6 +178,20 @@ def test_a_signal_in_the_last_step_is_not_lost(config, whole, tmp_path, monkeypa
     with pytest.raises(Stopped, match="is done"):
         train(at(config, tmp_path))
     assert_same(train(at(config, tmp_path)), whole.model)
+
+
+def test_a_signal_is_heard_where_it_cannot_be_written_down(
+    config, tmp_path, monkeypatch, capsys
+):
+    def add(self, event, step, **fields):
+        if event == "told":
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(Journal, "add", add)
+    killed_at(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(at(config, tmp_path))
+    assert "SIGTERM: step 2 " in capsys.readouterr().out
 
 
 def test_in_another_thread(config, whole, tmp_path, monkeypatch):

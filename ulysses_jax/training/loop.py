@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from typing import Any
 
 import jax
@@ -298,7 +298,8 @@ class Loop:
 
     def _told(self, signal: str) -> None:
         self._together.ask("stop")
-        self._log.happened("told", self.number, signal=signal)
+        with suppress(OSError):  # a full disk ends the run, and not the ear for signals
+            self._log.happened("told", self.number, signal=signal)
         seconds = self._in_flight.seconds_left()
         ends = (
             "goes to its end" if seconds is None else f"should end in {seconds:.0f} s"
