@@ -66,7 +66,8 @@ def test_not_for_ever():
     seen = Spikes(0.5, {})
     for _ in range(3):
         seen.went_back(8, {})
-    seen.went_back(16, {})
+    seen.went_back(16, {"recent_losses": [2.0, 3.0]})
+    assert seen.meta() == {"recent_losses": [2.0, 3.0]}
     for _ in range(2):
         seen.went_back(16, {})
     with pytest.raises(ValueError, match="4 spikes after the checkpoint of step 16"):
