@@ -71,7 +71,8 @@ class InFlight:
         """Waits for the step in flight and logs it: then its state may be saved.
 
         Its seconds are those since it was started, or since the step before it was
-        read, so that those of all steps add up to the time that passed.
+        read, so that those of all steps add up to the time that passed, but for what
+        came between two of them.
 
         Raises:
           ValueError: a number is not finite, and neither is the state then.
