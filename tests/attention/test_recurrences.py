@@ -74,7 +74,7 @@ def test_a_strong_decay_leaves_the_digits_of_weak_ones():
     assert decays.pairs[0, 0, 0, 9, 7] == 0 and decays.pairs[0, 0, 0, 7, 8] == 0
 
 
-@pytest.mark.parametrize("kind", ["linear", "delta"])
+@pytest.mark.parametrize("kind", slow_but_for(["delta"], ["linear", "delta"]))
 def test_shards_one_after_the_other(kind):
     """Reads, changes and states of two shards are those of one."""
     rule = {"linear": linear_shard, "delta": delta_shard}[kind]

@@ -1,0 +1,70 @@
+"""Recurrences compiled for 8 and 64 H100: what crosses the shards is the formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from slow import slow_but_for
+
+from ulysses_jax import gated_delta_rule, linear_attention, make_mesh
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
+from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.parallel.bytes import state_bytes
+from ulysses_jax.plan.compile import cluster_devices
+
+pytestmark = pytest.mark.plan
+
+NUM_HEADS, NUM_KEY_HEADS, SIZE = 32, 16, 128
+
+
+def delta(q, k, v, gates, **options):
+    return gated_delta_rule(q, k, v, log_decay=gates, beta=-gates, **options)
+
+
+def linear(q, k, v, gates, **options):
+    return linear_attention(q, k, v, log_decay=gates, **options)
+
+
+def sent(rule, tokens, hosts):
+    """By a GPU, forward and backward, by kind of collective."""
+    devices = cluster_devices(TARGETS["h100"], hosts, 8)
+    mesh = make_mesh(ring=hosts, seq=8, devices=devices)
+
+    def shaped(dtype, *dims):
+        layout = NamedSharding(mesh, P(None, ("ring", "seq")))
+        return jax.ShapeDtypeStruct((1, tokens, *dims), dtype, sharding=layout)
+
+    q = shaped(jnp.bfloat16, NUM_KEY_HEADS, SIZE)
+    v = shaped(jnp.bfloat16, NUM_HEADS, SIZE)
+    gates = shaped(jnp.float32, NUM_HEADS)
+
+    def both_ways(q, k, v, gates, upstream):
+        out, pull = jax.vjp(functools.partial(rule, mesh=mesh), q, k, v, gates)
+        return out, pull(upstream)
+
+    traced = jax.jit(both_ways).trace(q, q, v, gates, v)
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    found = {}
+    for each in find_collectives(parse(text), dict(mesh.shape), 8):
+        total = found.get(each.kind, 0) + each.count * each.sent_bytes
+        found[each.kind] = total
+    return found
+
+
+@pytest.mark.parametrize(
+    "rule, hosts", slow_but_for([(delta, 1)], [linear, delta], [1, 8])
+)
+def test_bytes_are_the_formula_whatever_the_tokens(rule, hosts):
+    change = SIZE * SIZE if rule is delta else 1
+    each_way = state_bytes(
+        shards=8 * hosts,
+        num_heads=NUM_HEADS,
+        state_size=SIZE * SIZE,
+        change_size=change,
+    )
+    for tokens in (65536, 131072):
+        assert sent(rule, tokens, hosts) == {"collective-permute": 2 * each_way}
