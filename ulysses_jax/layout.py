@@ -82,8 +82,10 @@ def lay_like(x: Array, like: Array) -> Array:
 
 
 def spec_of(x: Any, otherwise: P) -> P:
-    """How a global array lies, by its type; `otherwise` where types do not say."""
-    return jax.typeof(x).sharding.spec if is_explicit() else otherwise
+    """How a global array lies, by its type; `otherwise` where types do not say: on
+    Auto axes, and of what was made on no mesh."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if is_explicit() and not sharding.mesh.empty else otherwise
 
 
 def einsum(equation: str, a: Array, b: Array, spec: P, **options: Any) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from memory_cases import (
     FAMILIES,
     MESHES,
@@ -20,7 +20,9 @@ from memory_cases import (
 )
 from slow import slow_but_for
 
-from ulysses_jax.config import Model
+from ulysses_jax import Transformer, make_mesh
+from ulysses_jax.config import Memory, Model
+from ulysses_jax.memory.saving import Saving
 from ulysses_jax.memory.tiled import Tiled
 from ulysses_jax.memory.tiles import over_tiles
 from ulysses_jax.models import FeedForward
@@ -138,3 +140,28 @@ def test_over_tiles_reads_and_writes_every_row_once(num_tokens, tile):
     np.testing.assert_array_equal(twice, rows * 2)
     np.testing.assert_array_equal(first, rows[:, :1] + 1)
     assert set(sizes) <= {min(tile, num_tokens), num_tokens % tile}
+
+
+def test_of_a_model_made_on_no_mesh():
+    """Whose matrices' types do not say that tensor cuts them."""
+    model = Transformer(
+        Model(
+            vocab_size=32,
+            width=16,
+            num_layers=1,
+            num_heads=2,
+            compute_dtype="float32",
+        ),
+        rngs=nnx.Rngs(0),
+    )
+    tokens = jnp.arange(32)[None]
+
+    def features(memory):
+        run = Saving(memory)
+        return nnx.jit(lambda model: model.features(tokens, run=run))(model)
+
+    want = features(Memory())
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2], axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        got = features(Memory(mlp_tile_tokens=8))
+    np.testing.assert_allclose(got, want, atol=2e-5)
