@@ -565,9 +565,9 @@ def test_modules_that_cannot_be():
     with pytest.raises(ValueError, match="size is a ulysses_jax.config.Model, not the"):
         Transformer({"width": 32}, rngs=nnx.Rngs(0))  # pyright: ignore
     with pytest.raises(
-        ValueError, match="'linear', which is no kind.*'full', 'window'"
+        ValueError, match="'memory', which is no kind.*'full', 'window'"
     ):
-        Transformer(Model(pattern=("linear",)), rngs=nnx.Rngs(0))
+        Transformer(Model(pattern=("memory",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="width 16 does not divide"):
         Layer(Model(width=16, num_heads=3), rngs=nnx.Rngs(0))
     with (
