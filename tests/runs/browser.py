@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,8 +73,21 @@ class Browser:
 
     def picture(self) -> bytes:
         """The whole page as a PNG file."""
-        how = {"format": "png", "captureBeyondViewport": True}
-        return base64.b64decode(self._devtools("Page.captureScreenshot", how)["data"])
+        size = self._devtools("Page.getLayoutMetrics", {})["cssContentSize"]
+        how = {
+            "format": "png",
+            "captureBeyondViewport": True,
+            "clip": size | {"scale": 1},
+        }
+        for tries_left in (2, 1, 0):  # on a machine that is busy it fails now and then
+            try:
+                taken = self._devtools("Page.captureScreenshot", how)
+                return base64.b64decode(taken["data"])
+            except RuntimeError:
+                if not tries_left:
+                    raise
+                time.sleep(1)
+        raise AssertionError
 
     def pointer(self, x: float, y: float) -> None:
         where = {"type": "mouseMoved", "x": x, "y": y}
@@ -116,8 +130,12 @@ class Browser:
         )
         # Not by a proxy that the environment may name.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as answer:
-            return json.load(answer)["value"]
+        try:
+            with opener.open(request, timeout=120) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            why = json.load(error)["value"]["message"].split("\n")[0]
+            raise RuntimeError(f"{path} {str(sent)[:200]}: {why}") from None
 
 
 BROWSER, PERFORMANCE = {"type": "browser"}, {"type": "performance"}
