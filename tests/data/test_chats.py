@@ -199,8 +199,8 @@ THOUGHTS = (
         (DOUBLE.replace("OF", "s.x + s.x") + "{% endfor %}", "writes more than"),
         (DOUBLE.replace("OF", "s.x ~ s.x") + "{% endfor %}", "writes more than"),
         (WITHOUT_END, "raises RecursionError"),
-        (BRANCHES + "{{ f(40) }}", "does not end within 135,168 calls and loops"),
-        (SLOW, "does not end within 135,168 calls and loops"),
+        (BRANCHES + "{{ f(40) }}", "does not end within 36,864 calls and loops"),
+        (SLOW, "does not end within 36,864 calls and loops"),
         # Where x is written there is no telling: the same letter stands before it.
         ("{% set x %}" + MARK + "{% endset %}a{{ x }}", "generation block within a "),
         ("{% macro f() %}" + MARK + "{% endmacro %}aa{{ f() }}", "generation block wi"),

@@ -19,7 +19,7 @@ from ulysses_jax.data.bounded_jinja import (
 from ulysses_jax.outside import read_bounded, read_object
 
 # A template that asks for more is taken not to end.
-_CALLS, _CALLS_A_MESSAGE = 2**17, 2**10
+_CALLS, _CALLS_A_MESSAGE = 2**15, 2**10
 _LETTERS, _LETTERS_A_LETTER = 2**20, 2**4
 _MADE, _MADE_A_LETTER_AND_MESSAGE = 2**26, 2**4
 _SECONDS, _SECONDS_A_MESSAGE = 0.5, 0.02
