@@ -1,6 +1,8 @@
 """Processes of one run, for real: started, watched and ended by a test."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,7 +49,7 @@ batches = story.training_batches
 def slow(*args, **options):
     steps = batches(*args, **options)
     for number, batch in enumerate(steps, options["start_step"] + 1):
-        time.sleep(0.25)
+        time.sleep({pause})
         print("step", number, flush=True)
         {at_step}
         yield batch
@@ -64,6 +66,41 @@ def waits_at(step):
     return f"time.sleep(60 * (number == {step}))"
 
 
+# What `record(number, batch)` needs: each process writes the tokens that its own
+# devices hold of a step's batch.
+RECORD = """
+import json
+def record(number, batch):
+    with open({path!r} + str(jax.process_index()), "a") as file:
+        tokens = batch["tokens"]
+        for shard in tokens.addressable_shards:
+            box = [p.indices(n)[:2] for p, n in zip(shard.index, tokens.shape)]
+            print(json.dumps([number, box, shard.data.tolist()]), file=file, flush=True)
+"""
+
+
+def batches_in(record):
+    """The tokens of each step's whole batch, from what processes wrote of it; of a step
+    that was taken again all have the same."""
+    found = {}
+    for path in sorted(record.parent.glob(f"{record.name}*")):
+        for line in path.read_text().splitlines():
+            try:
+                step, box, tokens = json.loads(line)
+            except ValueError:
+                continue  # it was killed meanwhile
+            found.setdefault(step, []).append((box, np.array(tokens)))
+    whole = {}
+    for step, parts in found.items():
+        shape = [max(box[dim][1] for box, _ in parts) for dim in range(3)]
+        whole[step] = np.full(shape, -1)
+        for box, tokens in parts:
+            here = whole[step][tuple(slice(*bounds) for bounds in box)]
+            assert ((here == -1) | (here == tokens)).all()
+            here[:] = tokens
+    return whole
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -76,6 +113,7 @@ class Pod:
     Args:
       num: of them; or the number that each says it is, and `of` how many it knows of.
       silent: seconds after which one is lost.
+      pause: seconds that a step takes at least.
       at_step: what each does before it takes step `number`.
       prelude: what each does before it starts.
       arguments: of all of them.
@@ -90,6 +128,7 @@ class Pod:
         *,
         of=None,
         silent=8,
+        pause=0.25,
         at_step="",
         prelude="",
         arguments=(),
@@ -100,7 +139,11 @@ class Pod:
         of = [len(ranks)] * len(ranks) if of is None else of
         port = port or free_port()
         driver = DRIVER.format(
-            root=str(ROOT), silent=silent, at_step=at_step, prelude=prelude
+            root=str(ROOT),
+            silent=silent,
+            pause=pause,
+            at_step=at_step,
+            prelude=prelude,
         )
         outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         self.folder = folder
@@ -137,6 +180,18 @@ class Pod:
             assert self.processes[rank].poll() is None, self.said(rank)
             assert time.monotonic() < end, self.said(rank)
             time.sleep(0.02)
+
+    def until_step(self, rank, step, seconds):
+        """Until it takes this step, or has taken it."""
+        end, taken = time.monotonic() + seconds, 0
+        while taken < step:
+            assert self.processes[rank].poll() is None, self.said(rank)
+            assert time.monotonic() < end, self.said(rank)
+            time.sleep(0.02)
+            *_, taken = [
+                0,
+                *map(int, re.findall(r"^step (\d+)$", self.said(rank), re.M)),
+            ]
 
     def send(self, rank, number):
         os.kill(self.processes[rank].pid, number)
