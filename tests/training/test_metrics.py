@@ -5,6 +5,7 @@ import json
 import resource
 import struct
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_resume_cuts_what_came_after(tmp_path):
     assert rows[:5] == before[:5]
     _, purged = events(tmp_path)
     assert 6 in purged
+
+
+def test_rows_are_not_held_at_the_start(tmp_path):
+    rows = [{"step": step, "loss": 1.0, "seconds": 0.5} for step in range(1, 5001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    run(tmp_path, [])  # what is made once is made
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    tracemalloc.start()
+    with RunLog(tmp_path, num_steps=9999, first_step=4990, quiet=True, is_main=True):
+        held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 500_000 and rows_of(tmp_path) == rows[:4990]
 
 
 def test_resume_at_zero_starts_afresh(tmp_path):

@@ -69,14 +69,14 @@ class RunLog:
         self._path = folder / "metrics.jsonl"
         self._row: dict[str, float] = {"step": first_step}
         with self._on_disk():
-            self._lost = _cut_rows(self._path, after=first_step)
+            last, self._lost = _cut_rows(self._path, after=first_step)
             self._journal = Journal(folder)
             self._file = open(self._path, "r+b")
             self._row_start = self._file.seek(0, 2)
             # The last step's may have its validation still to come.
-            if (rows := read_rows(self._path)) and rows[-1]["step"] == first_step:
-                self._row = rows[-1]
-                self._row_start -= len(_line(self._row))
+            if last.get("step") == first_step:
+                self._row = last
+                self._row_start -= len(_line(last))
             self._events = Events(folder / "tensorboard", first_step=first_step + 1)
         self._is_drawn = True
         self._clock: tuple[int, float] | None = None  # the first step logged, and when
@@ -92,8 +92,8 @@ class RunLog:
     def started(self, at: float, **fields: Any) -> None:
         """Logs that the run started, at `time.time()`; and what it takes again."""
         if self._is_main:
-            lost = [row.get("seconds", 0.0) for row in self._lost]
-            fields |= {"lost_steps": len(lost), "lost_seconds": sum(lost)}
+            steps, seconds = self._lost
+            fields |= {"lost_steps": steps, "lost_seconds": seconds}
             self.happened("started", int(self._row["step"]), at=at, **fields)
 
     def happened(self, event: str, step: int, **fields: Any) -> None:
@@ -308,7 +308,7 @@ def lacks_validation(folder: Path, step: int) -> bool:
     path = folder / "metrics.jsonl"
     lacks = False
     if jax.process_index() == 0 and path.exists():
-        rows = [row for row in read_rows(path) if row["step"] == step]
+        rows = [row for row in rows_in(path) if row["step"] == step]
         lacks = any("validation_loss" not in row for row in rows[-1:])
     if jax.process_count() == 1:
         return lacks
@@ -329,18 +329,24 @@ def _is_row(value: dict[str, Any]) -> TypeGuard[dict[str, float]]:
     )
 
 
-def _cut_rows(path: Path, *, after: int) -> list[dict[str, float]]:
+def _cut_rows(path: Path, *, after: int) -> tuple[dict[str, float], tuple[int, float]]:
     """Keeps the rows up to a step; by rename, so that a kill here loses none.
 
     Returns:
-      The rows that are cut off.
+      The last row kept, empty where none is; how many are cut off, and their seconds.
     """
-    rows = read_rows(path) if path.exists() else []
-    kept = b"".join(_line(row) for row in rows if row["step"] <= after)
+    last, steps, seconds = {}, 0, 0.0
+    path.touch()
     new = path.with_suffix(".new")
-    new.write_bytes(kept)
+    with open(new, "wb") as kept:
+        for row in rows_in(path):  # one at a time: a million take 2 GB
+            if row["step"] <= after:
+                kept.write(_line(row))
+                last = row
+            else:
+                steps, seconds = steps + 1, seconds + row.get("seconds", 0.0)
     new.replace(path)
-    return [row for row in rows if row["step"] > after]
+    return last, (steps, seconds)
 
 
 def _make_bar(console: Console) -> Progress:
