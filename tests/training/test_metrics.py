@@ -361,6 +361,6 @@ def test_a_step_without_a_loss(tmp_path, capsys, losses):
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
     out = capsys.readouterr().out
     assert "step 2: none of its tokens counts, so it has no loss" in out
-    last = "no step had a token" if losses[0] is None else "final loss 2.0000 at step 1"
+    last = "no step has a loss" if losses[0] is None else "final loss 2.0000 at step 1"
     assert last in out and "step 2/2  no loss  validation loss 3.0000" in out
     draw_loss(read_rows(tmp_path / "metrics.jsonl"), tmp_path / "x.png", title="x")

@@ -190,7 +190,7 @@ class RunLog:
         )
         last = next((row for row in reversed(rows) if "loss" in row), None)
         final = (
-            "no step had a token that counts"
+            "no step has a loss"
             if last is None
             else f"final loss {last['loss']:.4f} at step {last['step']}"
         )
