@@ -98,6 +98,7 @@ def test_what_looks_like_another_base_or_a_date_is_a_name(load_text, folder):
         ("? [a, b]\n: 1\n", "not valid YAML"),
         ("training: {num_steps: 1}\n---\nmesh: {seq: 2}\n", "not valid YAML"),
         ("run: {folder: ''}", "run.folder '' names no folder .it is empty"),
+        ("run: {folder: 'gs://bucket/x'}", "gs://bucket/x is not of a file system"),
         ("run: {folder: ~nobody-of-that-name/x}", "no home folder ~nobody-of-that-n"),
     ],
     ids=lambda text: text[:40],

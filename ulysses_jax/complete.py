@@ -266,6 +266,12 @@ def _folder(folder: str | None, name: str) -> str:
     found = os.path.expanduser(folder)
     if not found.strip():
         why = "it is empty"
+    elif "://" in found:
+        raise ValueError(
+            f"run.folder {folder} is not of a file system, and a run locks, appends to "
+            "and renames its files: mount the bucket (docs/checkpoints.md says how) and"
+            " give the folder there; or train in a folder on a disk, and copy it later"
+        )
     elif found[0] == "~":
         why = f"there is no home folder {found.split('/')[0]}"
     else:

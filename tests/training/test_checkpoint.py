@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,8 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import make_mesh
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
-from ulysses_jax.training import checkpoint
+from ulysses_jax.training import array_files, checkpoint
+from ulysses_jax.training.arrays import describe
 from ulysses_jax.training.checkpoint import Checkpointer
 from ulysses_jax.training.preflight import (
     architecture,
@@ -279,13 +282,13 @@ def test_broken_commit_file_is_skipped(folder, fault):
 def test_no_file_can_break_unseen(two_saved, tmp_path, fault, monkeypatch):
     """Whichever file is hit, what comes back is exactly what was saved; and Orbax
     never sees it, nor another file of its folder."""
-    read, whole = [], ocp.StandardCheckpointer.restore
+    read, whole = [], ocp.PyTreeCheckpointHandler.restore
 
-    def restored(self, path, *args):
+    def restored(self, path, **args):
         read.append(path.name)
-        return whole(self, path, *args)
+        return whole(self, path, **args)
 
-    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", restored)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restored)
     for path in sorted(p for p in (two_saved / "20").rglob("*") if p.is_file()):
         folder = Path(shutil.copytree(two_saved, tmp_path / "c", dirs_exist_ok=True))
         fault(folder / path.relative_to(two_saved))
@@ -339,6 +342,57 @@ def test_a_commit_file_that_names_files_elsewhere(folder):
         (folder / "20" / COMMIT_FILE).write_text(line)
         step, (said,) = restore(folder)
         assert step == 10 and f"leads to {outside}, out of {folder}/20" in said
+
+
+@pytest.fixture(scope="module")
+def two_large(tmp_path_factory):
+    """Steps 1 and 2, of an array too large to be proven before it is read."""
+    folder = tmp_path_factory.mktemp("large") / "checkpoints"
+    with Checkpointer(folder, interval_steps=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": jnp.full(2**19, float(step))}, META)
+    return folder
+
+
+LARGE = {"w": jax.ShapeDtypeStruct((2**19,), jnp.float32, sharding=ONE)}
+
+
+@pytest.mark.parametrize("flipped", [1, 2])
+def test_a_large_array_that_is_broken_is_thrown_away(two_large, tmp_path, flipped):
+    """Its bytes are proven while it is read."""
+    folder = Path(shutil.copytree(two_large, tmp_path / "c"))
+    for step in range(flipped, 3):
+        flip(largest(folder / str(step)))
+    said = []
+    with Checkpointer(folder, interval_steps=1) as checkpointer:
+        if flipped == 1:
+            with pytest.raises(ValueError, match=r"step 2 .* step 1 .* Put a copy"):
+                checkpointer.restore(LARGE, on_skipped=said.append)
+            return
+        found = checkpointer.restore(LARGE, on_skipped=said.append)
+    assert found is not None and found[0] == 1
+    assert (np.asarray(found[1]["w"]) == 1).all()
+    assert "step 2 is broken" in said[0] and "has other bytes; using step 1" in said[0]
+
+
+def test_what_cannot_be_read_from_whole_files_is_raised(two_large, monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fails)
+    with Checkpointer(two_large, interval_steps=1) as checkpointer:
+        with pytest.raises(MemoryError, match="no room"):
+            checkpointer.restore(LARGE, on_skipped=str)
+
+
+def test_compressed_as_it_was_before(tmp_path):
+    """Checkpoints of earlier versions, which Orbax compressed."""
+    state = make_state(mesh_of("seq8"), seed=4)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "4", state)
+    body = {"step": 4, "meta": META, "arrays": describe(state)}
+    write_commit(tmp_path / "4", body)
+    assert restore(tmp_path) == (4, [])
 
 
 def test_all_broken_is_an_error(folder):
@@ -405,7 +459,7 @@ def test_a_file_in_the_way_of_a_checkpoint_is_named(folder):
 
 def test_a_save_that_fails_at_once_leaves_no_thread(monkeypatch):
     """Its writers wait for no folder: they would keep the process for two hours."""
-    monkeypatch.setattr(checkpoint, "_SAVE_TIMEOUT_SECONDS", 20)
+    monkeypatch.setattr(array_files, "_SAVE_TIMEOUT_SECONDS", 20)
     before = set(threading.enumerate())
     nowhere = Path("/proc/self")  # where even root makes no folder
     with pytest.raises(OSError, match="step 1 could not be written to /proc/self: "):
@@ -440,6 +494,63 @@ def test_plain_orbax_reads_a_checkpoint(two_saved):
 def test_keeps_the_newest(tmp_path):
     save_steps(tmp_path, [8, 9, 10, 11], mesh_of("one"), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "11"]
+
+
+def test_older_ones_go_while_training_goes_on(tmp_path):
+    state = make_state(mesh_of("one"))
+    with Checkpointer(tmp_path, interval_steps=1, keep=1) as checkpointer:
+        checkpointer.save(1, state, META)
+        checkpointer.save(2, state, META)
+        end = time.monotonic() + 30
+        while (tmp_path / "1").exists():
+            assert time.monotonic() < end
+            checkpointer.due(3)
+            time.sleep(0.01)
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_save_that_waits_for_the_one_before_says_so_once(tmp_path, monkeypatch):
+    commit = Checkpointer._write_commit
+
+    def slow(self):
+        time.sleep(0.5)
+        commit(self)
+
+    monkeypatch.setattr(Checkpointer, "_write_commit", slow)
+    monkeypatch.setattr(checkpoint, "_WAITED_SECONDS", 0.1)
+    state = make_state(mesh_of("one"))
+    with Checkpointer(tmp_path, interval_steps=10) as checkpointer:
+        assert checkpointer.save(10, state, META) is None
+        said = checkpointer.save(20, state, META)
+        assert checkpointer.save(30, state, META) is None
+    number = r"(\d+\.\d) s"
+    found = re.fullmatch(
+        rf"training stood still for {number}: a checkpoint takes {number} to write, "
+        rf"and the next one was due after {number}; raise "
+        r"training.checkpoint_interval_steps \(10\) to (\d+) or more",
+        said or "",
+    )
+    assert found, said
+    waited, took, due, steps = map(float, found.groups())
+    assert waited <= took and abs(waited + due - took) < 0.2 and steps >= 20
+
+
+def sizes_on_disk(folder):
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+
+
+def test_each_array_is_written_once(tmp_path):
+    """Whole on all of 8 devices, on halves of them, or cut: the same bytes."""
+    found = []
+    for spec in (P(), P("seq"), P(("data", "seq"))):
+        sharding = NamedSharding(make_mesh(data=2, seq=4), spec)
+        folder = tmp_path / str(len(found))
+        with Checkpointer(folder, interval_steps=1) as checkpointer:
+            state = {"w": jax.device_put(np.ones((64, 1024), np.float32), sharding)}
+            checkpointer.save(1, state, {})
+        found.append(sum(sizes_on_disk(folder).values()))
+    assert all(2**18 < size < 2**18 + 20_000 for size in found), found
 
 
 def test_saving_one_step_twice_is_one_checkpoint(tmp_path):
@@ -559,6 +670,158 @@ def test_a_failed_write_is_told_and_never_offered(tmp_path):
         assert (np.asarray(found[1]["w"]) == np.arange(8)).all()
         checkpointer.save(20, found[1], {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20"]
+
+
+PAIR = """
+import sys, jax, numpy as np
+from pathlib import Path
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ulysses_jax import make_mesh
+from ulysses_jax.training.checkpoint import Checkpointer
+mesh = make_mesh(data=2, seq=2)
+def put(x, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+whole = np.arange(2**20, dtype=np.float32)
+specs = {"cut": P(("data", "seq")), "alike": P(), "half": P("seq")}
+state = {name: put(whole, *spec) for name, spec in specs.items()}
+describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+shapes = jax.tree.map(describe, state)
+with Checkpointer(Path(sys.argv[3]), interval_steps=1) as checkpointer:
+    if sys.argv[4] == "save":
+        checkpointer.save(1, state, {})
+        checkpointer.save(2, state, {})
+    else:
+        step, found, _ = checkpointer.restore(shapes)
+        shards = [x for y in found.values() for x in y.addressable_shards]
+        same = all((x.data == whole[x.index]).all() for x in shards)
+        print("restored", step, same)
+"""
+
+
+def pair(folder, what):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    words = (str(folder), what)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, str(port), str(rank), *words],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_prove_a_half_each(tmp_path):
+    """No array twice, each file proven, and both take the older one of two."""
+    pair(tmp_path, "save")
+    sizes = sizes_on_disk(tmp_path / "2")
+    for process in (0, 1):
+        own = f"ocdbt.process_{process}/"
+        written = sum(size for name, size in sizes.items() if name.startswith(own))
+        assert 6 * 2**20 < written < 6 * 2**20 + 20_000, sizes
+    proven = json.loads((tmp_path / "2" / COMMIT_FILE).read_text().split("\n")[0])
+    stamps = {COMMIT_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
+    assert set(proven["files"]) == set(sizes) - stamps
+    assert all("restored 2 True" in words for words in pair(tmp_path, "restore"))
+    large = sorted(name for name, size in sizes.items() if size > 2**20)
+    for name in large[:2]:  # one of each process's part
+        flip(tmp_path / "2" / name)
+        said = pair(tmp_path, "restore")
+        assert all("restored 1 True" in words for words in said)
+        assert f"step 2 is broken: {name} has other bytes; using step 1" in said[0]
+        flip(tmp_path / "2" / name)  # as it was
+
+
+ON_A_SMALL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+import jax, numpy as np
+import jax.numpy as jnp
+from ulysses_jax.training.checkpoint import Checkpointer
+disk = Path(sys.argv[1])
+mount = lambda *words: subprocess.run(["mount", *words, disk], check=True)
+mount("-t", "tmpfs", "-o", "size=9m", "none")
+one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+shapes = {"w": jax.ShapeDtypeStruct((2**19,), jnp.float32, sharding=one)}
+def tried(step):
+    with Checkpointer(disk / "checkpoints", interval_steps=1) as checkpointer:
+        found = checkpointer.restore(shapes)
+        print("whole:", found and (found[0], bool((found[1]["w"] == found[0]).all())))
+        checkpointer.save(step, {"w": jnp.full(2**19, float(step))}, {})
+def fails(step):
+    try:
+        tried(step)
+    except OSError as error:
+        print(error)
+tried(10)
+(disk / "filler").write_bytes(b"x" * (6 << 20))
+fails(20)
+(disk / "filler").unlink()
+mount("-o", "remount,ro")
+fails(30)
+mount("-o", "remount,rw")
+tried(40)
+tried(50)
+"""
+
+
+def may_mount():
+    words = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        return subprocess.run(words, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="no file system may be mounted here")
+def test_a_disk_that_is_full_or_read_only(tmp_path):
+    """For real: the one before stays whole, it is said, and later ones are saved."""
+    run = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", ON_A_SMALL_DISK, tmp_path],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert said[0] == "whole: None" and said[-1] == "whole: (40, True)", said
+    assert said.count("whole: (10, True)") == 3
+    full, read_only = (
+        next(x for x in said if f"of step {n} could" in x) for n in (20, 30)
+    )
+    assert "No space left" in full and "GB free" in full and "step 10 is whole" in full
+    assert "Read-only file system" in read_only and "step 10 is whole" in read_only
+
+
+@pytest.mark.slow
+def test_memory_of_a_restore_on_another_mesh(tmp_path):
+    """At most one array beyond the restored state; and as much
+    as is always read at once, 64 MiB, where that is more. As `malloc` keeps
+    what it was given back, it is told not to."""
+    grown = {}
+    for what in ("save", "restore"):
+        words = ("--peak", what, "0.5", "--folder", tmp_path / "checkpoints")
+        run = subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "checkpoints.py", *words],
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        grown[what] = int(run.stdout.split()[-1]) / 2**20
+    assert grown["save"] < 64 and grown["restore"] < 64, grown
 
 
 def full_disk(*_):

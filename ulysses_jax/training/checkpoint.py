@@ -6,23 +6,23 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ulysses_jax.training import array_files
 from ulysses_jax.training.arrays import aside, describe, on_devices, refuse_others
 from ulysses_jax.training.preflight import gb
-from ulysses_jax.training.proof import read_commit, why_broken, write_commit
+from ulysses_jax.training.proof import read_commit, why_unfit, write_commit
 
-# A run ends what hangs, by the size of what it saves (`phases.Phases`).
-_SAVE_TIMEOUT_SECONDS = 24 * 60 * 60
 _NONE, _ALL_BROKEN = -1, -2
+_WAITED_SECONDS = 1.0  # less is not worth a word
 
 
 class Checkpointer:
@@ -30,9 +30,9 @@ class Checkpointer:
 
     Every process of the run makes one and calls the same methods in the same order; the
     folder is one they all see. Costs: `save` returns when the state is copied to host
-    memory, also what lies there already, until it is written; process 0 reads every
-    file once after it is written, in the background, and once before it is restored,
-    for the checksums.
+    memory, also what lies there already, until it is written, uncompressed; in the
+    background each process reads what it wrote once more, for the checksums. While a
+    state is restored its files are read a second time, a part by each process.
 
     Args:
       folder: of the checkpoints alone; made when missing.
@@ -54,17 +54,11 @@ class Checkpointer:
         self._restored = False
         self._has_failed = False
         self._saving: tuple[int, dict[str, Any]] | None = None
-        self._orbax = ocp.StandardCheckpointer(
-            async_options=ocp.AsyncOptions(
-                timeout_secs=_SAVE_TIMEOUT_SECONDS,
-                # Its writers wait that long for a folder that could not be made.
-                create_directories_asynchronously=False,
-                post_finalization_callback=self._write_commit,
-            ),
-            atomicity_options=ocp.options.AtomicityOptions(
-                mode=ocp.options.AtomicityMode.ATOMIC_RENAME
-            ),
-        )
+        self._begun = -math.inf
+        self._has_said = False
+        self._beside = ThreadPoolExecutor(1)
+        self._removing: Future[None] | None = None
+        self._orbax = array_files.writer(self._write_commit)
 
     def due(self, step: int) -> bool:
         """Whether to save at this step; raises what a save in the background met."""
@@ -72,9 +66,10 @@ class Checkpointer:
             self._orbax.check_for_errors()
         except Exception as error:
             self._fail(error)
+        self._start_to_remove()
         return step % self.interval_steps == 0
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> str | None:
         """Starts to save, and returns while the files are written.
 
         The state may be donated or changed right after. A step that this object saved
@@ -85,32 +80,45 @@ class Checkpointer:
           state: a pytree of jax.Arrays, sharded in any way over any processes.
           meta: values that JSON can hold.
 
+        Returns:
+          Once, where it waited for the save before: a sentence that says for how long,
+          and what to set.
+
         Raises:
           OSError: this save or the one before could not be written; no step of it is
             ever offered, and the checkpoints before it are as they were.
           ValueError: the folder holds checkpoints and none was asked for.
         """
+        asked = time.monotonic()
+        before = None if self._saving is None else self._saving[0]
         self.wait()
         if step == self.newest:
-            return
+            return None
+        said = None
+        if before is not None:
+            said = self._waited(asked, step - before, step % self.interval_steps == 0)
         body = {
             "step": step,
             "meta": json.loads(json.dumps(meta)),  # as it is now, and as it will read
             "arrays": describe(state),
         }
         self._make_room(step)
-        self._saving = step, body
+        self._saving, self._begun = (step, body), time.monotonic()
         try:
-            self._orbax.save(self.folder / str(step), jax.tree.map(aside, state))
+            args = array_files.to_write(jax.tree.map(aside, state))
+            self._orbax.save(self.folder / str(step), args=args)
         except Exception as error:
             self._fail(error)
+        return said
 
     def restore(
         self, abstract_state: Any, *, on_skipped: Callable[[str], Any] = print
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest whole checkpoint, or None when there is none at all.
 
-        Process 0 proves sizes and checksums, newest first, and all take its choice.
+        Process 0 looks at commit files, sizes and small files, newest first, and all
+        take its choice. The checksums of large files are proven while arrays are read
+        from them; where one is wrong, those are thrown away and older ones are read.
 
         Args:
           abstract_state: the pytree that was saved, of `jax.ShapeDtypeStruct` with the
@@ -127,18 +135,12 @@ class Checkpointer:
           ValueError: there are checkpoints and none is whole; or the arrays saved are
             not those of `abstract_state`.
         """
-        step = self._choose(on_skipped)
+        item = jax.tree.map(on_devices, abstract_state)
+        found = self._read_newest(describe(abstract_state), "", item, on_skipped)
         self._restored = True
-        if step is None:
-            return None
-        folder = self.folder / str(step)
-        commit = read_commit(folder)
-        refuse_others(commit["arrays"], describe(abstract_state), folder)
-        target = jax.tree.map(on_devices, abstract_state)
-        with _in_words(folder):
-            state = self._orbax.restore(folder, target)
-        self.newest = step
-        return step, state, commit["meta"]
+        if found is not None:
+            self.newest = found[0]
+        return found
 
     def restore_part(self, name: str, abstract: Any) -> Any:
         """Reads one field of the newest whole checkpoint's state, and no other.
@@ -150,28 +152,12 @@ class Checkpointer:
         Raises:
           ValueError: there is no whole checkpoint, or it holds other arrays there.
         """
-        step = self._choose(print)
-        if step is None:
-            raise ValueError(f"there is no checkpoint in {self.folder}")
-        folder = self.folder / str(step)
-        saved = read_commit(folder)["arrays"]
         prefix = f".{name}"
-        refuse_others(
-            {path: of for path, of in saved.items() if path.startswith(prefix)},
-            {f"{prefix}{path}": of for path, of in describe(abstract).items()},
-            folder,
-        )
-        item = {name: abstract}
-        args = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
-        with (
-            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax,
-            _in_words(folder),
-        ):
-            return orbax.restore(folder, args=args)[name]
+        wanted = {f"{prefix}{path}": of for path, of in describe(abstract).items()}
+        found = self._read_newest(wanted, prefix, {name: abstract}, print)
+        if found is None:
+            raise ValueError(f"there is no checkpoint in {self.folder}")
+        return found[1][name]
 
     def latest_meta(self) -> tuple[int, dict[str, Any]] | None:
         """The newest step committed and its meta, or None; needs no device.
@@ -197,10 +183,11 @@ class Checkpointer:
         except Exception as error:
             self._fail(error)
         if self._saving is not None:
+            self._start_to_remove()
             self.newest, self._saving = self._saving[0], None
-            if jax.process_index() == 0:
-                for step in self._steps()[: -self.keep]:
-                    shutil.rmtree(self.folder / str(step))
+        if self._removing is not None:
+            self._removing.result()
+            self._removing = None
 
     def close(self) -> None:
         """Waits for the save under way, then lets go of the threads."""
@@ -208,6 +195,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+            self._beside.shutdown()
             if self._has_failed:
                 self._remove_unfinished()
 
@@ -243,36 +231,94 @@ class Checkpointer:
             for path in self._unfinished():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _choose(self, on_skipped: Callable[[str], Any]) -> int | None:
-        chosen, broken = _NONE, []
-        if jax.process_index() == 0:
-            for step in reversed(self._steps()):
-                why = why_broken(self.folder / str(step))
-                if why is None:
-                    chosen = step
-                    break
-                broken.append(f"the checkpoint of step {step} is broken: {why}")
-            if broken and chosen == _NONE:
-                chosen = _ALL_BROKEN
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        if chosen == _ALL_BROKEN:
+    def _read_newest(
+        self,
+        wanted: dict[str, Any],
+        prefix: str,
+        item: Any,
+        on_skipped: Callable[[str], Any],
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest whole checkpoint's step, arrays and meta; None: there is none.
+
+        Args:
+          wanted: as `describe` gives it, of those arrays whose paths begin with prefix.
+          item: the same, as a pytree with shardings.
+        """
+        steps, broken = self._steps() if jax.process_index() == 0 else [], []
+
+        def say(used: str) -> None:
+            if jax.process_index() == 0:
+                for sentence in broken:
+                    on_skipped(f"{sentence}; {used} instead; the next save removes it")
+                for path in self._unfinished():
+                    on_skipped(
+                        f"{path} was never finished: the run stopped while it was "
+                        f"being written; {used}; the next save removes it"
+                    )
+
+        while (step := self._next(steps, broken)) >= 0:
+            folder = self.folder / str(step)
+            commit = read_commit(folder)
+            saved = commit["arrays"]
+            saved = {path: of for path, of in saved.items() if path.startswith(prefix)}
+            refuse_others(saved, wanted, folder)
+            arrays, why = array_files.read_proven(folder, item)
+            if why is None:
+                say(f"using step {step}")
+                return step, arrays, commit["meta"]
+            broken.append(f"the checkpoint of step {step} is broken: {why}")
+        if step == _ALL_BROKEN:
             listed = "; ".join(broken) or "process 0 says which and why"
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole: {listed}. Put a copy of one "
                 "back; or, to start from step 0, remove that folder or use another "
                 "run.folder (--run.folder)"
             )
-        used = "nothing to resume" if chosen == _NONE else f"using step {chosen}"
-        for sentence in broken:
-            on_skipped(f"{sentence}; {used} instead; the next save removes it")
-        if jax.process_index() == 0:
-            for path in self._unfinished():
-                on_skipped(
-                    f"{path} was never finished: the run stopped while it was being "
-                    f"written; {used}; the next save removes it"
-                )
-        return None if chosen == _NONE else chosen
+        say("nothing to resume")
+        return None
+
+    def _next(self, steps: list[int], broken: list[str]) -> int:
+        """Takes the last of process 0's steps that may be read; negative: none."""
+        chosen = _ALL_BROKEN if broken else _NONE
+        while steps and chosen < 0:
+            step = steps.pop()
+            if (why := why_unfit(self.folder / str(step))) is None:
+                chosen = step
+            else:
+                broken.append(f"the checkpoint of step {step} is broken: {why}")
+                chosen = _ALL_BROKEN
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        return chosen
+
+    def _start_to_remove(self) -> None:
+        """Once the save under way is committed, in a thread: it takes its time too."""
+        if self._saving is None or self._removing or jax.process_index() > 0:
+            return
+        if (self.folder / str(self._saving[0])).is_dir():
+            self._removing = self._beside.submit(self._remove_surplus)
+
+    def _remove_surplus(self) -> None:
+        for step in self._steps()[: -self.keep]:
+            shutil.rmtree(self.folder / str(step))
+
+    def _waited(self, asked: float, steps: int, by_steps: bool) -> str | None:
+        """What there is to say of the wait that has just ended, since `asked`."""
+        waited, due = time.monotonic() - asked, asked - self._begun
+        if self._has_said or waited < _WAITED_SECONDS:
+            return None
+        self._has_said = True
+        took = waited + due
+        remedy = (
+            f"raise training.checkpoint_interval_steps ({self.interval_steps}) to "
+            f"{math.ceil(steps * took / due)} or more"
+            if by_steps
+            else "raise training.checkpoint_interval_minutes"
+        )
+        return (
+            f"training stood still for {waited:.1f} s: a checkpoint takes {took:.1f} s "
+            f"to write, and the next one was due after {due:.1f} s; {remedy}"
+        )
 
     def _make_room(self, step: int) -> None:
         """Removes what an interrupted run left behind and `restore` passed over."""
@@ -317,21 +363,6 @@ class Checkpointer:
         raise OSError(
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{why}; {before}"
-        ) from error
-
-
-@contextmanager
-def _in_words(folder: Path) -> Iterator[None]:
-    """What Orbax raises at files that are as they were written, but by nobody's run."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError, OSError):
-        raise  # of the machine
-    except Exception as error:
-        why = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"{folder} is no checkpoint of a run, although its checksums are right: "
-            f"{why}; remove it, or use another run.folder (--run.folder)"
         ) from error
 
 

@@ -278,7 +278,9 @@ class Loop:
         with self._phases("checkpoint", self.number):
             state = self.state.without_frozen()
             meta = self._meta | self._spikes.meta()
-            self._checkpointer.save(self.number, state, meta)
+            said = self._checkpointer.save(self.number, state, meta)
+        if said is not None and self.number < self.config.training.num_steps:
+            self._log.say(said)
         self._saved_at = time.monotonic()
         stood_still = self._saved_at - started
         self._log.happened("saved", self.number, seconds=stood_still)
