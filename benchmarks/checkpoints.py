@@ -6,8 +6,8 @@ A state of random floats on 8 simulated CPU devices, fsdp=2 x seq=4, in a folder
 disk to be measured. `held` is the time for which `save` keeps the training loop, `save`
 that until the checkpoint is committed, `restore` that until the arrays are there, files
 not in the page cache. `write` and `read` are the same bytes in one file, written and
-flushed, and read through a buffer: in the same round, and the table has the medians of the
-rounds, of ratios too.
+flushed, and read through a buffer: in the same round, and the table has the medians of
+the rounds, of ratios too.
 
 The devices' memory is the host's, so that nothing is copied while the loop is held; a
 GPU's arrays come over PCIe then. Peaks are of a process of its own each, beyond what it
