@@ -192,7 +192,9 @@ CLASSICS = [
 
 
 @pytest.mark.parametrize(
-    "name, place, text, words", CLASSICS, ids=lambda x: getattr(x, "__name__", f"{x}")[:40]
+    "name, place, text, words",
+    CLASSICS,
+    ids=lambda x: getattr(x, "__name__", f"{x}")[:40],
 )
 def test_what_others_were_caught_by(name, place, text, words, tmp_path):
     door, _ = made(name, tmp_path)
