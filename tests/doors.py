@@ -46,7 +46,7 @@ from ulysses_jax.training.load import open_run
 from ulysses_jax.training.meta import saved_meta
 from ulysses_jax.training.metrics import read_rows
 from ulysses_jax.training.preflight import check_folder, refuse_other_model
-from ulysses_jax.training.proof import COMMIT_FILE, why_broken, write_commit
+from ulysses_jax.training.proof import COMMIT_FILE, why_broken, why_unfit, write_commit
 
 TESTS = Path(__file__).parent
 MODELS, CHATS = TESTS / "interop" / "fixtures", TESTS / "data" / "chat_fixtures"
@@ -566,7 +566,7 @@ def commit(folder: Path) -> Door:
         assert saved is not None
         refuse_other_model(saved[1]["model"], meta["model"])
         refuse_other_data(saved[1]["data"], meta["data"])
-        if (why := why_broken(own)) is not None:
+        if why := why_unfit(own) or why_broken(own):
             raise _Broken(why)
 
     return Door(
@@ -581,7 +581,7 @@ def commit_bytes(folder: Path) -> Door:
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        why = why_broken(own)
+        why = why_unfit(own) or why_broken(own)
         with Checkpointer(own.parent, interval_steps=1) as checkpoints:
             saved = checkpoints.latest_meta()
         assert (saved is None) == (why is not None)

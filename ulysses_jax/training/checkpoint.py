@@ -340,7 +340,8 @@ class Checkpointer:
         """Runs on process 0 when all have written, before the rename that commits."""
         assert self._saving is not None
         step, body = self._saving
-        (folder,) = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        # Not by a pattern with the step: Python keeps thousands of patterns.
+        (folder,) = (x for x in self._unfinished() if x.name.split(".")[0] == str(step))
         write_commit(folder, body)
 
     def _fail(self, error: Exception) -> NoReturn:
