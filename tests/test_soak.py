@@ -102,7 +102,7 @@ def held(path, num_steps):
 
 
 def test_memory_is_flat(config_file, tmp_path):
-    """In steps; a save leaves a fifth of a megabyte in Orbax and TensorStore."""
+    """In steps: saves leave some memory, as docs/pods.md says."""
     num_steps = 3000
     options = {"num": 1, "every": num_steps}
     run = started(config_file, tmp_path / "run", num_steps, tmp_path / "m-", **options)
