@@ -60,6 +60,7 @@ def plan(
     host_optimizer_bytes=0,
     moves=(),
     kernel="cudnn",
+    chunk_kernels=0,
 ):
     blank = dict(
         count=1,
@@ -70,6 +71,7 @@ def plan(
     )
     return {
         "num_devices": 8,
+        "chunk_kernels": chunk_kernels,
         "memory": {
             "optimizer_bytes": optimizer_bytes,
             "host_optimizer_bytes": host_optimizer_bytes,
@@ -77,7 +79,7 @@ def plan(
         "host_moves": {"places": list(moves)},
         "attention": [
             {"kind": kind, "layers": config.model.kinds().count(kind), "kernel": kernel}
-            for kind in dict.fromkeys(config.model.kinds())
+            for kind in dict.fromkeys(config.model.attending_kinds())
         ],
         "overlap": {"collectives": [blank | each for each in collectives]},
     }

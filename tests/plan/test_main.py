@@ -75,10 +75,10 @@ def plan(config_file, capsys, *args):
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
         (
             "--gpus h100:1x8 --model.pattern full mine",
-            "layers of kind full, window and sparse, not mine: .*--model.pattern",
+            "kind full, window, sparse, linear, delta, not mine: .*--model.pattern",
         ),
         ("--gpus h100:1x8 --documents-of-data", "data.mask_documents is false: leave"),
-        ("--check --model.pattern full mine", "window and sparse, not mine"),
+        ("--check --model.pattern full mine", "linear, delta, not mine"),
         ("--gpus h100:1x8 --config nowhere.yaml", "--config stands twice"),
         ("--gpus h100:1x8 --plot nowhere/x.png", "nowhere/x.png: there is no folder"),
         ("--gpus h100:1x8 --json nowhere/x.json", "nowhere/x.json: there is no folder"),

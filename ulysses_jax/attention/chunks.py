@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+SCOPE = "over_chunks"  # as a program names the loop
 COARSE = 2.0**10  # of log decays: sums of its multiples are exact to 2^14
 
 
@@ -120,7 +121,8 @@ def over_chunks(one_chunk: Callable[..., Any], start: Any, inputs: Any) -> Any:
     """`lax.scan`, of which the backward pass keeps the carries and the inputs alone:
     what a chunk computes is computed again there."""
     one_chunk = jax.checkpoint(one_chunk, prevent_cse=False)
-    return lax.scan(one_chunk, start, inputs)
+    with jax.named_scope(SCOPE):
+        return lax.scan(one_chunk, start, inputs)
 
 
 def merge_heads(x: Array) -> Array:

@@ -158,6 +158,10 @@ class Model:
         repeats = math.ceil(self.num_layers / len(self.pattern))
         return (self.pattern * repeats)[: self.num_layers]
 
+    def attending_kinds(self) -> tuple[str, ...]:
+        """`kinds()` but those of RECURRENT."""
+        return tuple(kind for kind in self.kinds() if kind not in RECURRENT)
+
     def windows(self) -> tuple[int | None, ...]:
         """Of every layer: how many tokens it sees; None: all."""
         return tuple(self.window if kind == "window" else None for kind in self.kinds())

@@ -39,7 +39,8 @@ def place_on(
 
 
 def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> int:
-    """The groups with which a layer's exchanges take the least beside its attention.
+    """The groups with which a layer's exchanges take the least beside its attention;
+    of layers that attend.
 
     Of the seconds E of an exchange forward and A of attention, c groups leave
     `E/c + max(E - A, 0) (c-1)/c` that no attention hides (the mean over layers, where
@@ -57,6 +58,7 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
         or mesh.seq == 1
         or not memory.recomputes_products  # all groups are projected before the first
         or model.attention == "reference"
+        or not model.attending_kinds()
     ):
         return 1
     training = config.training
@@ -67,13 +69,16 @@ def cheapest_head_chunks(config: Config, target: Target, gpus_per_host: int) -> 
     exchange = rows * link_seconds(target, sent[0] * (1 - share), sent[0] * share)
     # Forward is a third of a step; a layer's part of it on one GPU, of its rows.
     flops = step_flops(config, config.padded_tokens())
-    part = 3 * training.batch_size / rows * model.num_layers * mesh.seq * mesh.tensor
+    part = 3 * training.batch_size / rows * mesh.seq * mesh.tensor
     peak = target.peak_flops_per_second(model.compute_dtype)
-    attention = flops["attention"] / part / (peak * target.attention_efficiency)
-    layer = attention + flops["matmul"] / part / (peak * target.matmul_efficiency)
+    kinds = model.attending_kinds()
+    attention = flops["attention"] / part / len(kinds)
+    attention /= peak * target.attention_efficiency
+    matmul = flops["matmul"] / part / model.num_layers
+    layer = attention + matmul / (peak * target.matmul_efficiency)
 
     span = config.padded_tokens()
-    pairs = [pairs_of(config, (kind,)).visible(span) for kind in model.kinds()]
+    pairs = [pairs_of(config, (kind,)).visible(span) for kind in kinds]
     spared = [attention * each / statistics.fmean(pairs) for each in pairs]
 
     def seconds(chunks: int) -> float:

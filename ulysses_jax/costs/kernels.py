@@ -26,15 +26,15 @@ def attention_of_kinds(config: Config, device: Device) -> list[dict[str, Any]]:
       config: placed on its mesh.
 
     Returns:
-      For every kind of layer `kind`, `layers` (how many there are), `kernel`, `why` (no
-      faster one; "" where there is none) and `pairs_fraction`, of T x T, that its mask
-      leaves in the mean.
+      For every kind of layer that attends `kind`, `layers` (how many there are),
+      `kernel`, `why` (no faster one; "" where there is none) and `pairs_fraction`, of T
+      x T, that its mask leaves in the mean.
 
     Raises:
       ValueError: as `choose`.
     """
     model = config.model
-    kinds = model.kinds()
+    kinds = model.attending_kinds()
     rows = []
     for kind in dict.fromkeys(kinds):
         choice = choose(model.attention, device, *_asked(config, kind))

@@ -1,22 +1,43 @@
 """The matrices of a model, by their sizes."""
 
+from collections import Counter
+
 from ulysses_jax.config import Model
 
 
-def layer_matrices(model: Model) -> list[tuple[int, int]]:
+def layer_matrices(model: Model, kind: str) -> list[tuple[int, int]]:
     """Of one layer of a completed model, both sides of each: D, and heads or F."""
-    assert model.num_kv_heads and model.head_size and model.feed_forward_width
-    heads = [model.num_heads] * 2 + [model.num_kv_heads] * 2
-    others = [each * model.head_size for each in heads]
+    assert model.feed_forward_width
+    others = [*_heads(model, kind)]
     others += [model.feed_forward_width] * (3 if model.is_gated else 2)
     return [(model.width, other) for other in others]
 
 
+def layer_elements(model: Model, kind: str) -> int:
+    """Elements of one layer's matrices."""
+    return sum(width * other for width, other in layer_matrices(model, kind))
+
+
 def matrix_elements(model: Model) -> tuple[int, int]:
     """Elements of the layers' matrices; of the embedding, positions and head."""
-    layer = sum(width * other for width, other in layer_matrices(model))
+    layers = sum(
+        count * layer_elements(model, kind)
+        for kind, count in Counter(model.kinds()).items()
+    )
     positions = (model.max_positions or 0) if model.positions == "learned" else 0
     # XLA gathers a tied table once, and adds its two gradients before it scatters them.
     tables = 1 if model.tied_embeddings else 2
     rest = model.width * (tables * model.vocab_size + positions)
-    return model.num_layers * layer, rest
+    return layers, rest
+
+
+def _heads(model: Model, kind: str) -> list[int]:
+    """Of the part that reaches other tokens, by kind as `models.kinds` makes it."""
+    assert model.num_kv_heads and model.head_size
+    shared = [model.num_kv_heads * model.head_size] * 2  # k, and q or v
+    wide = model.num_heads * model.head_size
+    if kind == "linear":
+        return [wide] * 3 + shared  # v, gate and out
+    if kind == "delta":
+        return [wide] * 3 + shared + [model.num_heads] * 2  # beta and decay
+    return [wide] * 2 + shared  # q and out

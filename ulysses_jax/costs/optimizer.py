@@ -1,9 +1,14 @@
 """What a step of the optimizer costs: memory traffic, and Muon's products and bytes."""
 
 import math
+from collections import Counter
 
 from ulysses_jax.config import Config
-from ulysses_jax.costs.matrices import layer_matrices, matrix_elements
+from ulysses_jax.costs.matrices import (
+    layer_elements,
+    layer_matrices,
+    matrix_elements,
+)
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.lora import adapter_elements
 from ulysses_jax.sharding import zero_axes
@@ -42,12 +47,13 @@ def muon_flops(config: Config) -> float:
     columns, m the fewer, a step takes `4 m^2 n + 2 m^3`. Of adapters, next to none."""
     if config.model.lora:
         return 0.0
-    layer = 0.0
-    for sides in layer_matrices(config.model):
-        m, n = min(sides), max(sides)
-        layer += NEWTON_SCHULZ_STEPS * (4.0 * m * m * n + 2.0 * m**3)
+    found = 0.0
     stacked, single = _layers(config)
-    return layer * (stacked + single)
+    for kind, count in (stacked + single).items():
+        for sides in layer_matrices(config.model, kind):
+            m, n = min(sides), max(sides)
+            found += count * NEWTON_SCHULZ_STEPS * (4.0 * m * m * n + 2.0 * m**3)
+    return found
 
 
 def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
@@ -56,9 +62,10 @@ def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
     if config.model.lora:
         return None
     (zero, zero_degree), (parts, parts_degree) = _axes(config)
-    stacked, single = _layers(config)
-    layer = FLOAT32_BYTES * sum(
-        rows * columns for rows, columns in layer_matrices(config.model)
+    stacked, single = (
+        FLOAT32_BYTES
+        * sum(n * layer_elements(config.model, kind) for kind, n in layers.items())
+        for layers in _layers(config)
     )
     found = 0.0
     # A single matrix is gathered over one side first, a part of it.
@@ -68,7 +75,7 @@ def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
     ):
         if axes != "+".join(names) or degree == 1:
             continue
-        away = layer * (degree - 1) / degree
+        away = (degree - 1) / degree
         if kind == "all-to-all":
             found += 2 * stacked * away
         elif kind == "all-gather":
@@ -76,15 +83,16 @@ def muon_bytes(config: Config, kind: str, axes: str) -> float | None:
     return found or None
 
 
-def _layers(config: Config) -> tuple[int, int]:
-    """Of which a GPU has whole matrices: its share of the stacks, padded; and those
-    that all GPUs gather one by one."""
+def _layers(config: Config) -> tuple[Counter[str], Counter[str]]:
+    """Of which a GPU has whole matrices, by kind: its share of the stacks, padded; and
+    those that all GPUs gather one by one."""
     model, memory = config.model, config.memory
     assert model.pattern
     if {"optimizer", "parameters"} & {*memory.offload}:
-        return 0, model.num_layers
+        return Counter(), Counter(model.kinds())
     repeats, rest = divmod(model.num_layers, len(model.pattern))
-    return len(model.pattern) * math.ceil(repeats / math.prod(_cut(config))), rest
+    share = math.ceil(repeats / math.prod(_cut(config)))
+    return Counter(model.pattern * share), Counter(model.pattern[:rest])
 
 
 def _cut(config: Config) -> tuple[int, int]:

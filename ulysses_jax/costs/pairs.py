@@ -112,12 +112,12 @@ def _by_distance(layout: BlockLayout) -> np.ndarray:
 
 
 def pairs_of(config: Config, kinds: Sequence[str] | None = None) -> Pairs:
-    """Of a run's mask, in all of its layers, or in one of each of these kinds."""
+    """Of a run's mask, in all layers that attend, or in one of each of these kinds."""
     model, packed = config.model, config.data.mask_documents
     sees: dict[str, int | None | BlockLayout] = {"window": model.window}
     if model.sparse is not None:
         sees["sparse"] = layout_of(model, config.padded_tokens())
     return Pairs(
-        tuple(sees.get(kind) for kind in (model.kinds() if kinds is None else kinds)),
+        tuple(map(sees.get, model.attending_kinds() if kinds is None else kinds)),
         config.data.document_tokens if packed else None,
     )

@@ -3,9 +3,12 @@
 from typing import Any
 
 from ulysses_jax.config import Config, Model
+from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.costs.kernels import tile_products
+from ulysses_jax.costs.matrices import matrix_elements
 from ulysses_jax.costs.optimizer import optimizer_seconds
 from ulysses_jax.costs.pairs import pairs_of
+from ulysses_jax.costs.recurrences import recurrence_flops, state_passes_bytes
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
 from ulysses_jax.lora import adapter_elements
@@ -16,6 +19,9 @@ from ulysses_jax.parallel.exchange import head_layout
 # exchange's layout touch q, k, v and out three times; the activation reads and writes
 # four times F. Backward takes twice as much.
 D_PASSES, QKV_PASSES, F_PASSES = 10, 3, 4
+# At least, of a kernel that waits for the one before: its launch and its end; an
+# estimate.
+KERNEL_SECONDS = 3e-6
 
 
 def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, Any]:
@@ -23,23 +29,27 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
 
     Args:
       config: placed on its mesh.
-      plan: `compile.analyse`'s result, for the collectives and what stands under them.
+      plan: `compile.analyse`'s result, for the collectives and what stands under them,
+        and the kernels of loops over chunks.
 
     Returns:
-      `step_seconds` = matmul + attention + elementwise + optimizer + exposed
-      communication + exposed host, each as `*_seconds`; `communication_seconds` and
-      `host_seconds`, exposed or not;
-      `tokens_per_second` of the cluster; `mfu`, the FLOPs of a forward and backward
-      pass without recomputation over the compute dtype's peak; `hfu`, with it;
-      `model_flops` and `hardware_flops` of the whole step; `tflops_per_gpu`, of the
-      model; `recomputed_flops_fraction`, of the hardware's. Tokens and FLOPs of the
-      model are those of the sequence, time and FLOPs of the hardware those of the
-      sequence as padded to the mesh.
+      `step_seconds` = matmul + attention + recurrence + elementwise + optimizer +
+      exposed communication + exposed host, each as `*_seconds`;
+      `communication_seconds` and `host_seconds`, exposed or not; `tokens_per_second` of
+      the cluster; `mfu`, the FLOPs of a forward and backward pass without recomputation
+      over the compute dtype's peak; `hfu`, with it; `model_flops` and `hardware_flops`
+      of the whole step; `tflops_per_gpu`, of the model; `recomputed_flops_fraction`, of
+      the hardware's. Tokens and FLOPs of the model are those of the sequence, time and
+      FLOPs of the hardware those of the sequence as padded to the mesh.
 
     A collective is exposed by what its time exceeds the compute between its start and
     its done; collectives in flight together share that compute, so exposure is
     understated where many overlap each other, and overstated where compute that stands
     outside would have hidden it.
+
+    A recurrence takes what its FLOPs take, most of them of float32 states, as TF32; or,
+    if that is more, `KERNEL_SECONDS` for each kernel of its loops over chunks: these
+    are small, and each waits for the one before.
 
     Moves between host and device take their bytes, both ways, over PCIe's bandwidth in
     one direction: as if the two never overlapped. They are exposed by what exceeds the
@@ -58,6 +68,8 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     )
     attention = flops["attention"] + flops["attention_recompute"]
     attention *= _head_padding(config) / devices
+    recurrence = (flops["recurrence"] + flops["recurrence_recompute"]) / devices
+    recurrence_rate = target.peak_flops_per_second("float32") * target.matmul_efficiency
     peak = target.peak_flops_per_second(config.model.compute_dtype)
     matmul_rate = peak * target.matmul_efficiency
     attention_rate = peak * target.attention_efficiency
@@ -84,6 +96,9 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     parts = {
         "matmul_seconds": matmul / matmul_rate,
         "attention_seconds": attention / attention_rate,
+        "recurrence_seconds": max(
+            recurrence / recurrence_rate, plan["chunk_kernels"] * KERNEL_SECONDS
+        ),
         "elementwise_seconds": _elementwise_bytes(config)
         / devices
         / target.memory_bytes_per_second,
@@ -97,10 +112,9 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     }
     seconds = sum(parts.values())
     training = config.training
-    model = step_flops(config, training.sequence_tokens)
-    model_flops = model["matmul"] + model["attention"]
-    recomputed = flops["matmul_recompute"] + flops["attention_recompute"]
-    hardware_flops = flops["matmul"] + flops["attention"] + recomputed
+    model_flops = model_flops_of(step_flops(config, training.sequence_tokens))
+    hardware_flops = sum(flops.values())
+    recomputed = hardware_flops - model_flops_of(flops)
     return {
         "step_seconds": seconds,
         **parts,
@@ -131,8 +145,8 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     are looked up, not multiplied). `attention`: with a causal mask 2 T^2 N H a sequence
     and layer forward and 4 backward; a layer's window narrows it, and documents packed
     into a sequence do (`pairs.Pairs`); heads that pad N to a multiple of seq are not
-    counted. `*_recompute`: what rematerialisation, and flash attention's backward (T^2
-    N H more), do again.
+    counted. `recurrence`: `costs.recurrences.recurrence_flops`. `*_recompute`: what
+    rematerialisation, and flash attention's backward (T^2 N H more), do again.
     """
     model, training = config.model, config.training
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
@@ -140,13 +154,9 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     query_width = model.num_heads * model.head_size
     gated = 3 if model.is_gated else 2
     down = model.width * model.feed_forward_width
-    layer = (
-        2 * model.width * (query_width + model.num_kv_heads * model.head_size)
-        + gated * down
-    )
-    layers = model.num_layers * layer
+    layers, _ = matrix_elements(model)
     head = model.width * model.vocab_size
-    # One product of all visible pairs, over batch and layers.
+    # One product of all visible pairs, over batch and layers that attend.
     product = 2 * pairs_of(config).visible(span) * query_width * training.batch_size
     again = num_passes(config) > 2
     # Nothing reads what the feed-forward of a recomputed layer makes; its backward pass
@@ -164,7 +174,12 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
         "attention": 6.0 * product,
         # Kept out and logsumexp: the backward pass calls no forward.
         "attention_recompute": (1.0 + 2.0 * attention_again) * product,
-    }
+    } | {name: tokens * each for name, each in recurrence_flops(config).items()}
+
+
+def model_flops_of(flops: dict[str, float]) -> float:
+    """Of `step_flops`, those of a forward and backward pass without recomputation."""
+    return flops["matmul"] + flops["attention"] + flops["recurrence"]
 
 
 def check_kinds(model: Model) -> None:
@@ -173,9 +188,10 @@ def check_kinds(model: Model) -> None:
     Raises:
       ValueError: names them.
     """
-    if others := sorted(set(model.kinds()) - {"full", "window", "sparse"}):
+    known = ("full", "window", "sparse", *RECURRENT)
+    if others := sorted(set(model.kinds()) - set(known)):
         raise ValueError(
-            "the plan knows layers of kind full, window and sparse, not "
+            f"the plan knows layers of kind {', '.join(known)}, not "
             f"{', '.join(others)}: "
             "plan the run with one of these in their place (--model.pattern)"
         )
@@ -205,6 +221,9 @@ def _elementwise_bytes(config: Config) -> float:
     size = 2 if model.compute_dtype == "bfloat16" else 4
     tokens = training.batch_size * config.padded_tokens()
     layers = model.num_layers * elements * passes * size * tokens
+    for kind in model.kinds():
+        if kind in RECURRENT:
+            layers += passes * tokens * state_passes_bytes(config, kind)
     # Logits are float32: written, read for the softmax, written and read as gradient.
     logits = 4 * 4 * model.vocab_size * tokens
     return layers + logits

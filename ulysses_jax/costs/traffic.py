@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ulysses_jax.config import Config, in_pieces
+from ulysses_jax.config import Config, Model, in_pieces
+from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.costs.collectives import Collective
-from ulysses_jax.costs.matrices import matrix_elements
+from ulysses_jax.costs.matrices import layer_elements, matrix_elements
 from ulysses_jax.costs.optimizer import muon_bytes
+from ulysses_jax.costs.recurrences import recurrent_bytes
 from ulysses_jax.parallel.bytes import received_bytes
 from ulysses_jax.parallel.zigzag import seen_steps
 from ulysses_jax.sharding import zero_axes
@@ -74,14 +76,16 @@ def formula_bytes(config: Config, kind: str, axes: str) -> float | None:
     """Bytes that a GPU should send a step in these collectives; None: no formula.
 
     Attention: what `parallel.bytes.received_bytes` says of the run's strategy, a layer
-    and row; the forward pass's again where it is recomputed. Parameters at ZeRO stage
-    3: gathered in the compute dtype for each pass over the layers (a recomputation
-    needs no down projection: nothing reads what it makes; and nothing of a feed-forward
-    in tiles, whose backward pass makes its hidden activations itself), once for the
-    embedding and once for the head; below, in float32 once a step. Their gradients in
-    float32 once an accumulation step: scattered, then summed over `data`; at stage 1
-    summed over all axes of tokens, the tables' once a step, and scattered where `data`
-    is 1. Matrices that Muon makes orthogonal: what `costs.optimizer.muon_bytes` says.
+    and row; the forward pass's again where it is recomputed; of layers whose tokens
+    reach others by a state, what `costs.recurrences.recurrent_bytes` says. Parameters
+    at ZeRO stage 3: gathered in the compute dtype for each pass over the layers (a
+    recomputation needs no down projection: nothing reads what it makes; and nothing of
+    a feed-forward in tiles, whose backward pass makes its hidden activations itself),
+    once for the embedding and once for the head; below, in float32 once a step. Their
+    gradients in float32 once an accumulation step: scattered, then summed over `data`;
+    at stage 1 summed over all axes of tokens, the tables' once a step, and scattered
+    where `data` is 1. Matrices that Muon makes orthogonal: what
+    `costs.optimizer.muon_bytes` says.
     """
     found = [attention_bytes(config).get((kind, axes)), _rest_bytes(config, kind, axes)]
     if config.training.optimizer == "muon":
@@ -94,10 +98,11 @@ def received_by(
     config: Config, strategy: Strategy, *, ring: int, seq: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """`parallel.bytes.received_bytes` of a run's model, under any strategy and degrees;
-    the mean over its layers, where their windows differ."""
-    model, found = config.model, {}
-    for window, count in Counter(model.windows()).items():
-        share = count / model.num_layers
+    the mean over the layers that attend, where their windows differ."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    windows = _windows(config.model)
+    for window, count in windows.items():
+        share = count / windows.total()
         received = _received_by(config, strategy, ring=ring, seq=seq, window=window)
         for key, (forward, backward) in received.items():
             sums = found.get(key, (0.0, 0.0))
@@ -130,11 +135,27 @@ def _received_by(
 def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
     """Bytes that a GPU sends a step so that attention reaches all tokens (and, of
     megatron, so that each feed-forward does); by kind and axis."""
+    kinds = config.model.kinds()
+    layers = [
+        (count, _layer_bytes(config, window))
+        for window, count in _windows(config.model).items()
+    ]
+    layers += [
+        (kinds.count(kind), recurrent_bytes(config, kind))
+        for kind in RECURRENT
+        if kind in kinds
+    ]
     found: dict[tuple[str, str], float] = {}
-    for window, num_layers in Counter(config.model.windows()).items():
-        for key, sent in _layer_bytes(config, window).items():
-            found[key] = found.get(key, 0.0) + num_layers * sent
+    for count, of_one in layers:
+        for key, sent in of_one.items():
+            found[key] = found.get(key, 0.0) + count * sent
     return found
+
+
+def _windows(model: Model) -> Counter[int | None]:
+    """How many of the layers that attend have which window."""
+    kinds = model.attending_kinds()
+    return Counter(model.window if kind == "window" else None for kind in kinds)
 
 
 def _layer_bytes(config: Config, window: int | None) -> dict[tuple[str, str], float]:
@@ -201,12 +222,16 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
     unread = 0.0
     if kind == "all-gather" and stage == 3:
         assert model.feed_forward_width
-        unread = model.num_layers * model.width * model.feed_forward_width
+        unread_of_layer = model.width * model.feed_forward_width
         if feed_forward_is_tiled(config):
-            unread *= 3 if model.is_gated else 2
-        unread *= passes - 2
+            unread_of_layer *= 3 if model.is_gated else 2
+        unread = (passes - 2) * len(model.kinds()) * unread_of_layer
         if in_pieces(config.model, config.memory):
-            unread = layers  # the recomputation shares the backward pass's gathers
+            # The recomputation shares the backward pass's gathers.
+            unread += sum(
+                layer_elements(model, kind) - unread_of_layer
+                for kind in model.attending_kinds()
+            )
     layer_degrees, parts = degrees, mesh.tensor
     if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
         layer_degrees, parts = degrees | {"seq": 1}, mesh.tensor * mesh.seq

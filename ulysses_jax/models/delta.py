@@ -67,10 +67,13 @@ class GatedDelta(nnx.Module):
         check_input(self, x)
         parts = self.q, self.k, self.v, self.gate, self.beta, self.decay
         letters = "KH", "KH", "NH", "NH", "N", "N"
-        q, k, v, gate, beta, decay = self.products.into(
+        into = self.products.into(
             tuple(f"BTD,D{each}->BT{each}" for each in letters),
             x,
             tuple(each[...] for each in parts),
+        )
+        q, k, v, gate, beta, decay = (
+            checkpoint_name(each, "attention_inputs") for each in into
         )
         beta, decay = (each.astype(jnp.float32) for each in (beta, decay))
         rate = jnp.exp(self.log_rate[...])

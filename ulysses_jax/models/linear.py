@@ -52,7 +52,10 @@ class LinearAttention(nnx.Module):
         check_input(self, x)
         weights = tuple(each[...] for each in (self.q, self.k, self.v, self.gate))
         equations = "BTD,DKH->BTKH", "BTD,DKH->BTKH", "BTD,DNH->BTNH", "BTD,DNH->BTNH"
-        q, k, v, gate = self.products.into(equations, x, weights)
+        q, k, v, gate = (
+            checkpoint_name(each, "attention_inputs")
+            for each in self.products.into(equations, x, weights)
+        )
         heads = np.arange(1, self.model.num_heads + 1)
         out = linear_attention(
             nnx.silu(q),

@@ -1,6 +1,6 @@
 """What a device receives under each strategy, by formula."""
 
-from ulysses_jax.parallel.states import num_hops
+from ulysses_jax.parallel.states import hops
 from ulysses_jax.parallel.zigzag import seen_steps
 from ulysses_jax.strategies import Strategy, check_name
 
@@ -68,7 +68,7 @@ def received_bytes(
 
 def state_bytes(
     *, shards: int, num_heads: int, state_size: int, change_size: int
-) -> float:
+) -> dict[int, float]:
     """Bytes that a device receives where states are handed on, a layer and row.
 
     Args:
@@ -79,12 +79,33 @@ def state_bytes(
         H^2 of the delta rule.
 
     Returns:
-      Forward, and as many backward: of n = `num_hops(P)` float32 states, and of all but
-      two the change too: `4 N (n state_size + max(n - 2, 0) change_size)`, whatever the
-      number of tokens is. Documents add one int32 forward.
+      By how many shards away they come from, forward, and as many backward: of the n
+      `hops` float32 states, and of all but two the change too, together `4 N (n
+      state_size + max(n - 2, 0) change_size)`, whatever the number of tokens is.
+      Documents add one int32 forward.
     """
-    hops = num_hops(shards)
-    return 4.0 * num_heads * (hops * state_size + max(hops - 2, 0) * change_size)
+    found: dict[int, float] = {}
+    for reach, with_change in hops(shards):
+        sent = 4.0 * num_heads * (state_size + with_change * change_size)
+        found[reach] = found.get(reach, 0.0) + sent
+    return found
+
+
+def convolution_bytes(
+    *, convolution_tokens: int, num_heads: int, head_size: int, itemsize: int
+) -> float:
+    """Bytes that a device receives for a short convolution, a layer and row.
+
+    Args:
+      convolution_tokens: W.
+      num_heads: of one device's part of `tensor`.
+      itemsize: e, of the dtype of what is convolved.
+
+    Returns:
+      From the shard before `(W - 1) N H e` forward, and as many backward. Documents add
+      W - 1 int32 forward.
+    """
+    return float((convolution_tokens - 1) * num_heads * head_size * itemsize)
 
 
 def low_rank_bytes(

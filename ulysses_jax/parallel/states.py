@@ -31,27 +31,30 @@ def state_before(
     Returns:
       Like `state`; of the first shard zeros.
 
-    Cost: `num_hops` of the number of shards, all of the state, and all but the last two
+    Cost: the `hops` of the number of shards, all of the state, and all but the last two
     of the change too, as one array: nothing depends on the number of tokens. As much
     backward. `parallel.bytes.state_bytes` has the formula.
     """
-    degree, reach = lax.axis_size(axis_names), 1
-    while reach < degree - 1:
+    for reach, with_change in hops(lax.axis_size(axis_names))[:-1]:
         # Of as many shards as `reach`, up to this one; then of twice as many. Where
         # there is none, zeros come: they add nothing, and nothing is before them.
-        if 2 * reach < degree - 1:
+        if with_change:
             came, came_change = _come((state, change), reach, axis_names)
             state = state + apply(change, came)
             change = apply(change, came_change)
         else:
             state = state + apply(change, _come(state, reach, axis_names))
-        reach *= 2
     return _come(state, 1, axis_names)
 
 
-def num_hops(degree: int) -> int:
-    """How often `state_before` sends: 1 + ceil(log2(degree - 1)) times, 0 for one."""
-    return (degree > 1) + max(degree - 2, 0).bit_length()
+def hops(degree: int) -> list[tuple[int, bool]]:
+    """What `state_before` sends: how many shards on, and whether the change goes too.
+
+    1 + ceil(log2(degree - 1)) times, the last two without; never for one shard.
+    """
+    joined = [2**n for n in range(max(degree - 2, 0).bit_length())]
+    found = [(reach, 2 * reach < degree - 1) for reach in joined]
+    return found + [(1, False)] * (degree > 1)
 
 
 def with_before(x: Array, num_tokens: int, axis_names: AxisNames) -> Array:

@@ -29,6 +29,7 @@ from ulysses_jax.costs.kernels import (
     others_than_chosen,
 )
 from ulysses_jax.costs.pairs import pairs_of
+from ulysses_jax.costs.recurrences import chunk_kernels
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import traffic, unexpected
 from ulysses_jax.memory.offload import check_offload, memory_stats
@@ -158,7 +159,8 @@ def analyse(
       `mesh`, `num_devices`, `sequence_tokens`, `batch_size`, `compile_seconds`;
       `memory`, `traffic`, `overlap`, `copies`, `host_moves` (see the functions of those
       names); `attention`, what attends in each kind of layer (`attention_of_kinds`),
-      and `kernels`, what the program attends with (`kernels_in`); `attention_flops`,
+      and `kernels`, what the program attends with (`kernels_in`); `chunk_kernels`, of
+      recurrences (`recurrences.chunk_kernels`); `attention_flops`,
       `matmul_flops` (as compiled, recomputation included); and
       `warnings`: what the program sends beside the formulas, or attends with beside the
       choice; what could not be read.
@@ -166,7 +168,7 @@ def analyse(
     config, degrees = program.config, program.degrees
     training = config.training
     assert training.accumulation_steps
-    kinds = config.model.kinds()
+    kinds = config.model.attending_kinds()
     by_ranges = [kind for kind in kinds if kind != "sparse"]
     module = parse(
         program.text,
@@ -203,6 +205,7 @@ def analyse(
         "overlap": overlap(module, collectives),
         "copies": copies(module, collectives, layer_runs),
         "host_moves": moves,
+        "chunk_kernels": chunk_kernels(module),
         "attention_flops": sum(
             attention_flops(module, entry, each) for each in entry.instructions
         ),

@@ -6,7 +6,7 @@ from typing import Any
 
 from ulysses_jax.config import Config, Data
 from ulysses_jax.costs.head_chunks import place_on
-from ulysses_jax.costs.predict import step_flops
+from ulysses_jax.costs.predict import model_flops_of, step_flops
 from ulysses_jax.plan.plan import Cluster, placed_on
 from ulysses_jax.training.by_length import configs_by_length
 
@@ -45,7 +45,7 @@ def lengths_on(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     found = []
     for tokens, each in configs_by_length(config, placed, place).items():
         flops = step_flops(each, tokens)
-        total = flops["matmul"] + flops["attention"]
+        total = model_flops_of(flops)
         found.append(
             {
                 "tokens": tokens,

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ulysses_jax.plan.report import GIB, PARTS, TIMES
 
-COLORS = ("#2f6fb0", "#7fb0dc", "#3f9a6b", "#d9622b", "#c9a24a", "#9a9a9a")
+COLORS = ("#2f6fb0", "#7fb0dc", "#3f9a6b", "#d9622b", "#c9a24a", "#8a6fb0", "#9a9a9a")
 
 
 def plot_plan(plan: dict[str, Any], path: Path) -> None:

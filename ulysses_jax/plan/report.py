@@ -21,6 +21,7 @@ PARTS = {
 TIMES = (
     "matmul",
     "attention",
+    "recurrence",
     "elementwise",
     "optimizer",
     "exposed_communication",

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ulysses_jax.costs.predict import check_kinds, step_flops
+from ulysses_jax.costs.predict import check_kinds, model_flops_of, step_flops
 from ulysses_jax.costs.targets import target_of
 from ulysses_jax.training.by_length import Split
 from ulysses_jax.training.model import MakeModel, own_name
@@ -32,7 +32,7 @@ class Use:
                 continue
             flops = step_flops(config, config.training.sequence_tokens)
             peak = target.peak_flops_per_second(config.model.compute_dtype)
-            at_peak = (flops["matmul"] + flops["attention"]) / (peak * mesh.size)
+            at_peak = model_flops_of(flops) / (peak * mesh.size)
             self._seconds_at_peak[tokens] = at_peak
 
     def row(self, seconds: float, tokens: int | None) -> dict[str, float]:

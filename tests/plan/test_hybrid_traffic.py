@@ -1,0 +1,45 @@
+"""Steps of layers of states, compiled for CPU devices, send what formulas say."""
+
+import pytest
+from test_step_traffic import analysed, row, tiny
+
+
+def test_states_are_made_again_and_products_are_not():
+    """Under remat products, three layers of one kind in a loop. By hand: two hops of a
+    state and one of a change of 8 heads, another of the state, 3 rows of a halo of 16
+    heads; forward, again and backward."""
+    memory = dict(remat="products")
+    model = dict(pattern=("delta",))
+    result = analysed(tiny(model=model, memory=memory, fsdp=2, seq=4))
+    states = row(result, "collective-permute", "seq")
+    one = 4 * (8 * (3 + 1) * 8 * 8 + 3 * 16 * 8)
+    assert states["bytes"] == 3 * 2 * 3 * one
+    assert states["ratio"] == 1
+    # Matrices forward and backward: those of beta and decay have 8 columns.
+    matrices = 3 * 64 * (3 * 64 + 2 * 32 + 2 * 8 + 3 * 96)
+    gathered = row(result, "all-gather", "fsdp+seq")
+    assert gathered["bytes"] == pytest.approx((2 * matrices + 2 * 96 * 64) * 4 * 7 / 8)
+    assert gathered["ratio"] == pytest.approx(1)
+    assert (result["attention"], result["kernels"]) == ([], {})
+    assert result["warnings"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, remat, axes",
+    [
+        (dict(fsdp=2, seq=4), "full", ["seq"]),
+        (dict(ring=2, seq=4), "none", ["ring", "ring+seq"]),
+        (dict(seq=4, tensor=2), "attention", ["seq"]),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_hybrid(changes, remat, axes):
+    """And of one layer's exchange."""
+    model = dict(pattern=("delta", "linear", "full"))
+    result = analysed(tiny(model=model, memory=dict(remat=remat), **changes))
+    assert result["warnings"] == []
+    for axis in axes:
+        assert row(result, "collective-permute", axis)["ratio"] == 1
+    assert row(result, "all-to-all", "seq")["ratio"] == pytest.approx(1)
+    assert [each["kind"] for each in result["attention"]] == ["full"]
