@@ -15,7 +15,7 @@ from slow import slow_but_for
 from ulysses_jax import Model, Transformer, make_mesh
 from ulysses_jax.complete import complete, complete_model
 from ulysses_jax.config import Config, Lora, Memory, Training
-from ulysses_jax.memory.auto import rungs
+from ulysses_jax.memory.auto import kept_bytes, rungs
 from ulysses_jax.memory.saving import Saving
 from ulysses_jax.mesh import AXES
 from ulysses_jax.models.delta import GatedDelta
@@ -179,6 +179,17 @@ def test_layers_of_a_state_are_not_cut_into_chunks():
         size = dataclasses.replace(SIZE, pattern=pattern, strategy="ulysses")
         found = rungs(placed(size, tokens=4096, seq=2))
         assert any(rung.sequence_chunk_tokens for _, rung in found) == in_chunks
+
+
+@pytest.mark.parametrize("remat, layers", [("attention", 1), ("products", 4)])
+def test_a_layer_of_states_keeps_no_output_of_attention(remat, layers):
+    """Of four layers one attends; products keeps what all give. 16 tokens a device, 4
+    heads of 4, float32."""
+    config = placed(SIZE, seq=2)
+    training = dataclasses.replace(config.training, batch_size=1)
+    memory = Memory(remat=remat, offload=("attention",))
+    config = dataclasses.replace(config, training=training, memory=memory)
+    assert kept_bytes(config)[1] == layers * 16 * 4 * 4 * 4
 
 
 def test_a_convolution_wider_than_a_shard():

@@ -1,6 +1,6 @@
 """A run as frozen, validated dataclasses."""
 
-from ulysses_jax.config.memory import Memory, in_pieces
+from ulysses_jax.config.memory import Memory, in_pieces, num_attended
 from ulysses_jax.config.model import MOST_HEADS, MOST_LAYERS, Lora, Model, Rope
 from ulysses_jax.config.run import (
     Config,
@@ -27,4 +27,5 @@ __all__ = [
     "Run",
     "Training",
     "in_pieces",
+    "num_attended",
 ]

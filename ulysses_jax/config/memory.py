@@ -57,3 +57,10 @@ def in_pieces(model: Model, memory: Memory) -> bool:
     groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
     groups &= model.strategy in ("auto", "ulysses")
     return groups or memory.sequence_chunk_tokens is not None
+
+
+def num_attended(model: Model, memory: Memory) -> int:
+    """Layers whose attention's output `remat` keeps, if any's: under attention those
+    that attend, which have a kernel's; else all."""
+    attends_alone = memory.remat == "attention"
+    return len(model.attending_kinds()) if attends_alone else model.num_layers

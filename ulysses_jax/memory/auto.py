@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_jax.config import Config, Memory
+from ulysses_jax.config import Config, Memory, num_attended
 
 GIB = 2**30
 TILE_TOKENS, CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 8192, 16384, 1024
@@ -167,6 +167,7 @@ def kept_bytes(config: Config) -> tuple[int, int]:
     layer = tokens * size
     inputs = rows * config.residual_tokens() * size * model.width
     heads = layer * model.num_heads * model.head_size // mesh.tensor
+    heads = heads * num_attended(model, memory) // model.num_layers
     attention = 0 if memory.remat == "full" else heads
     hidden = layer * model.feed_forward_width // mesh.tensor
     hidden = 0 if memory.recomputes_products else hidden
