@@ -81,7 +81,8 @@ class Saving:
             return bound(x, *tokens, angles=angles)
 
         if memory.remat != "none":
-            # A loop keeps XLA from merging the two computations; one trip is no loop.
+            # A loop keeps XLA from merging the two computations; one trip is no loop,
+            # and of several layers in a round it would compute all again first.
             run = jax.checkpoint(run, prevent_cse=not in_loop, policy=_policy(memory))
         return run(x, values, tokens, angles)
 

@@ -16,8 +16,9 @@ from ulysses_jax.weights.whole import Unbound, Values, unbind
 
 RunLayer = Callable[..., Float[Array, "B T D"]]
 """`f(layer, values, x, positions, segment_ids, angles=..., in_loop=...)`: runs one
-layer, an `Unbound` and its values. in_loop: whether the loop goes round more than once.
-`run_layer` is the plain one; `memory.saving` has others."""
+layer, an `Unbound` and its values. in_loop: whether it is all that a round of a loop
+does which goes round more than once. `run_layer` is the plain one; `memory.saving` has
+others."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> Any:
@@ -97,12 +98,12 @@ def thread_stacks(
     """
     given = [None] * (len(stacks) + len(rest)) if given is None else given
     unbound, values = zip(*map(unbind, stacks), strict=True)
-    size = _size(stacks)
+    in_loop = _size(stacks) > 1 and len(stacks) == 1
 
     def once(x: Array, inputs: Any) -> tuple[Array, Any]:
         made = []
         for place, (layer, own) in enumerate(zip(unbound, inputs, strict=True)):
-            x, its = run(place, layer, own[0], x, own[1], in_loop=size > 1)
+            x, its = run(place, layer, own[0], x, own[1], in_loop=in_loop)
             made.append(its)
         return x, made
 
