@@ -4,15 +4,26 @@
 # 130 (told to stop): always. 75 and 137 (a process was lost, or killed: srun's code is the
 # highest): yes, but not when the last MOST_LOST attempts in a row made no new checkpoint;
 # how many did not is in slurm-JOB.lost. After anything else the same would happen again.
-folder=runs
+folder='' file=''
 for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
-    [[ ${!i} == --run.folder=* ]] && folder=${!i#*=}
-    [[ ${!i} == --run.folder ]] && folder=${!next:-runs}
+    case ${!i} in
+        --run.folder=*) folder=${!i#*=} ;;
+        --run.folder) folder=${!next:-} ;;
+        --config=*) file=${!i#*=} ;;
+        --config) file=${!next:-} ;;
+    esac
 done
+# Where the command line does not say: a run's own config.yaml, or `folder:` in a config.
+[[ -z $folder && $file == */config.yaml && -d ${file%/*}/checkpoints ]] && folder=${file%/*}
+[[ -z $folder && -f $file ]] && folder=$(
+    sed -nE "s/^([^#]*[{, ])?folder: *['\"]?([^'\",}#]*[^'\",}# ]).*/\2/p" "$file" | head -n 1
+)
+folder=${folder:-runs}
+folder=${folder/#"~"/$HOME}
 
 checkpoints() {
-    find "$folder" -maxdepth 4 -regex '.*/checkpoints/[0-9]+' 2> /dev/null | sort
+    find -H "$folder" -maxdepth 4 -regex '.*/checkpoints/[0-9]+' 2> /dev/null | sort
 }
 checkpoints_before=$(checkpoints)
 

@@ -107,9 +107,10 @@ def job(cluster, tmp_path):
     (tmp_path / "bin" / "srun").write_text(SRUN)
     steps = iter(range(4, 1000, 4))
 
-    def ends(file, code, *, saves=False, arguments=("--run.folder", "runs/a b")):
-        folder = tmp_path / "submitted" / "runs" / "a b" / "checkpoints"
+    def ends(file, code, *, saves=False, run="runs/a b", arguments=None):
+        folder = tmp_path / "submitted" / run / "checkpoints"
         new = str(folder / str(next(steps))) if saves else ""
+        arguments = ("--run.folder", run) if arguments is None else arguments
         named = {"ENDS": str(code), "IMAGE": "here", "SHARED": "/s", "SAVES": new}
         named["SLURM_SUBMIT_DIR"] = str(tmp_path / "submitted")
         ended = launched(file, cluster | named, *arguments)
@@ -149,6 +150,29 @@ def test_a_job_that_gets_nowhere_leaves_the_queue(job, file, arguments):
     is_asked, said = job(file, 75, arguments=arguments)
     assert not is_asked and "3 attempts in a row lost a process" in said
     assert job(file, 75, arguments=arguments)[0]  # put back by hand
+
+
+@pytest.mark.parametrize(
+    "text, run",
+    [
+        ("# the folder: x\nrun:\n  folder: there/a b  # and so\n", "there/a b"),
+        ("run: {folder: 'there/a b', simulated_cpu_devices: 2}\n", "there/a b"),
+        ("run: {simulated_cpu_devices: 2, folder: ~/a}\n", "home/a"),
+        ("run: {folder: before/it/was/moved}\n", "there/x"),
+    ],
+    ids=["a line", "in brackets", "at home", "a run's own config"],
+)
+def test_a_folder_that_the_config_names(job, cluster, tmp_path, text, run):
+    """Its new checkpoints are seen, so that the job may be lost again and again."""
+    submitted = tmp_path / "submitted"
+    cluster["HOME"] = str(submitted / "home")
+    file = "a config.yaml"
+    if run == "there/x":
+        file = f"{run}/config.yaml"
+        (submitted / run / "checkpoints").mkdir(parents=True)
+    (submitted / file).write_text(text)
+    for _ in range(4):
+        assert job("slurm.sh", 75, saves=True, run=run, arguments=("--config", file))[0]
 
 
 def test_a_container_needs_an_image(cluster):
