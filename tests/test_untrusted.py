@@ -358,13 +358,14 @@ def test_nothing_here_runs_what_it_reads():
 
 
 def test_numpy_and_orbax_unpickle_nothing():
-    """NumPy's default is not to; Orbax's readers of arrays import no pickle."""
+    """NumPy's default is not to; nor do Orbax's modules for checkpoints and arrays."""
     import inspect
 
     import numpy as np
-    from orbax.checkpoint import PyTreeCheckpointHandler, type_handlers
+    import orbax.checkpoint as ocp
 
     assert inspect.signature(np.load).parameters["allow_pickle"].default is False
-    for each in (PyTreeCheckpointHandler, type_handlers):
+    readers = (ocp.PyTreeCheckpointHandler, ocp.BasePyTreeCheckpointHandler)
+    for each in (*readers, ocp.type_handlers.ArrayHandler):
         module = inspect.getmodule(each)
         assert module is not None and not runs_code(inspect.getsource(module))
