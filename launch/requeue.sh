@@ -1,8 +1,8 @@
 # Whether a job of SLURM goes back into its queue, sourced by the files for it, with their
 # arguments: `end CODE` after its processes.
 #
-# 130 (told to stop): always. 75 and 137 (a process was lost, or killed: srun's code is the
-# highest): yes, but not when the last MOST_LOST attempts in a row made no new checkpoint;
+# 130 (told to stop): always. 75, 134, 137 and 139 (a process was lost, or aborted, killed or
+# crashed, as where a GPU fails: srun's code is the highest): yes, but not when the last MOST_LOST attempts in a row made no new checkpoint;
 # how many did not is in slurm-JOB.lost. After anything else the same would happen again.
 folder='' file=''
 for ((i = 1; i <= $#; i++)); do
@@ -29,7 +29,7 @@ checkpoints_before=$(checkpoints)
 
 end() {
     local code=$1 lost=slurm-${SLURM_JOB_ID:-}.lost most=${MOST_LOST:-3} times=0
-    [[ -n ${SLURM_JOB_ID:-} && $code =~ ^(75|130|137)$ ]] || exit "$code"
+    [[ -n ${SLURM_JOB_ID:-} && $code =~ ^(75|130|134|137|139)$ ]] || exit "$code"
     if [[ $code != 130 && $(checkpoints) == "$checkpoints_before" ]]; then
         times=$(($(cat "$lost" 2> /dev/null || echo 0) + 1))
     fi

@@ -124,10 +124,10 @@ def job(cluster, tmp_path):
 
 
 @SLURM_FILES
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 134, 137, 139])
 def test_a_job_goes_back_into_the_queue(job, tmp_path, file, code):
     """After what the same command goes on from, and after nothing else."""
-    assert job(file, code)[0] == (code in (75, 130, 137))
+    assert job(file, code)[0] == (code in (75, 130, 134, 137, 139))
     if "container" in file:
         assert "--container-image=here" in (tmp_path / "srun").read_text()
 

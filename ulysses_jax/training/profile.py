@@ -30,8 +30,8 @@ class Profile:
         return self._first > 0 and step >= self._last
 
     def begins_at(self, step: int) -> bool:
-        """The step before it must have ended. A run that is resumed between the two
-        traces the rest."""
+        """The step before it must have ended. Where a run is resumed within
+        the steps, the rest of them is traced."""
         return not self._is_on and self._first <= step <= self._last
 
     def begin(self) -> None:
