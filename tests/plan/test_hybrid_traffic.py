@@ -1,7 +1,14 @@
 """Steps of layers of states, compiled for CPU devices, send what formulas say."""
 
+import dataclasses
+
 import pytest
+from jax.sharding import AxisType
 from test_step_traffic import analysed, row, tiny
+
+from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.mesh import make_mesh
+from ulysses_jax.plan.compile import analyse, compile_on
 
 
 def test_states_are_made_again_and_products_are_not():
@@ -10,7 +17,12 @@ def test_states_are_made_again_and_products_are_not():
     heads; forward, again and backward."""
     memory = dict(remat="products")
     model = dict(pattern=("delta",))
-    result = analysed(tiny(model=model, memory=memory, fsdp=2, seq=4))
+    config = tiny(model=model, memory=memory, fsdp=2, seq=4)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)
+    program = compile_on(config, mesh)
+    assert "rematted_computation/" in program.text
+    assert "rematted_computation/BTD,D" not in program.text
+    result = analyse(program, TARGETS["h100"], gpus_per_host=8)
     states = row(result, "collective-permute", "seq")
     one = 4 * (8 * (3 + 1) * 8 * 8 + 3 * 16 * 8)
     assert states["bytes"] == 3 * 2 * 3 * one
