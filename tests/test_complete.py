@@ -78,6 +78,7 @@ def test_learned_positions_need_a_table_s_rows():
             dict(pattern=("windows", "full"), window=8),
             r"windows, full has none \(windows is no kind of this library's\): put",
         ),
+        (dict(pattern=("delta",), window=8), "pattern delta has none: put window into"),
         (dict(strategy="ulises"), "'auto' or 'ulysses' | .*, not 'ulises'"),
         (dict(num_heads=3), "width 128 does not divide by model.num_heads 3"),
         (dict(num_kv_heads=3), r"3 does not divide .* 4: use one of \[1, 2, 4\]"),

@@ -15,6 +15,7 @@ from ulysses_jax.config import (
     Training,
     in_pieces,
 )
+from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.fields import checked
 from ulysses_jax.lengths import check_lengths
 from ulysses_jax.lora import check_lora
@@ -227,7 +228,8 @@ def _check_pattern(model: Model) -> None:
             "in place of window"
         )
     if "window" not in pattern and model.window is not None:
-        own = ", ".join(kind for kind in pattern if kind != "full")
+        known = {"full", "sparse", *RECURRENT}
+        own = ", ".join(kind for kind in pattern if kind not in known)
         raise ValueError(
             f"model.window {model.window} is of layers of kind window, but "
             f"model.pattern {', '.join(pattern)} has none"

@@ -274,7 +274,7 @@ def test_events_in_words(tmp_path):
         ["4", "resumed on 4 H100; 5 steps are taken again (50.0 s)"],
         ["8", "failed: the disk is full"],
     ]
-    assert "checkpoints that run saved: 1, the last at step 4" in words_of(text)
+    assert "checkpoints that run began: 1, the last at step 4" in words_of(text)
     marks = [(each["kind"], each["step"]) for each in data_of(text)["runs"][0]["marks"]]
     assert marks == [("skipped", 7), ("spike", 9), ("rolled_back", 9), ("resumed", 4)]
 

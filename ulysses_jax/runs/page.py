@@ -434,7 +434,7 @@ def _events(runs: Sequence[Run]) -> str:
         if saved:
             stood = sum(each.get("seconds", 0.0) for each in saved)
             notes.append(
-                f"checkpoints that {run.name} saved: {len(saved):,}, the last at step "
+                f"checkpoints that {run.name} began: {len(saved):,}, the last at step "
                 f"{saved[-1]['step']:,}; training stood still for {_duration(stood)}"
             )
     said = "".join(f'<p class="faint">{_text(note)}</p>' for note in notes)
