@@ -18,8 +18,7 @@ from ulysses_jax.distributed import start_distributed
 def started(monkeypatch, no_launcher):
     """What `jax.distributed.initialize` is called with; nothing starts, or waits."""
     calls = []
-    for name in ("ABSENT_SECONDS", "STRANGER_SECONDS"):
-        monkeypatch.setattr(roll_call, name, 0.0)
+    monkeypatch.setattr(roll_call, "STRANGER_SECONDS", 0.0)
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
     )
@@ -86,17 +85,23 @@ def test_a_coordinator_that_cannot_be(
     started, monkeypatch, coordinator, message, process_id
 ):
     with pytest.raises(ValueError, match=f"distributed.coordinator.*{message}"):
-        start_distributed(coordinator, 2, process_id)
+        start_distributed(coordinator, 2, process_id, 1e-6)
     assert not started
 
 
 def test_nobody_at_the_coordinators_port(started, monkeypatch, port):
     with pytest.raises(ValueError, match="process 0 is not there after 0 s"):
-        start_distributed(f"127.0.0.1:{port}", 2, 1)
+        start_distributed(f"127.0.0.1:{port}", 2, 1, 1e-6)
     assert not started
 
 
-def gather(port, *calls):
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_no_time_to_wait(started, port, seconds):
+    with pytest.raises(ValueError, match="wait_seconds .*: give more than 0"):
+        start_distributed(f"127.0.0.1:{port}", 2, 1, seconds)
+
+
+def gather(port, *calls, seconds=300.0):
     """What each process meets that answers the roll, process 0 first: a sentence or
     nothing."""
     met = {}
@@ -105,9 +110,9 @@ def gather(port, *calls):
         address = "127.0.0.1", port
         try:
             if process:
-                roll_call.answer(address, process, of)
+                roll_call.answer(address, process, of, seconds)
             else:
-                roll_call.hold(socket.create_server(address), of)
+                roll_call.hold(socket.create_server(address), of, seconds)
             met[index] = ""
         except ValueError as error:
             met[index] = str(error)
@@ -133,18 +138,17 @@ def test_the_roll_is_called(port):
         ([(0, 3), (1, 3), (1, 3)], "two processes are number 1, on .* and on "),
         ([(0, 2), (1, 3)], "process 1 on .* knows of 3 processes, process 0 of 2"),
         ([(0, 3), (1, 2)], "process 1 on .* knows of 2 processes, process 0 of 3"),
-        ([(0, 3), (2, 3)], r"of 3 processes \[1\] did not come in 2 s: start them"),
+        ([(0, 3), (2, 3)], r"of 3 processes \[1\] did not come in 2 s .*: start them"),
     ],
     ids=["one number twice", "more", "fewer", "one is missing"],
 )
 def test_all_are_told_who_is_wrong(monkeypatch, capsys, port, calls, message):
-    monkeypatch.setattr(roll_call, "ABSENT_SECONDS", 2.0)
     monkeypatch.setattr(roll_call, "SAYS_SO_SECONDS", 0.5)
-    met = gather(port, *calls)
+    met = gather(port, *calls, seconds=2.0)
     assert all(re.search(message, each) for each in met), met
     if "did not come" in message:
         # As it was when the others had a while to come: the second one may have.
-        waits = r"waiting for processes \[1(, 2)?\] of 3 to come, for 2 s at most"
+        waits = r"waiting for processes \[1(, 2)?\] of 3 to come, for \d s more at most"
         assert re.search(waits, capsys.readouterr().err)
 
 
@@ -153,7 +157,7 @@ def test_one_that_ended_may_come_again(port):
     call = json.dumps({"process": 1, "of": 3, "host": "h"}).encode() + b"\n"
     held = threading.Thread(
         target=roll_call.hold,
-        args=(socket.create_server(("127.0.0.1", port)), 3),
+        args=(socket.create_server(("127.0.0.1", port)), 3, 300.0),
     )
     held.start()
     with socket.create_connection(("127.0.0.1", port)) as ended:
@@ -163,7 +167,7 @@ def test_one_that_ended_may_come_again(port):
 
     def come(process):
         try:
-            roll_call.answer(("127.0.0.1", port), process, 3)
+            roll_call.answer(("127.0.0.1", port), process, 3, 300.0)
         except ValueError as error:
             met.append(str(error))
 
@@ -174,6 +178,45 @@ def test_one_that_ended_may_come_again(port):
     for each in (*both, held):
         each.join(20)
     assert met == []
+
+
+def test_who_comes_late_is_told_for_whom_it_waits(monkeypatch, port):
+    """When the others have long been told; again and again."""
+    monkeypatch.setattr(roll_call, "SAYS_SO_SECONDS", 0.5)
+    server = socket.create_server(("127.0.0.1", port))
+    failed = []
+
+    def hold():
+        try:
+            roll_call.hold(server, 3, 4.0)
+        except roll_call.Absent as error:
+            failed.append(str(error))
+
+    held = threading.Thread(target=hold)
+    held.start()
+    time.sleep(1.2)
+    call = {"process": 1, "of": 3, "host": "h"}
+    with socket.create_connection(("127.0.0.1", port)) as late:
+        late.sendall(json.dumps(call).encode() + b"\n")
+        late.settimeout(10)
+        lines = [json.loads(line) for line in late.makefile()]
+    held.join(10)
+    kinds = [kind for kind, _ in lines]
+    assert kinds[0] == "heard" and kinds[-1] == "absent" and len(kinds) > 3
+    assert set(kinds[1:-1]) == {"waiting"}
+    assert all("processes [2] of 3" in said for _, said in lines[2:-1])
+    assert failed == [lines[-1][1]]
+
+
+def test_a_process_0_that_hangs_is_not_waited_for(monkeypatch, port):
+    """As one that is stopped: it says no more that it waits."""
+    monkeypatch.setattr(roll_call, "SAYS_SO_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "_LINE_SECONDS", 0.5)
+    with serving(port, b'["heard", ""]\n', then_seconds=60):
+        started = time.monotonic()
+        with pytest.raises(roll_call.Absent, match="process 0 ended, or hangs"):
+            roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
+    assert time.monotonic() - started < 5
 
 
 JUNK = {
@@ -197,7 +240,7 @@ JUNK = {
 def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
     """He does not count, and nobody waits for him: a scanner may never close."""
     server = socket.create_server(("127.0.0.1", port))
-    held = threading.Thread(target=roll_call.hold, args=(server, 2))
+    held = threading.Thread(target=roll_call.hold, args=(server, 2, 300.0))
     held.start()
     scans = []
     for said in (*JUNK.values(), *[b""] * 100):
@@ -209,7 +252,7 @@ def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
     time.sleep(0.5)
     assert held.is_alive()
     started = time.monotonic()
-    roll_call.answer(("127.0.0.1", port), 1, 2)
+    roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
     held.join(10)
     assert not held.is_alive() and time.monotonic() - started < 2
     for each in scans:
@@ -237,7 +280,7 @@ def test_who_takes_his_time_is_let_go(monkeypatch, port):
         assert not roll._callers and roll.missing() == [1]
 
 
-def serving(port, said):
+def serving(port, said, then_seconds=0):
     """Another program: what it says to one that calls, before it closes."""
     server = socket.create_server(("127.0.0.1", port))
 
@@ -249,6 +292,7 @@ def serving(port, said):
                 return
             with other, suppress(OSError):
                 other.sendall(said) if said is not None else time.sleep(60)
+                time.sleep(then_seconds)
 
     threading.Thread(target=serve, daemon=True).start()
     return server
@@ -266,7 +310,7 @@ def test_another_program_at_the_port(monkeypatch, port, said):
     started = time.monotonic()
     with serving(port, said) as server:
         with pytest.raises(ValueError, match="another program is there, or a run"):
-            roll_call.answer(("127.0.0.1", port), 1, 2)
+            roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
         server.shutdown(socket.SHUT_RDWR)
     assert 1 < time.monotonic() - started < 10
 
@@ -275,13 +319,13 @@ def test_another_program_that_ends(port):
     server = serving(port, b"SSH-2.0\n")
     met = []
     answering = threading.Thread(
-        target=lambda: met.append(roll_call.answer(("127.0.0.1", port), 1, 2))
+        target=lambda: met.append(roll_call.answer(("127.0.0.1", port), 1, 2, 300.0))
     )
     answering.start()
     time.sleep(1.5)
     server.shutdown(socket.SHUT_RDWR)
     server.close()
-    roll_call.hold(socket.create_server(("127.0.0.1", port)), 2)
+    roll_call.hold(socket.create_server(("127.0.0.1", port)), 2, 300.0)
     answering.join(10)
     assert met == [None]
 

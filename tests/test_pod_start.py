@@ -17,10 +17,7 @@ from ulysses_jax.aborts import LOST
 pytestmark = pytest.mark.slow
 # So long the last one may take: Python starts in some, JAX is imported in more.
 WITHIN = 30
-SOON = """
-from ulysses_jax import roll_call
-roll_call.ABSENT_SECONDS = 22
-"""
+SOON = ["--distributed.wait-seconds=20"]
 
 
 @pytest.mark.parametrize(
@@ -40,12 +37,24 @@ def test_told_wrong(config_file, tmp_path, ranks, of, message):
 @pytest.mark.parametrize("ranks", [[1, 2], [0, 2]], ids=["the coordinator", "one"])
 def test_one_is_missing(config_file, tmp_path, ranks):
     """Those that are there say so in half a minute, and end as for a lost machine."""
-    with Pod(config_file, tmp_path / "run", ranks, of=[3] * 2, prelude=SOON) as pod:
+    with Pod(config_file, tmp_path / "run", ranks, of=[3] * 2, arguments=SOON) as pod:
+        for place in range(2):
+            pod.until(place, "waiting for process", seconds=WITHIN)
         who = "process 0 at 127.0.0.1" if 0 not in ranks else r"processes \[1\] of 3"
         for said in pod.all_end(LOST, seconds=2 * WITHIN):
             assert re.search(f"waiting for {who}", said), said
             assert re.search(r"did not come|is not there", said), said
             assert "Traceback" not in said
+
+
+def test_one_too_many(config_file, tmp_path):
+    """It is told so at once; the others are right."""
+    with Pod(config_file, tmp_path / "run", [0, 1, 2], of=[2] * 3) as pod:
+        codes, seconds = pod.ended(2, seconds=60)
+        assert codes == [2] and seconds < WITHIN
+        assert "process_id 2 is not one of 0 to 1" in pod.said(2)
+        assert "Traceback" not in pod.said(2)
+        assert pod.ended(0, 1, seconds=200)[0] == [0, 0], pod.said(0)
 
 
 @pytest.mark.parametrize("answer", [None, b"SSH-2.0\n"], ids=["silent", "a server"])
@@ -59,12 +68,12 @@ def test_a_port_in_use(config_file, tmp_path, answer):
 
 
 def test_process_0_is_killed_while_they_wait(config_file, tmp_path):
-    with Pod(config_file, tmp_path / "run", [0, 1], of=[3] * 2, prelude=SOON) as pod:
+    with Pod(config_file, tmp_path / "run", [0, 1], of=[3] * 2, arguments=SOON) as pod:
         pod.until(1, "waiting for processes [2] of 3")
         pod.send(0, signal.SIGKILL)
         codes, seconds = pod.ended(1, seconds=30)
         assert codes == [LOST] and seconds < 5
-        assert "process 0 ended; its own output says why" in pod.said(1)
+        assert "process 0 ended, or hangs; its own output" in pod.said(1)
 
 
 def test_one_that_ends_before_jax_has_started():

@@ -18,6 +18,7 @@ def start_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    wait_seconds: float = 300.0,
 ) -> None:
     """Starts `jax.distributed` where this is one process of many; else does nothing.
 
@@ -29,6 +30,7 @@ def start_distributed(
       coordinator: "host:port" of process 0, reachable from all.
       num_processes: of the run.
       process_id: of this process, 0 to num_processes - 1.
+      wait_seconds: for a process that is not there.
 
     Raises:
       Absent: of `roll_call`, a ValueError: a process that did not come.
@@ -44,6 +46,8 @@ def start_distributed(
             "distributed takes coordinator, num_processes and process_id together; "
             f"missing: {', '.join(missing)}"
         )
+    if not wait_seconds > 0:
+        raise ValueError(f"distributed.wait_seconds {wait_seconds}: give more than 0")
     launcher = find_launcher()
     # JAX's own handler would keep SIGTERM from Python's: `training.together` agrees.
     jax.config.update("jax_enable_preemption_service", False)
@@ -60,7 +64,7 @@ def start_distributed(
             "has --distributed.process-id 0 too, give each its own"
         )
         devices = None if launcher is None else own_devices(launcher)
-        _start(coordinator, num_processes, process_id, devices, remedy)
+        _start(coordinator, num_processes, process_id, devices, remedy, wait_seconds)
         return
     if launcher is None:
         return
@@ -102,7 +106,7 @@ def start_distributed(
             f"({error}): give {flags}"
         ) from None
     remedy = "set JAX_COORDINATOR_PORT=PORT for all processes"
-    _start(address, size, rank, own_devices(launcher), remedy)
+    _start(address, size, rank, own_devices(launcher), remedy, wait_seconds)
 
 
 def _start(
@@ -111,6 +115,7 @@ def _start(
     process_id: int,
     local_device_ids: list[int] | None,
     remedy: str,
+    wait_seconds: float,
 ) -> None:
     """Calls the roll, and starts JAX, which has no words where that fails.
 
@@ -131,10 +136,10 @@ def _start(
         )
     address = host.strip("[]"), int(port)
     if process_id:
-        roll_call.answer(address, process_id, num_processes)
+        roll_call.answer(address, process_id, num_processes, wait_seconds)
     else:
-        roll_call.find_host(address)
-        roll_call.hold(_listen(int(port), remedy), num_processes)
+        roll_call.find_host(address, wait_seconds)
+        roll_call.hold(_listen(int(port), remedy), num_processes, wait_seconds)
     # All were there; JAX waits five minutes for one that is gone now, and aborts.
     gone = (
         "a process ended before all had started: the same command again, if its "

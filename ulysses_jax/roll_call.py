@@ -2,8 +2,8 @@
 
 Process 0 listens on the port that will be JAX's. Each other one connects and says one
 line, a JSON object: its number, how many there are, its host. Process 0 answers in
-lines, each a JSON list of a kind and a sentence: `heard` at once, `waiting` when some
-are long in coming, and at last `complete`, `absent` or `wrong`.
+lines, each a JSON list of a kind and a sentence: `heard` at once, `waiting` once in a
+while when some are long in coming, and at last `complete`, `absent` or `wrong`.
 """
 
 import json
@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
-# A pod's hosts come up one after another: that long process 0 waits for the others, and
-# they for it. Whoever waits says so before half a minute has passed.
-ABSENT_SECONDS, SAYS_SO_SECONDS = 300.0, 20.0
+# A pod's hosts come up one after another. Whoever waits says so before half a minute
+# has passed, and again and again: so does one that came late.
+SAYS_SO_SECONDS = 15.0
 # Of a port where another program answers: one that is about to end, as a run before.
-STRANGER_SECONDS = 15.0
+STRANGER_SECONDS = 10.0
 # Whoever takes longer for a line is another program.
 _LINE_SECONDS = 5.0
 _LINE_BYTES = 4096
@@ -32,7 +32,7 @@ class Absent(ValueError):
     were told. Another start may find it."""
 
 
-def hold(server: socket.socket, num_processes: int) -> None:
+def hold(server: socket.socket, num_processes: int, wait_seconds: float) -> None:
     """Process 0's part: hears all others on the port that will be JAX's, and lets go.
 
     Whoever says anything else, as a port's scanner, is nobody: it is heard beside the
@@ -40,6 +40,7 @@ def hold(server: socket.socket, num_processes: int) -> None:
 
     Args:
       server: listens there; it is closed.
+      wait_seconds: for those that are not there.
 
     Raises:
       Absent: some did not come.
@@ -50,7 +51,7 @@ def hold(server: socket.socket, num_processes: int) -> None:
         stack.enter_context(server)
         roll = _Roll(server, num_processes)
         stack.callback(roll.close)
-        wait = _Wait(ABSENT_SECONDS)
+        wait = _Wait(wait_seconds)
         try:
             while missing := roll.missing():
                 names = f"processes {missing} of {num_processes}"
@@ -59,8 +60,8 @@ def hold(server: socket.socket, num_processes: int) -> None:
                 if wait.is_over():
                     raise Absent(
                         f"of {num_processes} processes {missing} did not come in "
-                        f"{wait.seconds:.0f} s: start them, or say how many there are "
-                        "(--distributed.num-processes)"
+                        f"{wait.seconds:.0f} s (distributed.wait_seconds): start them, "
+                        "or say how many there are (--distributed.num-processes)"
                     )
                 roll.listen(1.0)
         except ValueError as error:
@@ -69,8 +70,13 @@ def hold(server: socket.socket, num_processes: int) -> None:
         roll.tell("complete", "")
 
 
-def answer(address: tuple[str, int], process_id: int, num_processes: int) -> None:
+def answer(
+    address: tuple[str, int], process_id: int, num_processes: int, wait_seconds: float
+) -> None:
     """Another process's part.
+
+    Args:
+      wait_seconds: for process 0; how long it waits for others is its own to say.
 
     Raises:
       Absent: process 0 is not there, or has ended, or others are not there.
@@ -78,7 +84,7 @@ def answer(address: tuple[str, int], process_id: int, num_processes: int) -> Non
     """
     call = {"process": process_id, "of": num_processes, "host": socket.gethostname()}
     where = f"distributed.coordinator {address[0]}:{address[1]}"
-    wait = _Wait(ABSENT_SECONDS)
+    wait = _Wait(wait_seconds)
     stranger: _Wait | None = None
     while True:
         try:
@@ -98,20 +104,24 @@ def answer(address: tuple[str, int], process_id: int, num_processes: int) -> Non
             if wait.is_over():
                 raise Absent(
                     f"{where}: process 0 is not there after {wait.seconds:.0f} s "
-                    f"({why}): give its host's name or address as all processes know "
-                    "it, and a port that they reach; process 0 must run there"
+                    f"(distributed.wait_seconds; {why}): give its host's name or "
+                    "address as all processes know it, and a port that they reach; "
+                    "process 0 must run there"
                 ) from None
         wait.says_so(f"process 0 at {address[0]}:{address[1]} ({why})")
         time.sleep(1.0)
 
 
-def find_host(address: tuple[str, int]) -> None:
+def find_host(address: tuple[str, int], wait_seconds: float) -> None:
     """Process 0's own host, which has a name as all know it: a new pod's comes late.
+
+    Args:
+      wait_seconds: for the name.
 
     Raises:
       ValueError: nobody knows it.
     """
-    wait = _Wait(ABSENT_SECONDS)
+    wait = _Wait(wait_seconds)
     while True:
         try:
             socket.getaddrinfo(*address)
@@ -158,13 +168,15 @@ def _told(server: socket.socket, where: str) -> None:
             elif kind in ("absent", "wrong"):
                 raise (Absent if kind == "absent" else ValueError)(f"{where}: {said}")
             is_heard = True
-            server.settimeout(ABSENT_SECONDS + _LINE_SECONDS)
+            server.settimeout(2 * SAYS_SO_SECONDS + _LINE_SECONDS)
     except OSError as error:
         if not is_heard:
             raise _Stranger(_why(error)) from None
     if not is_heard:
         raise _Stranger("it closed the connection")
-    raise Absent(f"{where}: process 0 ended; its own output says why, if it could")
+    raise Absent(
+        f"{where}: process 0 ended, or hangs; its own output says why, if it could"
+    )
 
 
 def _lines(server: socket.socket) -> Iterator[tuple[str, str]]:
@@ -184,22 +196,23 @@ def _lines(server: socket.socket) -> Iterator[tuple[str, str]]:
 
 
 class _Wait:
-    """Says once what is waited for, and ends."""
+    """Says once in a while what is waited for, and ends."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._started = time.monotonic()
-        self._said = False
+        self._started = self._said = time.monotonic()
 
     def is_over(self) -> bool:
         return time.monotonic() - self._started >= self.seconds
 
     def says_so(self, what: str) -> str | None:
         """The line, when it is time for it."""
-        if self._said or time.monotonic() - self._started < SAYS_SO_SECONDS:
+        now = time.monotonic()
+        if now - self._said < SAYS_SO_SECONDS:
             return None
-        self._said = True
-        line = f"waiting for {what}, for {self.seconds:.0f} s at most"
+        self._said = now
+        left = max(0.0, self._started + self.seconds - now)
+        line = f"waiting for {what}, for {left:.0f} s more at most"
         print(line, file=sys.stderr, flush=True)
         return line
 

@@ -130,6 +130,8 @@ class Distributed:
     """host:port of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
+    wait_seconds: float = 300.0
+    """For a process that is not there when the others are. They say which it is."""
 
 
 @dataclass(frozen=True)

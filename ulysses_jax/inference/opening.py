@@ -53,6 +53,8 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     add("--distributed.coordinator", metavar="HOST:PORT", dest="coordinator")
     add("--distributed.num-processes", type=int, metavar="N", dest="num_processes")
     add("--distributed.process-id", type=int, metavar="I", dest="process_id")
+    seconds = "--distributed.wait-seconds"
+    add(seconds, type=float, default=300.0, metavar="S", dest="wait_seconds")
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,12 @@ def mesh_of(options: argparse.Namespace) -> Iterator[Mesh]:
             raise ValueError(f"--{name.replace('_', '-')} {given}: give 1 or more")
     for path in filter(None, map(said.get, ("json", "png"))):
         _check_writable(path)
-    start_distributed(options.coordinator, options.num_processes, options.process_id)
+    start_distributed(
+        options.coordinator,
+        options.num_processes,
+        options.process_id,
+        options.wait_seconds,
+    )
     simulate_cpu_devices(options.simulated_cpu_devices)
     asked = {axis: said[f"mesh.{axis}"] for axis in AXES}
     degrees = {axis: n for axis, n in asked.items() if n is not None}
