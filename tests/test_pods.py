@@ -48,15 +48,19 @@ def test_a_process_that_is_killed_in_a_step(config_file, tmp_path, unbroken, ran
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num", [4])
-def test_one_of_four_is_killed(config_file, tmp_path, num):
-    with Pod(config_file, tmp_path / "run", num, at_step=waits_at(3)) as pod:
-        pod.until(2, "step 3\n")
+def test_one_of_four_is_killed(config_file, tmp_path):
+    with Pod(config_file, tmp_path / "whole", 4) as pod:
+        codes, _ = pod.ended(*range(4), seconds=200)
+        assert codes == [0] * 4, pod.said(0)
+        unbroken = pod.losses()
+    with Pod(config_file, tmp_path / "run", 4, at_step=waits_at(7)) as pod:
+        pod.until(2, "step 7\n")
         pod.send(2, signal.SIGKILL)
         codes, seconds = pod.ended(0, 1, 3, seconds=60)
         assert codes == [LOST] * 3 and seconds < 30
         for rank in (0, 1, 3):
             assert "process 2 on" in pod.said(rank)
+    goes_on(config_file, tmp_path / "run", unbroken, after=4, num=4)
 
 
 @pytest.mark.slow
@@ -142,18 +146,27 @@ def impatient(config_file, tmp_path):
     return path
 
 
+def stands(pod, rank):
+    """The stacks of a process's threads, as it says them; its main thread's is last."""
+    _, stacks, *_ = pod.said(rank).split(f"process {rank} stands here:\n")
+    return [each for each in stacks.split("\n\n") if "most recent call first" in each]
+
+
 @pytest.mark.slow
 def test_a_wait_without_end(impatient, tmp_path):
-    """The process lives; its main thread waits for a batch that never comes."""
-    endless = "time.sleep(3600 * (number == 5 and jax.process_index() == 1))"
-    with Pod(impatient, tmp_path / "run", at_step=endless) as pod:
+    """The process lives; its main thread waits for a batch that never comes. The other
+    one has its own, and waits for what they compute together."""
+    seconds = {(5, 1): 3600, (6, 0): 4}  # of a step and process
+    sleeps = f"time.sleep({seconds}.get((number, jax.process_index()), 0))"
+    with Pod(impatient, tmp_path / "run", at_step=sleeps) as pod:
         pod.until(1, "step 5\n")
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [LOST] * 2 and seconds < 30
-        said = pod.said(0) + pod.said(1)
-        assert re.search(r"step [45] hangs: \d+ s of waiting for (data|compute)", said)
-        assert "process 0 stands here:" in said and "process 1 stands here:" in said
-        assert "slow" in said  # the function that sleeps
+        for rank in range(2):
+            hangs = r"^step 5 of process 1 hangs: \d+ s of waiting for data; the same"
+            assert re.search(hangs, pod.said(rank), re.M), pod.said(rank)
+        assert " in slow\n" in stands(pod, 1)[-1], pod.said(1)
+        assert "training/loop.py" in stands(pod, 0)[-1], pod.said(0)
 
 
 @pytest.mark.slow
@@ -163,9 +176,11 @@ def test_a_save_without_end(config_file, impatient, tmp_path, unbroken):
         pod.until(0, "step 12\n")
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [LOST] * 2 and seconds < 30
-        said = pod.said(0) + pod.said(1)
-        assert re.search(r"step 12 hangs: \d+ s of waiting for checkpoint", said)
-        assert "write_commit" in said or "in long" in said
+        for rank in range(2):
+            hangs = r"^step 12 of process [01] hangs: \d+ s of waiting for checkpoint; "
+            assert re.search(hangs, pod.said(rank), re.M), pod.said(rank)
+            assert "checkpoint.py" in stands(pod, rank)[-1], pod.said(rank)
+        assert any(" in long\n" in each for each in stands(pod, 0)), pod.said(0)
     goes_on(config_file, tmp_path / "run", unbroken, after=4)
 
 

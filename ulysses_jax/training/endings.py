@@ -87,12 +87,14 @@ def stop(code: int, why: str) -> NoReturn:
 
 def leave_last(code: int) -> NoReturn:
     """`leave`; process 0 of a pod keeps what the others look up, and waits for them."""
-    _wait_for_others()
+    if store.this_process() == 0:
+        let_others_look()
     leave(code)
 
 
-def _wait_for_others() -> None:
-    if jax.distributed.is_initialized() and store.this_process() == 0:
+def let_others_look() -> None:
+    """On a pod: waits until the others know what they were told."""
+    if jax.distributed.is_initialized():
         time.sleep(2 * _POLL_SECONDS)
 
 
@@ -110,7 +112,8 @@ def with_the_others(interrupted: Callable[[], Any]) -> Callable[[], Any]:
         telling = threading.Thread(target=tell_others, args=(130, why), daemon=True)
         telling.start()
         telling.join(_POLL_SECONDS)  # who interrupts does not wait for a lost store
-        _wait_for_others()
+        if store.this_process() == 0:
+            let_others_look()
         interrupted()
 
     return end

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from ulysses_jax.training.endings import LOST, leave_last, say_where, tell_others
+from ulysses_jax.training import store
+from ulysses_jax.training.endings import (
+    LOST,
+    leave,
+    let_others_look,
+    say_where,
+    tell_others,
+)
 
 Phase = Literal["data", "compute", "checkpoint", "validation"]
 _POLL_SECONDS = 1.0
@@ -95,12 +102,14 @@ class Phases:
         return max(60 * _MINUTES, _TIMES_THE_LONGEST * self._longest)
 
     def _end(self, phase: Phase, waited: float) -> None:
+        of = f" of process {store.this_process()}" if store.num_processes() > 1 else ""
         why = (
-            f"step {self._step} hangs: {waited:.0f} s of waiting for {phase}; the same "
-            "command goes on from the last checkpoint, if there is one; if it does "
-            "take so long, raise training.hang_minutes"
+            f"step {self._step}{of} hangs: {waited:.0f} s of waiting for {phase}; the "
+            "same command goes on from the last checkpoint, if there is one; if it "
+            "does take so long, raise training.hang_minutes"
         )
         print(why, file=sys.stderr, flush=True)
         say_where()
         tell_others(LOST, why)
-        leave_last(LOST)
+        let_others_look()  # this end breaks the collectives that they stand in
+        leave(LOST)
