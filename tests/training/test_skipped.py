@@ -22,7 +22,7 @@ from ulysses_jax.training.update import update
 
 DEGREES = dict(fsdp=2, seq=2, tensor=2)
 MEMORY = {"device": {}, "host": dict(offload=["optimizer", "parameters"])}
-QUICK = [("adamw", "device"), ("muon", "device"), ("adafactor", "host")]
+QUICK = [("adamw", "device"), ("adafactor", "host")]
 
 
 @functools.cache
