@@ -132,15 +132,76 @@ def test_not_known_where_nothing_says_when_it_started(events):
     assert goodput(columns_of([row(1, unix_seconds=9.0)]), events) is None
 
 
+def whole(step, unix_seconds, **seconds):
+    """A row that has all the time since the one before: a step of a second."""
+    parts = {"data": 0.0, "compute": 1.0, "other": 0.0} | seconds
+    fields = {f"{part}_seconds": of for part, of in parts.items()}
+    return row(step, unix_seconds=unix_seconds, **fields)
+
+
+def test_rows_that_have_all_the_time_between_them():
+    """4 s before the first step, one of them in the loop; a trace of 2 s; after its
+    last step 3 s for a validation, 5 s for a checkpoint, and 6 s that no row has."""
+    rows = [
+        whole(1, 4.0, other=1.0),
+        whole(2, 5.0, validation=7.0),  # no loss of a validation says so
+        whole(3, 15.0, other=2.0),
+        whole(4, 16.0, validation=3.0, checkpoint=5.0),
+    ]
+    events = [event(0.0, 0, "started"), event(30.0, 4, "done")]
+    assert reckon(rows, events) == Goodput(
+        useful=4.0, start=2.0, validation=10.0, checkpoint=5.0, other=1.0 + 2.0 + 6.0
+    )
+
+
+def test_a_killed_process_loses_all_the_time_of_its_rows():
+    """Of step 3, and of step 2's validation, which is not run again, not: steps 3 and
+    4 took 1 s each, and a validation, a checkpoint and a trace 9 s more."""
+    rows = [
+        whole(1, 3.0),
+        whole(2, 4.0, validation=2.0, checkpoint=1.0),
+        whole(3, 54.0),
+    ]
+    events = [
+        event(0.0, 0, "started", lost_steps=0, lost_seconds=0.0),
+        event(50.0, 2, "started", lost_steps=2, lost_seconds=11.0),
+        event(54.0, 3, "done"),
+    ]
+    assert reckon(rows, events) == Goodput(
+        useful=3.0, validation=2.0, checkpoint=1.0, lost=11.0, start=5.0, down=32.0
+    )
+
+
+def test_rows_that_are_gone_back_from_are_lost_as_a_whole():
+    """With the way back; what comes after a step that was skipped is not."""
+    rows = [
+        whole(1, 1.0),
+        whole(2, 2.0, validation=2.0),
+        whole(3, 5.0, checkpoint=4.0),
+        whole(4, 10.0, validation=3.0) | {"skipped": 1},
+    ]
+    events = [
+        event(0.0, 0, "started"),
+        event(8.9, 3, "rolled_back", to_step=1, rows=[7]),
+        event(13.0, 4, "done"),
+    ]
+    assert reckon(rows, events) == Goodput(
+        useful=1.0, lost=1 + 2 + 1 + 4 + 1, validation=3
+    )
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_second_of_a_made_up_run_is_where_it_belongs(seed):
+def test_every_second_of_a_made_up_run_is_where_it_belongs(seed, is_whole):
     """Processes that validate, save, skip, and are killed at any step."""
-    rows, events, truth = made_up_run(random.Random(seed))
+    rows, events, truth = made_up_run(random.Random(seed), is_whole)
     assert truth.lost > 0 and truth.down > 0 and truth.validation > 0
     assert asdict(reckon(rows, events)) == pytest.approx(asdict(truth), abs=1e-6)
 
 
-def made_up_run(chance: random.Random):
+def made_up_run(chance: random.Random, is_whole: bool):
+    """With whole rows a step is validated anywhere, and something else is done; of
+    older ones nobody can tell what was lost of that."""
     now, parts, rows, events = 0.0, Goodput().parts(), [], []
 
     def pass_by(part: str, seconds: float) -> float:
@@ -149,53 +210,62 @@ def made_up_run(chance: random.Random):
         parts[part] += seconds
         return seconds
 
+    def give_up(taken) -> float:
+        """To `lost`; how much it is."""
+        for part, seconds in taken.items():
+            parts[part] -= seconds
+            parts["lost"] += seconds
+        return sum(taken.values())
+
     saved, lost = 0, {}
     for _ in range(4):
         step = saved
         rows = [each for each in rows if each["step"] <= saved]
-        # Lost, not useful, nor time without data:
-        for taken in lost.values():
-            for part, seconds in taken.items():
-                parts[part] -= seconds
-                parts["lost"] += seconds
-        again = sum(sum(taken.values()) for taken in lost.values())
+        again = sum(map(give_up, lost.values()))
         fields = dict(lost_steps=len(lost), lost_seconds=again)
         events.append(event(now, step, "started", **fields))
         compiling = pass_by("start", chance.uniform(5, 9))
-        events.append(event(now, step, "compiled", seconds=compiling))
+        if not is_whole:  # where it stands between the events is not known
+            events.append(event(now, step, "compiled", seconds=compiling))
         pass_by("start", chance.uniform(0, 2))
         lost, between = {}, {}
         killed_at = step + chance.randint(8, 30)
         while step < killed_at:
             step += 1
+            taken = {}
+            if is_whole:
+                taken["other"] = pass_by("other", chance.uniform(0, 0.3))
             data = pass_by("data", chance.uniform(0, 0.2))
             useful = pass_by("useful", chance.uniform(1, 2))
-            taken = {"data": data, "useful": useful}
             if chance.random() < 0.1:
-                for part, seconds in taken.items():
-                    parts[part] -= seconds
-                    parts["lost"] += seconds
-                taken = {"lost": data + useful}
+                give_up({"data": data, "useful": useful})
+                taken["lost"] = data + useful
                 between["skipped"] = 1
                 events.append(event(now, step, "skipped", why="nan"))
+            else:
+                taken |= {"data": data, "useful": useful}
             lost[step] = taken
-            rows.append(
-                row(
-                    step,
-                    seconds=data + useful,
-                    data_seconds=data,
-                    compute_seconds=0.0,
-                    unix_seconds=now,
-                    **between,
-                )
+            if is_whole:  # of what is done after the batch is there
+                between["other_seconds"] = taken["other"] + useful
+            made = row(
+                step,
+                seconds=data + useful,
+                data_seconds=data,
+                compute_seconds=0.0,
+                unix_seconds=now,
+                **between,
             )
+            rows.append(made)
             between = {}
+            if step % 14 == 0 or (is_whole and step % 3 == 0):
+                made["validation_loss"] = 2.5
+                seconds = pass_by("validation", chance.uniform(2, 3))
+                taken["validation"] = seconds
+                if is_whole:
+                    made["validation_seconds"] = seconds
             if step % 7 == 0:
-                if step % 2 == 0:
-                    rows[-1]["validation_loss"] = 2.5
-                    pass_by("validation", chance.uniform(2, 3))
                 seconds = pass_by("checkpoint", chance.uniform(0.5, 1))
-                between["checkpoint_seconds"] = seconds
+                (made if is_whole else between)["checkpoint_seconds"] = seconds
                 events.append(event(now, step, "saved", seconds=seconds))
                 saved, lost = step, {}
         after = pass_by("down", chance.uniform(60, 90))

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from ulysses_jax.training import metrics
 from ulysses_jax.training.metrics import RunLog, read_rows
-from ulysses_jax.training.picture import _smooth, draw_loss
+from ulysses_jax.training.picture import Losses, _smooth, draw_loss
 
 CONTROL = [chr(i) for i in range(32) if chr(i) != "\n"]
 
@@ -26,8 +26,9 @@ def drawn(monkeypatch):
     """What was drawn, in place of the picture, which takes its time."""
     drawn = []
 
-    def draw(rows, path, *, title):
-        drawn.append((rows[-1]["step"], len(rows), title))
+    def draw(losses, path, *, title):
+        steps, _ = losses.arrays()
+        drawn.append((steps[-1], len(steps), title))
 
     monkeypatch.setattr(metrics, "draw_loss", draw)
     return drawn
@@ -46,6 +47,13 @@ def run(folder, steps, *, num_steps=10, validate_every=5, finish=False, **option
 
 def loss(step):
     return 6.0 / step
+
+
+def losses_of(rows):
+    losses = Losses()
+    for row in rows:
+        losses.add(row)
+    return losses
 
 
 def rows_of(folder):
@@ -243,7 +251,7 @@ def test_picture_shows_the_whole_resumed_run(tmp_path, drawn, monkeypatch):
 def test_a_name_is_no_tex(tmp_path):
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
     name = "lr$1$ $\\frac$ $a__$ ^_{ 100% \udcff\nnext"
-    draw_loss(rows, tmp_path / "loss.png", title=name)
+    draw_loss(losses_of(rows), tmp_path / "loss.png", title=name)
     assert imread(tmp_path / "loss.png").shape[:2] == (720, 1280)
 
 
@@ -328,7 +336,7 @@ def test_picture_of_any_length(tmp_path, num_rows):
         {"step": s + 1, "loss": float("nan") if s == 3 else 1.0}
         for s in range(num_rows)
     ]
-    draw_loss(rows, tmp_path / "loss.png", title="x")
+    draw_loss(losses_of(rows), tmp_path / "loss.png", title="x")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
@@ -363,4 +371,5 @@ def test_a_step_without_a_loss(tmp_path, capsys, losses):
     assert "step 2: none of its tokens counts, so it has no loss" in out
     last = "no step has a loss" if losses[0] is None else "final loss 2.0000 at step 1"
     assert last in out and "step 2/2  no loss  validation loss 3.0000" in out
-    draw_loss(read_rows(tmp_path / "metrics.jsonl"), tmp_path / "x.png", title="x")
+    losses = losses_of(read_rows(tmp_path / "metrics.jsonl"))
+    draw_loss(losses, tmp_path / "x.png", title="x")

@@ -3,6 +3,9 @@
 import dataclasses
 import gzip
 import json
+import os
+import signal
+import time
 
 import jax
 import pytest
@@ -37,7 +40,7 @@ def config_of(tmp_path, *profile):
     )
 
 
-def test_the_trace_has_these_steps(tmp_path):
+def test_the_trace_has_these_steps(tmp_path, capsys):
     train(config_of(tmp_path, 3, 4))
     folder = tmp_path / "run" / "profile"
     (perfetto,) = folder.rglob("perfetto_trace.json.gz")
@@ -51,7 +54,8 @@ def test_the_trace_has_these_steps(tmp_path):
     assert xprof.stat().st_size > 10_000
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     (said,) = [e for e in map(json.loads, lines) if e["event"] == "profiled"]
-    assert said["step"] == 4 and said["folder"] == str(folder)
+    assert said["step"] == 4 and said["folder"] == str(xprof.parent)
+    assert f"traced up to step 4: {perfetto.parent}\n" in capsys.readouterr().out
 
 
 def test_a_run_that_is_resumed_traces_the_rest(tmp_path, monkeypatch, capsys):
@@ -82,6 +86,26 @@ def test_a_run_that_is_resumed_traces_the_rest(tmp_path, monkeypatch, capsys):
     train(config_of(tmp_path, 2, 4))
     assert begun == [1, 2] and ended == [4, 4]
     assert "nothing is traced" not in capsys.readouterr().out
+
+
+def test_a_stop_within_the_steps_writes_what_there_is(tmp_path, monkeypatch, capsys):
+    log_step = RunLog.log_step
+
+    def stop(self, number, *args, **options):
+        log_step(self, number, *args, **options)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(RunLog, "log_step", stop)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 2"):
+        train(config_of(tmp_path, 2, 5))
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    (said,) = [e for e in map(json.loads, lines) if e["event"] == "profiled"]
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile").iterdir()
+    assert (said["step"], said["folder"]) == (2, str(trace))
+    assert list(trace.glob("*.xplane.pb"))
+    assert f"traced up to step 2: {trace}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [(3,), (0, 2), (4, 3), (2, 6), (1, 2, 3)])

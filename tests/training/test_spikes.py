@@ -74,6 +74,21 @@ def test_not_for_ever():
         seen.went_back(16, {})
 
 
+def test_saved_right_after_the_way_back_it_counts_on():
+    """The same state under another number: as at a spike in a step that is saved."""
+    seen = Spikes(0.5, {})
+    for step in (8, 16, 24):
+        seen.went_back(step, {})
+        seen.saved(step + 8)
+    with pytest.raises(ValueError, match="4 spikes after the checkpoint of step 32"):
+        seen.went_back(32, {})
+    seen = Spikes(0.5, {})
+    for step in (8, 16, 24, 32, 40):
+        seen.went_back(step, {})
+        seen.see(step + 4, 2.0)  # a step was taken: what is saved is another state
+        seen.saved(step + 8)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Text that is soon known by heart, and 64 letters of noise."""
@@ -141,6 +156,23 @@ def test_back_to_a_checkpoint_and_on_past_the_batch(config, tmp_path, monkeypatc
     assert [e["step"] for e in events(again, "rolled_back")] == [
         e["step"] for e in went
     ]
+
+
+def test_spikes_at_steps_that_are_saved_end_the_run_too(config, tmp_path, monkeypatch):
+    """Each saves the state that the run went back to, under its own number."""
+    see = Spikes.see
+
+    def spiking(self, step, loss):
+        see(self, step, loss)
+        if step > 8 and step % 8 == 0:
+            self._found = step, "a spike"
+
+    monkeypatch.setattr(Spikes, "see", spiking)
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="4 spikes after the checkpoint of step 32"):
+        train(in_folder(config, folder))
+    went = [(e["step"], e["to_step"]) for e in events(folder, "rolled_back")]
+    assert went == [(16, 8), (24, 16), (32, 24)]
 
 
 def test_the_rows_passed_over_hold_the_batch(config, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ulysses_jax.runs.read import Columns
+from ulysses_jax.training.phases import PARTS
 
 Event = Mapping[str, Any]
 
@@ -26,9 +27,10 @@ class Goodput:
       checkpoint: training stood still for one.
       validation: the same.
       start: of a process, to its first step; and compiling later.
-      lost: steps that were taken again, were skipped, or were gone back from.
+      lost: all the time of rows that were taken again, or gone back from, and steps
+        that were skipped.
       down: between the end of a process and the next one's start.
-      other: what is left, such as the end of a process.
+      other: what is left, such as a trace that is written, or the end of a process.
     """
 
     useful: float = 0.0
@@ -50,16 +52,19 @@ class Goodput:
 def goodput(columns: Columns, events: Sequence[Event]) -> Goodput | None:
     """Reckons it from a run's rows and events.
 
-    Rows without `unix_seconds`, of before there were events, are left out, and so is
-    their time. A process that was killed ends with its last row or event: the rows that
-    the next one took again are no longer there, but its `lost_seconds` are.
+    A row has all the time since the one before, and that of a validation and a save of
+    its own step. Rows of older runs have not: of those the time between two is taken
+    for what the second says, and for what the events say. Rows without `unix_seconds`,
+    of before there were events, are left out, and so is their time. A process that was
+    killed ends with its last row or event: the rows that the next one took again are no
+    longer there, but its `lost_seconds` are.
 
     A wait for a batch is `data` only where no wait for the devices came after it:
     else they were still at the step before, and lost nothing.
 
     Args:
       columns: with `unix_seconds`, when each row was logged, and `seconds`, which are
-        those of its step: a checkpoint or a validation before it is not in them.
+        those of its step.
       events: in the order in which they were written.
 
     Returns:
@@ -83,8 +88,10 @@ def goodput(columns: Columns, events: Sequence[Event]) -> Goodput | None:
         resumed = sessions[n + 1][0] if n + 1 < len(sessions) else None
         ended = min(_end(own, session, resumed), next_begin)
         lost = 0.0 if resumed is None else resumed.get("lost_seconds", 0.0)
-        for name, seconds in _of_session(own, session, begin, ended, lost).items():
+        lost = min(lost, ended - begin)
+        for name, seconds in _of_session(own, session, begin, ended - lost).items():
             parts[name] += seconds
+        parts["lost"] += lost
     return Goodput(**parts)
 
 
@@ -93,31 +100,45 @@ def _by_time(columns: Columns) -> Columns:
     times = columns["unix_seconds"]
     order = np.argsort(times)  # NaN last
     order = order[: np.count_nonzero(np.isfinite(times))]
-    names = ("step", "skipped", "seconds")
-    names += ("data_seconds", "compute_seconds", "checkpoint_seconds")
+    names = ("step", "skipped", "seconds", *(f"{part}_seconds" for part in PARTS))
     none = np.full(len(times), np.nan)
     found = {name: np.nan_to_num(columns.get(name, none)[order]) for name in names}
     validated = np.isfinite(columns.get("validation_loss", none)[order])
-    return found | {"unix_seconds": times[order], "validated": validated}
+    whole = np.isfinite(columns.get("other_seconds", none)[order])
+    return found | {
+        "unix_seconds": times[order],
+        "validated": validated,
+        "whole": whole,
+    }
+
+
+def _is_whole(rows: Columns) -> bool:
+    """Whether these, of one process, have all the time between them."""
+    return bool(rows["whole"].all())
 
 
 def _end(rows: Columns, session: Sequence[Event], resumed: Event | None) -> float:
     """The last sign of a process: a row, an event, or a row that is no longer there,
     since the next process, which resumed, took its step again."""
     signs = [event["unix_seconds"] for event in session]
-    signs += [float(at) for at in rows["unix_seconds"][-1:]]
+    last = [float(at) for at in rows["unix_seconds"][-1:]]
+    if last and _is_whole(rows):
+        last = [
+            last[0] + rows["checkpoint_seconds"][-1] + rows["validation_seconds"][-1]
+        ]
     if resumed is None:
-        return max(signs)
+        return max(signs + last)
     # Those rows came one after another, after the last that is there and its save.
-    first = [float(at) for at in rows["unix_seconds"][-1:]] or [
+    first = last or [
         event["unix_seconds"]
         for event in [session[0], *_of_kind(session, "compiled")][:2]
     ]
-    first += [
-        event["unix_seconds"]
-        for event in _of_kind(session, "saved")
-        if event["step"] <= resumed["step"]
-    ]
+    if not _is_whole(rows):
+        first += [
+            event["unix_seconds"]
+            for event in _of_kind(session, "saved")
+            if event["step"] <= resumed["step"]
+        ]
     return max(*signs, max(first) + resumed.get("lost_seconds", 0.0))
 
 
@@ -126,70 +147,83 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 
 def _of_session(
-    rows: Columns,
-    events: Sequence[Event],
-    begin: float,
-    end: float,
-    lost: float,
+    rows: Columns, events: Sequence[Event], begin: float, end: float
 ) -> dict[str, float]:
-    """What one process did from `begin` to `end`, all of it."""
-    if not len(rows["unix_seconds"]):
-        lost = min(lost, end - begin)
-        return {"lost": lost, "start": end - begin - lost}
-    logged = rows["unix_seconds"]
-    before = np.concatenate([[begin], logged[:-1]])
-    began = np.maximum(before, logged - rows["seconds"])
-    inside = logged - began  # of the steps; and what lies between them:
-    outside = (began - before)[1:]
-    back, undone = _gone_back(events, rows["step"], before, began)
-    back, undone = back[1:], undone | (rows["skipped"] > 0)
-    checkpoint = np.minimum(rows["checkpoint_seconds"][1:], outside)
-    checkpoint = np.where(back, 0.0, checkpoint)
-    rest = outside - checkpoint
-    validation = rows["validated"][:-1] & ~back
+    """What one process did from `begin` to `end`, but for rows that are gone."""
+    logged, seconds = rows["unix_seconds"], rows["seconds"]
+    if not len(logged):
+        return {"start": end - begin}
+    if _is_whole(rows):
+        checkpoint, validation = rows["checkpoint_seconds"], rows["validation_seconds"]
+        own = sum(rows[f"{part}_seconds"] for part in PARTS) - checkpoint - validation
+        inside = np.minimum(seconds, own)
+        between = own - inside
+    else:
+        inside, between, checkpoint, validation = _of_older(rows, events, begin, end)
+    began = logged - inside
+    undone = _gone_back(events, rows["step"], began)
+    skipped = ~undone & (rows["skipped"] > 0)
     compiling = np.minimum(_compiling(events, began, logged), inside)
-    idle = rows["compute_seconds"] <= _BUSY * rows["seconds"]
+    idle = rows["compute_seconds"] <= _BUSY * seconds
     steps = inside - compiling
     data = np.where(idle, np.minimum(rows["data_seconds"], steps), 0.0)
+    counts = ~undone & ~skipped
+    whole = inside + between + checkpoint + validation
     parts = {
-        "useful": (steps - data)[~undone],
-        "data": data[~undone],
-        "checkpoint": checkpoint,
-        "validation": rest[validation],
-        "start": np.append(compiling, began[0] - begin),
-        "lost": np.append(steps[undone], rest[back]),
-        "other": rest[~validation & ~back],
+        "useful": (steps - data)[counts],
+        "data": data[counts],
+        "checkpoint": checkpoint[~undone],
+        "validation": validation[~undone],
+        "start": compiling[~undone],
+        "lost": np.append(whole[undone], steps[skipped]),
+        "other": between[~undone],
     }
     sums = {name: float(np.sum(each)) for name, each in parts.items()}
-    # After the last row: steps that are taken again, a validation, a checkpoint, and at
-    # an orderly end the wait until that is written.
-    left = end - float(logged[-1])
-    lost = min(lost, left)
-    saved = _of_kind(events, "saved")
-    stood = 0.0
-    if saved and (at := saved[-1]["unix_seconds"]) > logged[-1]:
-        stood = saved[-1].get("seconds", 0.0)
-        if events[-1]["event"] in ("done", "stopped"):
-            stood += max(0.0, end - at)
-    stood = min(stood, left - lost)
-    sums["lost"] += lost
-    sums["checkpoint"] += stood
-    sums["validation" if rows["validated"][-1] else "other"] += left - lost - stood
+    after = max(0.0, end - float(logged[-1] + checkpoint[-1] + validation[-1]))
+    sums["other"] += after
+    sums["start"] += end - begin - after - float(np.sum(whole))
     return sums
 
 
+def _of_older(
+    rows: Columns, events: Sequence[Event], begin: float, end: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows that do not say all: the seconds of each one's step, of nothing known
+    before it, and of a save and of a validation after it."""
+    logged = rows["unix_seconds"]
+    before = np.concatenate([[begin], logged[:-1]])
+    began = np.maximum(before, logged - rows["seconds"])
+    after = np.append((began - before)[1:], max(0.0, end - logged[-1]))
+    checkpoint = np.append(rows["checkpoint_seconds"][1:], 0.0)  # those of the next row
+    saved = _of_kind(events, "saved")
+    if saved and (at := saved[-1]["unix_seconds"]) > logged[-1]:
+        checkpoint[-1] = saved[-1].get("seconds", 0.0)
+        if events[-1]["event"] in ("done", "stopped"):  # it was waited for
+            checkpoint[-1] += max(0.0, end - at)
+    for event in _of_kind(events, "rolled_back"):  # all of it is the way back
+        if (step := np.searchsorted(logged, event["unix_seconds"]) - 1) >= 0:
+            checkpoint[step] = after[step]
+    checkpoint = np.minimum(checkpoint, after)
+    rest = after - checkpoint
+    validation = np.where(rows["validated"], rest, 0.0)
+    return (
+        logged - began,
+        np.append(0.0, (rest - validation)[:-1]),
+        checkpoint,
+        validation,
+    )
+
+
 def _gone_back(
-    events: Sequence[Event], steps: np.ndarray, before: np.ndarray, began: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row: whether the run went back to a checkpoint just before its step, and
-    whether its step was undone so."""
-    back, undone = np.zeros(len(steps), bool), np.zeros(len(steps), bool)
+    events: Sequence[Event], steps: np.ndarray, began: np.ndarray
+) -> np.ndarray:
+    """Of each row: whether the run went back to a checkpoint before its step."""
+    undone = np.zeros(len(steps), bool)
     for event in _of_kind(events, "rolled_back"):
-        at = event["unix_seconds"]
-        back |= (before < at) & (at <= began)
         after = event.get("to_step", event["step"])
-        undone |= (steps > after) & (steps <= event["step"]) & (began < at)
-    return back, undone
+        taken = (steps > after) & (steps <= event["step"])
+        undone |= taken & (began < event["unix_seconds"])
+    return undone
 
 
 def _compiling(

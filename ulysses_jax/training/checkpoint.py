@@ -55,6 +55,8 @@ class Checkpointer:
         self._has_failed = False
         self._saving: tuple[int, dict[str, Any]] | None = None
         self._begun = -math.inf
+        self._written = 0.0, 0  # seconds that the last one took, and its bytes
+        self._committed: dict[int, tuple[float, int]] = {}
         self._has_said = False
         self._beside = ThreadPoolExecutor(1)
         self._removing: Future[None] | None = None
@@ -66,8 +68,15 @@ class Checkpointer:
             self._orbax.check_for_errors()
         except Exception as error:
             self._fail(error)
-        self._start_to_remove()
+        self._look()
         return step % self.interval_steps == 0
+
+    def take_committed(self) -> dict[int, tuple[float, int]]:
+        """On process 0, by step: of the saves that were whole on disk when `due`,
+        `save` or `wait` last looked, the seconds that each took, and its bytes; once.
+        """
+        taken, self._committed = self._committed, {}
+        return taken
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> str | None:
         """Starts to save, and returns while the files are written.
@@ -183,7 +192,7 @@ class Checkpointer:
         except Exception as error:
             self._fail(error)
         if self._saving is not None:
-            self._start_to_remove()
+            self._look()
             self.newest, self._saving = self._saving[0], None
         if self._removing is not None:
             self._removing.result()
@@ -291,11 +300,14 @@ class Checkpointer:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         return chosen
 
-    def _start_to_remove(self) -> None:
-        """Once the save under way is committed, in a thread: it takes its time too."""
+    def _look(self) -> None:
+        """Whether the save under way is committed; then older ones are removed, in a
+        thread: it takes its time too."""
         if self._saving is None or self._removing or jax.process_index() > 0:
             return
-        if (self.folder / str(self._saving[0])).is_dir():
+        step = self._saving[0]
+        if (self.folder / str(step)).is_dir():
+            self._committed[step] = self._written
             self._removing = self._beside.submit(self._remove_surplus)
 
     def _remove_surplus(self) -> None:
@@ -342,7 +354,8 @@ class Checkpointer:
         step, body = self._saving
         # Not by a pattern with the step: Python keeps thousands of patterns.
         (folder,) = (x for x in self._unfinished() if x.name.split(".")[0] == str(step))
-        write_commit(folder, body)
+        size = write_commit(folder, body)
+        self._written = time.monotonic() - self._begun, size
 
     def _fail(self, error: Exception) -> NoReturn:
         assert self._saving is not None

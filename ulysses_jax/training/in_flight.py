@@ -21,6 +21,8 @@ class InFlight:
       most_skipped: steps in a row that may be skipped.
       on_skipped: `f(step, why)`, called before such a step is logged, which is without
         a loss, and without the numbers that are not finite.
+      on_last: `f(step, row)`, called with a row that is not logged, since a number of
+        it ends the run.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class InFlight:
         *,
         most_skipped: int = 0,
         on_skipped: Callable[[int, str], Any] = lambda *_: None,
+        on_last: Callable[[int, Mapping[str, Any]], Any] = lambda *_: None,
     ):
         self._most_skipped, self._on_skipped = most_skipped, on_skipped
+        self._on_last = on_last
         self._skipped = 0  # in a row
         self._tokens = tokens
         self._phases = phases
@@ -72,7 +76,7 @@ class InFlight:
 
         Its seconds are those since it was started, or since the step before it was
         read, so that those of all steps add up to the time that passed, but for what
-        came between two of them.
+        came between two of them. Those of the row's phases add up to all of it.
 
         Raises:
           ValueError: a number is not finite, and neither is the state then.
@@ -107,6 +111,8 @@ class InFlight:
             self._on_skipped(number, " and ".join(bad.values()))
             row = {name: value for name, value in row.items() if name not in bad}
             row |= {"loss": None, "skipped": 1}  # also where only a gradient is not
+        if _not_finite(row):
+            self._on_last(number, row)
         check_finite(number, row, skipped=max(self._skipped - 1, 0))
         self._log(
             number, tokens_per_second=self._tokens / seconds, seconds=seconds, **row

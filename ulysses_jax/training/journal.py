@@ -1,6 +1,7 @@
 """What happened in a run besides its steps: a line each, never cut off."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,16 @@ class Journal:
     ) -> None:
         """Args:
         at: when it happened, `time.time()`; None: now.
-        fields: values that JSON can hold.
+        fields: values that JSON can hold; a number that is not finite is a word in it.
         """
         when = time.time() if at is None else at
-        line = {"unix_seconds": when, "step": step, "event": event, **fields}
+        said = {
+            name: str(value)
+            if isinstance(value, float) and not math.isfinite(value)
+            else value
+            for name, value in fields.items()
+        }
+        line = {"unix_seconds": when, "step": step, "event": event, **said}
         start = b"\n" if self._is_half() else b""
         self._file.write(start + json.dumps(line).encode() + b"\n")
         self._file.flush()

@@ -1,9 +1,11 @@
 """The loop of a run: its steps, and where it validates, saves and stops."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,22 +88,24 @@ class Loop:
         self._log, self._interrupted = log, interrupted
         training = split.config.training
         saved = jax.tree.leaves(state.without_frozen())
-        self._phases = Phases(
-            training.hang_minutes, saved_bytes=sum(x.nbytes for x in saved)
-        )
+        self._saved_bytes = sum(x.nbytes for x in saved)
+        self._phases = Phases(training.hang_minutes, saved_bytes=self._saved_bytes)
         self._in_flight = InFlight(
             training.batch_size * training.sequence_tokens,
             self._log_row,
             self._phases,
             most_skipped=training.skipped_steps,
             on_skipped=self._skipped,
+            on_last=self._not_finite,
         )
         self._spikes = Spikes(training.spike_nats, restored)
         self._streams = ExitStack()
-        self._profile = Profile(split.config.profile, log.folder / "profile")
+        self._profile = Profile(
+            split.config.profile, log.folder / "profile", self._profiled
+        )
         self._use = Use(splits, make_model)
         self._together = Together()
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), first_step
         self._met: set[int] = set()  # lengths of rows
 
     def run(self) -> bool:
@@ -119,8 +123,16 @@ class Loop:
         if self._profile.is_past(self.number):
             what = " ".join(map(str, self.config.profile))
             self._log.say(f"profile {what}: nothing is traced after step {self.number}")
+        phases.take()  # a row has what is from here on
         self._read_from(self.number)
-        with self._streams, self._together, watch, told, self._profile:
+        with (
+            self._streams,
+            self._together,
+            watch,
+            told,
+            self._saves_are_whole(),
+            self._profile,
+        ):
             if self._owes_validation:
                 stops = self._stops_in_validation()
             while not stops and self.number < training.num_steps:
@@ -134,8 +146,8 @@ class Loop:
                 last = self.number == training.num_steps
                 if last or self._checkpointer.due(self.number):
                     self._save()
-            with phases("checkpoint", self.number):
-                self._checkpointer.wait()
+                self._log_committed()
+            self._wait_for_save()
             if stops:
                 where = ": it is saved" if self.number > self._first_step else ""
                 what = (
@@ -165,8 +177,10 @@ class Loop:
         if profile.ends_at(self.number):
             self._settle()
             profile.end()
-            self._log.happened("profiled", self.number, folder=str(profile.folder))
-            self._log.say(f"traced up to step {self.number}: {profile.folder}")
+
+    def _profiled(self, folder: Path) -> None:
+        self._log.happened("profiled", self.number, folder=str(folder))
+        self._log.say(f"traced up to step {self.number}: {folder}")
 
     def _step(self) -> None:
         self.number += 1
@@ -176,7 +190,8 @@ class Loop:
         if is_new := (tokens := batch["tokens"].shape[2]) not in self._met:
             self._phases.unlike(self.number)
         self._met.add(tokens)
-        self.state, metrics = self._steps(self.state, batch, self._log.say)
+        with self._phases("dispatch", self.number, is_one_wait=False):
+            self.state, metrics = self._steps(self.state, batch, self._log.say)
         if is_new:
             seconds = self._steps.seconds[tokens]
             self._log.happened(
@@ -196,6 +211,16 @@ class Loop:
         self._log.log_step(number, seconds=seconds, **row)
         self._spikes.see(number, row["loss"])
 
+    def _add_seconds(self) -> None:
+        """Of a validation or a save, to the row of its step; the next row has those of
+        a step that was taken before this start."""
+        if self.number > self._first_step:
+            self._log.add_seconds(self._phases.take("checkpoint", "validation"))
+
+    def _not_finite(self, number: int, row: Mapping[str, Any]) -> None:
+        rows = self._rows(number - 1, number)
+        self._log.happened("not_finite", number, **row, rows=rows)
+
     def _skipped(self, number: int, why: str) -> None:
         rows = self._rows(number - 1, number)
         self._log.happened("skipped", number, why=why, rows=rows)
@@ -214,6 +239,7 @@ class Loop:
         self._log.happened("spike", number, why=what)
         with self._phases("checkpoint", number):
             self._checkpointer.wait()
+            self._log_committed()
             if self._checkpointer.newest is None:
                 self._log.say(f"{what}; there is no checkpoint to go back to")
                 return
@@ -234,14 +260,18 @@ class Loop:
             f"{what}: back to the state of step {step}, and on after step {number}; "
             f"rows passed over: {_few(rows)}"
         )
+        self._add_seconds()
 
     def _stops_in_validation(self) -> bool:
         """Validates, and logs it; whether it was told to stop before its end."""
-        if (loss := self._validation_loss()) is None:
-            return True
-        check_finite(self.number, {"validation_loss": loss})
-        self._log.log_validation(self.number, loss)
-        return False
+        with self._phases("validation", self.number, is_one_wait=False):
+            if (loss := self._validation_loss()) is not None:
+                if not math.isfinite(loss):
+                    self._log.happened("not_finite", self.number, validation_loss=loss)
+                check_finite(self.number, {"validation_loss": loss})
+                self._log.log_validation(self.number, loss)
+        self._add_seconds()
+        return loss is None
 
     def _validation_loss(self) -> float | None:
         """None: told to stop before its end."""
@@ -272,18 +302,47 @@ class Loop:
             return None
         return total / count  # more than 0: `refuse_uncounted` let it pass
 
+    @contextmanager
+    def _saves_are_whole(self) -> Iterator[None]:
+        """Where an error ends the run, as it does on all processes at one place, the
+        save under way is waited for while there is a log that says so."""
+        try:
+            yield
+        except ValueError as error:
+            try:
+                self._wait_for_save()
+            except OSError as failure:
+                error.add_note(str(failure))
+            raise
+
+    def _wait_for_save(self) -> None:
+        with self._phases("checkpoint", self.number):
+            self._checkpointer.wait()
+        self._log_committed()
+        self._add_seconds()
+
+    def _log_committed(self) -> None:
+        for step, (seconds, bytes_) in self._checkpointer.take_committed().items():
+            self._log.happened("committed", step, seconds=seconds, bytes=bytes_)
+
     def _save(self) -> None:
+        """Unless it is saved already, as where it is told to stop right after."""
         self._settle()
+        if self.number == self._saved_step:
+            return
         started = time.monotonic()
         with self._phases("checkpoint", self.number):
             state = self.state.without_frozen()
             meta = self._meta | self._spikes.meta()
             said = self._checkpointer.save(self.number, state, meta)
+        self._spikes.saved(self.number)
         if said is not None and self.number < self.config.training.num_steps:
             self._log.say(said)
-        self._saved_at = time.monotonic()
-        stood_still = self._saved_at - started
-        self._log.happened("saved", self.number, seconds=stood_still)
+        self._saved_at, self._saved_step = time.monotonic(), self.number
+        self._log_committed()
+        stood_still, size = self._saved_at - started, self._saved_bytes
+        self._log.happened("saved", self.number, seconds=stood_still, bytes=size)
+        self._add_seconds()
 
     def _stops(self) -> bool:
         """Before a program: saves, where all processes do so here; whether to stop."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from ulysses_jax.outside import objects_in_lines
 from ulysses_jax.training.events import Events
 from ulysses_jax.training.journal import Journal
-from ulysses_jax.training.picture import draw_loss
+from ulysses_jax.training.phases import whole_seconds
+from ulysses_jax.training.picture import Losses, draw_loss
 from ulysses_jax.training.wandb_run import WandbRun
 
 _PLAIN_INTERVAL_SECONDS = 10.0
@@ -35,7 +36,7 @@ class RunLog:
     the same numbers; `events.jsonl` what else happened (`journal.Journal`), the end by
     an error among it;
     `loss.png` is drawn at every validation and at the end, however that comes. Costs: a
-    line written a step; a picture takes a part of a second, and reads all rows.
+    line written a step, and 16 bytes held; a picture takes a part of a second.
 
     Args:
       folder: the run's; its last part is the run's name. Made when missing.
@@ -68,8 +69,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._row: dict[str, float] = {"step": first_step}
+        self._losses, self._seconds, self._waited = Losses(), 0.0, 0.0
         with self._on_disk():
-            last, self._lost = _cut_rows(self._path, after=first_step)
+            last, self._lost = self._cut_rows(after=first_step)
             self._journal = Journal(folder)
             self._file = open(self._path, "r+b")
             self._row_start = self._file.seek(0, 2)
@@ -143,7 +145,14 @@ class RunLog:
                 for name, value in numbers.items()
             }
         )
+        self._count(self._row)
         self._show()
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Adds to the seconds of the last row, which was validated or saved since."""
+        if self._is_main and seconds:
+            row = self._row
+            self._add({name: row.get(name, 0.0) + x for name, x in seconds.items()})
 
     def log_validation(self, step: int, validation_loss: float) -> None:
         """Logs the loss on validation data, in nats a token, into the row of its step.
@@ -157,6 +166,7 @@ class RunLog:
             raise ValueError(f"validation at step {step} comes after log_step({step})")
         self._is_drawn = False
         self._add({"validation_loss": float(validation_loss)})
+        self._losses.add_validation(step, validation_loss)
         self._show()
         self._draw()
 
@@ -173,33 +183,28 @@ class RunLog:
         if not self._is_main:
             return
         self._stop()
-        rows = read_rows(self._path)
-        if not rows:
+        losses = self._losses
+        if not losses.num_rows():
             self.say(f"{self.folder}: no step was taken")
             return
         self._draw()
-        measured = [row for row in rows if "validation_loss" in row]
-        best = min(measured, key=lambda row: row["validation_loss"], default=None)
+        best = min(losses.validation, key=lambda each: each[1], default=None)
         validation = (
             ""
             if best is None
-            else (
-                f", best validation loss {best['validation_loss']:.4f} at step "
-                f"{best['step']}"
-            )
+            else f", best validation loss {best[1]:.4f} at step {best[0]}"
         )
-        last = next((row for row in reversed(rows) if "loss" in row), None)
+        last = losses.last()
         final = (
             "no step has a loss"
             if last is None
-            else f"final loss {last['loss']:.4f} at step {last['step']}"
+            else f"final loss {last[1]:.4f} at step {last[0]}"
         )
-        waited = sum(row.get("data_seconds", 0.0) for row in rows)
-        total = sum(row.get("seconds", 0.0) for row in rows)
-        if waited > max(_MOST_WAITED * total, 1.0):
+        if self._waited > max(_MOST_WAITED * self._seconds, 1.0):
             self.say(
-                f"{waited:,.1f} of the steps' {total:,.1f} s were waits for data: use "
-                "a faster disk, or prepare it (python -m ulysses_jax.data prepare)"
+                f"{self._waited:,.1f} of the steps' {self._seconds:,.1f} s were waits "
+                "for data: use a faster disk, or prepare it (python -m "
+                "ulysses_jax.data prepare)"
             )
         self.say(
             f"{self.folder}: {final}{validation}; see loss.png, metrics.jsonl, "
@@ -234,17 +239,46 @@ class RunLog:
                 raise
 
     def _add(self, numbers: dict[str, float]) -> None:
-        """Writes the row of this step, over itself: it only ever grows."""
+        """Writes the row of this step, over itself. Killed in the middle, it leaves a
+        row, and at most a piece of the one before, which is none."""
         self._row |= numbers
         with self._on_disk():
             self._file.seek(self._row_start)
             self._file.write(_line(self._row))
+            self._file.truncate()
             self._file.flush()  # a killed run keeps the row
             for name, value in numbers.items():
                 if name != "unix_seconds":  # TensorBoard has its own
                     self._events.add(name, value, int(self._row["step"]))
         if self._wandb is not None:
             self._wandb.add({"step": self._row["step"], **numbers})
+
+    def _count(self, row: Mapping[str, float]) -> None:
+        """What is held of a row."""
+        self._losses.add(row)
+        self._seconds += row.get("seconds", 0.0)
+        self._waited += row.get("data_seconds", 0.0)
+
+    def _cut_rows(self, *, after: int) -> tuple[dict[str, float], tuple[int, float]]:
+        """Keeps the rows up to a step; by rename, so that a kill here loses none.
+
+        Returns:
+          The last row kept, empty where none is; how many are cut off, and their
+          seconds.
+        """
+        last, steps, seconds = {}, 0, 0.0
+        self._path.touch()
+        new = self._path.with_suffix(".new")
+        with open(new, "wb") as kept:
+            for row in rows_in(self._path):  # one at a time: a million take 2 GB
+                if row["step"] <= after:
+                    kept.write(_line(row))
+                    self._count(row)
+                    last = row
+                else:
+                    steps, seconds = steps + 1, seconds + whole_seconds(row)
+        new.replace(self._path)
+        return last, (steps, seconds)
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
@@ -264,7 +298,7 @@ class RunLog:
         self._is_drawn = True
         path = self.folder / "loss.png"
         try:
-            draw_loss(read_rows(self._path), path, title=self._name)
+            draw_loss(self._losses, path, title=self._name)
         except Exception as error:
             self.say(f"{path} could not be drawn: {error}")
 
@@ -327,26 +361,6 @@ def _is_row(value: dict[str, Any]) -> TypeGuard[dict[str, float]]:
         and {*map(type, value.values())} <= {int, float}
         and not any(type(x) is int and abs(x) >= 2**63 for x in value.values())
     )
-
-
-def _cut_rows(path: Path, *, after: int) -> tuple[dict[str, float], tuple[int, float]]:
-    """Keeps the rows up to a step; by rename, so that a kill here loses none.
-
-    Returns:
-      The last row kept, empty where none is; how many are cut off, and their seconds.
-    """
-    last, steps, seconds = {}, 0, 0.0
-    path.touch()
-    new = path.with_suffix(".new")
-    with open(new, "wb") as kept:
-        for row in rows_in(path):  # one at a time: a million take 2 GB
-            if row["step"] <= after:
-                kept.write(_line(row))
-                last = row
-            else:
-                steps, seconds = steps + 1, seconds + row.get("seconds", 0.0)
-    new.replace(path)
-    return last, (steps, seconds)
 
 
 def _make_bar(console: Console) -> Progress:

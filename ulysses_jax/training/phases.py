@@ -1,9 +1,9 @@
-"""What a run waits for, and for how long; and the end of one that waits for ever."""
+"""Where the time of a run goes; and the end of one that waits for ever."""
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,15 +16,24 @@ from ulysses_jax.training.endings import (
     tell_others,
 )
 
-Phase = Literal["data", "compute", "checkpoint", "validation"]
+Phase = Literal["data", "dispatch", "compute", "checkpoint", "validation"]
+# What a row has of each phase, and of what is in none: all the time that is its own.
+PARTS = ("data", "dispatch", "compute", "checkpoint", "validation", "other")
 _POLL_SECONDS = 1.0
 _MINUTES, _TIMES_THE_LONGEST = 10.0, 5.0
 # Of a save: that long, and what its bytes take on a disk so slow.
 _SAVE_MINUTES, _SLOWEST_BYTES_A_SECOND = 30.0, 50e6
 
 
+def whole_seconds(row: Mapping[str, float]) -> float:
+    """All the time of a row; of one that an older run wrote, that of its step."""
+    if "other_seconds" not in row:
+        return row.get("seconds", 0.0)
+    return sum(row.get(f"{part}_seconds", 0.0) for part in PARTS)
+
+
 class Phases:
-    """The seconds that the main thread of a run spends in each phase.
+    """The seconds that the main thread of a run spends: each in one phase, or in none.
 
     Args:
       hang_minutes: of one wait, from which on it is taken to be without end. None: 10,
@@ -36,36 +45,60 @@ class Phases:
     def __init__(self, hang_minutes: float | None = None, *, saved_bytes: int = 0):
         self._hang_minutes = hang_minutes
         self._saved_bytes = saved_bytes
-        self._seconds: dict[Phase, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._phase, self._since = "other", time.monotonic()
         self._now: tuple[Phase, float] | None = None
         self._longest = 0.0
         self._step = 0
         self._unlike: int | None = None
 
     @contextmanager
-    def __call__(self, phase: Phase, step: int) -> Iterator[None]:
-        self._now = now = phase, time.monotonic()
+    def __call__(
+        self, phase: Phase, step: int, *, is_one_wait: bool = True
+    ) -> Iterator[None]:
+        """In a phase; one inside of another takes its seconds from that.
+
+        Args:
+          is_one_wait: it is watched, since one thing is waited for.
+        """
+        outer_phase, outer = self._phase, self._now
+        began = self._turn_to(phase)
+        self._now = (phase, began) if is_one_wait else None
         self._step = step
         try:
             yield
         finally:
-            self._now = None
-            seconds = time.monotonic() - now[1]
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
-            if phase == "compute":
-                self._longest = max(self._longest, seconds)
+            ended = self._turn_to(outer_phase)
+            self._now = outer and (outer[0], ended)
+            if phase == "compute" and is_one_wait:
+                self._longest = max(self._longest, ended - began)
                 if self._unlike is not None and step >= self._unlike:
                     self._unlike = None
+
+    def _turn_to(self, phase: str) -> float:
+        """Counts what has passed as the phase's that was; from now on it is this."""
+        now = time.monotonic()
+        passed = now - self._since
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + passed
+        self._phase, self._since = phase, now
+        return now
 
     def unlike(self, step: int) -> None:
         """Of a step that may take far longer than all before, as one of longer rows:
         until it has been waited for, `hang_minutes` None ends nothing."""
         self._unlike = step
 
-    def take(self) -> dict[str, float]:
-        """`<phase>_seconds` of each, since they were last taken."""
-        taken, self._seconds = self._seconds, {}
-        return {f"{phase}_seconds": seconds for phase, seconds in taken.items()}
+    def take(self, *parts: str) -> dict[str, float]:
+        """`<part>_seconds` of these, where any have passed since they were last taken;
+        of none: of all, and of what is in no phase as `other_seconds` in any case. What
+        all calls have given adds up to the time that has passed."""
+        self._turn_to(self._phase)
+        names = parts or ("other", *self._seconds)
+        return {
+            f"{part}_seconds": self._seconds.pop(part, 0.0)
+            for part in dict.fromkeys(names)
+            if not parts or part in self._seconds
+        }
 
     @contextmanager
     def watched(self) -> Iterator[None]:

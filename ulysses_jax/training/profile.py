@@ -1,5 +1,6 @@
 """A profile of some steps of a run, for XProf and Perfetto."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +18,15 @@ class Profile:
 
     Args:
       steps: (first, last); empty: none.
+      written: `f(folder)`, called with the one that has the trace's files when it is
+        written, also where the run ends within the steps.
     """
 
-    def __init__(self, steps: tuple[int, ...], folder: Path):
+    def __init__(
+        self, steps: tuple[int, ...], folder: Path, written: Callable[[Path], Any]
+    ):
         self._first, self._last = steps or (0, -1)
+        self._written = written
         several = jax.process_count() > 1
         self.folder = folder / f"process_{jax.process_index()}" if several else folder
         self._is_on = False
@@ -55,6 +61,9 @@ class Profile:
     def end(self) -> None:
         self._is_on = False
         jax.profiler.stop_trace()
+        found = (self.folder / "plugins" / "profile").glob("*")
+        newest = max(found, key=lambda each: each.stat().st_mtime, default=self.folder)
+        self._written(newest)
 
     def __enter__(self) -> "Profile":
         return self

@@ -33,12 +33,15 @@ def write_part(folder: Path, process: int) -> None:
     (folder / _PART.format(process)).write_text(text)
 
 
-def write_commit(folder: Path, body: dict[str, Any]) -> None:
+def write_commit(folder: Path, body: dict[str, Any]) -> int:
     """Writes the commit file of a folder whose other files are all written.
 
     Args:
       body: what JSON can hold; `read_commit` returns it, and under "files" the sizes
         and checksums.
+
+    Returns:
+      The bytes of those files.
 
     Costs: every file that no `write_part` has read is read once.
     """
@@ -48,11 +51,13 @@ def write_commit(folder: Path, body: dict[str, Any]) -> None:
         part.unlink()
     paths = (p for p in folder.rglob("*") if p.name != _STAMPED)
     others = (p for p in paths if p.relative_to(folder).as_posix() not in files)
-    text = json.dumps(body | {"files": files | _sizes_and_crcs(folder, others)})
+    files |= _sizes_and_crcs(folder, others)
+    text = json.dumps(body | {"files": files})
     with open(folder / COMMIT_FILE, "w") as file:
         file.write(f"{text}\n{zlib.crc32(text.encode())}\n")
         file.flush()
         os.fsync(file.fileno())
+    return sum(size for size, _ in files.values())
 
 
 def read_commit(folder: Path) -> dict[str, Any]:

@@ -22,9 +22,11 @@ class Spikes:
         self._found: tuple[int, str] | None = None
         self._back: int | None = None  # the step gone back to last, and how often
         self._times = 0
+        self._is_back = False  # and no step has been taken since
         self._restart(meta)
 
     def see(self, step: int, loss: float | None) -> None:
+        self._is_back = False
         if self._nats is None or loss is None:
             return
         if len(self._losses) == _LOSSES:
@@ -58,7 +60,14 @@ class Spikes:
                 "training.learning_rate, or start from an earlier checkpoint by "
                 "removing this one"
             )
+        self._is_back = True
         self._restart(meta)
+
+    def saved(self, step: int) -> None:
+        """Right after the way back it is the same state that is saved again: the times
+        that count against the one count against the other."""
+        if self._is_back:
+            self._back = step
 
     def meta(self) -> dict[str, Any]:
         """For a checkpoint."""
