@@ -1,6 +1,10 @@
 """Which folders are a run's, by what lies in them."""
 
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
+
+_MOST_NEAR = 3  # runs that are named instead
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -18,7 +22,8 @@ def check_run_folder(folder: Path) -> None:
     """Refuses a folder that is no run's.
 
     Raises:
-      ValueError: names the run's folder that it lies in, or those that lie in it.
+      ValueError: names the run's folder that it lies in, or those that lie in it or
+        near it.
     """
     if (folder / "config.yaml").is_file():
         return
@@ -27,6 +32,26 @@ def check_run_folder(folder: Path) -> None:
             f"the run in {folder} has taken no step yet: start it again, or wait"
         )
     near = [each for each in folder.parents if is_run_folder(each)][:1]
-    near += stages_in(folder)
+    near = near or _runs_near(folder)
     remedy = f": give {', or '.join(map(str, near))}" if near else ""
+    if not folder.exists():
+        raise ValueError(f"{folder} is not there{remedy}")
     raise ValueError(f"{folder} is no run's folder: it has no config.yaml{remedy}")
+
+
+def _runs_near(folder: Path) -> list[Path]:
+    """Those in a folder; else those beside it, or in runs/, whose names are most like
+    its name."""
+    if folder.is_dir() and (inside := _runs_in(folder)):
+        return inside[:_MOST_NEAR]
+    there = next((each for each in folder.parents if each.is_dir()), Path())
+    runs = {each.name: each for each in (*_runs_in(Path("runs")), *_runs_in(there))}
+    close = get_close_matches(folder.name, runs, n=_MOST_NEAR, cutoff=0.6)
+    return [runs[name] for name in close or list(runs)[:_MOST_NEAR]]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Runs, and runs in stages."""
+    with suppress(OSError):
+        return sorted(x for x in folder.iterdir() if is_run_folder(x) or stages_in(x))
+    return []

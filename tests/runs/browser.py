@@ -73,13 +73,13 @@ class Browser:
 
     def picture(self) -> bytes:
         """The whole page as a PNG file."""
-        size = self._devtools("Page.getLayoutMetrics", {})["cssContentSize"]
-        how = {
-            "format": "png",
-            "captureBeyondViewport": True,
-            "clip": size | {"scale": 1},
-        }
         for tries_left in (2, 1, 0):  # on a machine that is busy it fails now and then
+            size = self._devtools("Page.getLayoutMetrics", {})["cssContentSize"]
+            how = {
+                "format": "png",
+                "captureBeyondViewport": True,
+                "clip": size | {"scale": 1},
+            }
             try:
                 taken = self._devtools("Page.captureScreenshot", how)
                 return base64.b64decode(taken["data"])

@@ -197,6 +197,20 @@ def test_what_is_chosen_is_drawn_and_kept(shown, pages):
     assert points_of(shown, "loss") == [] and shown.said() == []
 
 
+def test_all_runs_are_smoothed_over_as_many_steps(shown, tmp_path):
+    """The first 300 steps of a run are drawn as those of a run of 300 are, however
+    much is smoothed: up to where the one of 300 has no steps after."""
+    rows = [row(n, 2 + (n * 7919 % 100) / 100) for n in range(1, 901)]
+    runs = [write_run(tmp_path / f"{n}", rows[:n]) for n in (300, 900)]
+    made = tmp_path / "runs.html"
+    made.write_text(page(read_runs(runs)))
+    shown.open(f"{made.as_uri()}#smooth=10")
+    short, long = (shape_of(shown, run=n).split("L") for n in (0, 1))
+    assert short[:250] == long[:250] and short[299] != long[299]
+    said = "return document.getElementById('window').textContent"
+    assert shown.run(said) == "over 90 steps"
+
+
 def test_no_script_runs_but_its_own_and_nothing_is_loaded(shown, tmp_path):
     """What users wrote is text; and were it not, the browser would refuse it."""
     evil = "</script><script>document.title = 'evil'<.script><img src=x>"

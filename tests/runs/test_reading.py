@@ -129,7 +129,7 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is no run's folder"):
         read_runs([run, tmp_path / "empty"])
-    with pytest.raises(ValueError, match="gone is no run's folder"):
+    with pytest.raises(ValueError, match="gone is not there"):
         read_runs([tmp_path / "gone"])
     with pytest.raises(ValueError, match="stands twice"):
         read_runs([run, tmp_path / "empty" / ".." / "run"])

@@ -2,14 +2,20 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from run_folders import event, lines, row, write_run
 
+from ulysses_jax.runs import page as page_module
 from ulysses_jax.runs.__main__ import main
 from ulysses_jax.runs.curves import MOST_POINTS, curve
+from ulysses_jax.runs.events import lost_saves
+from ulysses_jax.runs.goodput import Goodput
 from ulysses_jax.runs.page import page
 from ulysses_jax.runs.read import columns_of, read_runs
 
@@ -190,7 +196,7 @@ def test_results(tmp_path):
         "state": ["done", "ended before its last step"],
         "steps": ["5 of 5", "1 of 100"],
         "last loss": ["4.0000", "7.0000"],
-        "mean loss of the last 30th": ["4.0000", "7.0000"],
+        "mean loss of the last 1 steps": ["4.0000", "7.0000"],
         "best validation loss": ["3.5000 at step 3", "none"],
         "tokens a second, median": ["300", "not known"],
         "seconds a step, median": ["1", "1"],
@@ -222,7 +228,11 @@ def test_config_fields_that_differ(tmp_path):
         ["model.sinks", "(no such field)", "true"],
     ]
     same = write_run(tmp_path / "same", [row(1)], width=32, window=None)
-    assert "They are the same, but for the folder." in page_of(one, same)
+    started = {"profile": [3, 4], "quiet": True, "distributed": {"process_id": 1}}
+    config = yaml.safe_load((same / "config.yaml").read_text()) | started
+    config["run"]["wandb"] = True
+    (same / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "They are the same, but for folders and what is of" in page_of(one, same)
     assert "Configs" not in Elements(page_of(one)).words
 
 
@@ -242,11 +252,14 @@ def test_events_in_words(tmp_path):
     events = [
         event(0.0, 0, "started", num_devices=8, num_processes=2, device_kind="H100"),
         event(5.0, 0, "compiled", seconds=4.0, sequence_tokens=2048),
-        event(9.0, 4, "saved", seconds=0.5),
+        event(9.0, 4, "saved", seconds=0.5, bytes=99),
+        event(9.5, 4, "committed", seconds=3.0, bytes=100),
+        event(9.6, 6, "saved", seconds=0.5, bytes=99),
         event(10.0, 7, "skipped", why="loss is nan", rows=list(range(20))),
         event(11.0, 9, "spike", why="loss 8.25 is far above 3"),
         event(11.5, 9, "rolled_back", to_step=4, rows=[1, 2]),
         event(11.7, 9, "profiled", folder="runs/x/profile"),
+        event(11.8, 9, "not_finite", loss="nan", gradient_norm=0.5, rows=[3]),
         event(12.0, 9, "told", signal="SIGTERM"),
         event(13.0, 9, "stopped", device_peak_bytes=[2**30, 2**31]),
         event(
@@ -265,18 +278,87 @@ def test_events_in_words(tmp_path):
     assert [each[2:] for each in table_of(text, "Events")[1:]] == [
         ["0", "started on 8 H100, 2 processes"],
         ["0", "compiled the step for rows of 2,048 tokens in 4.0 s"],
+        ["6", "a checkpoint was begun, and never whole on disk"],
         ["7", "skipped: loss is nan; rows [0, 1, 2, 3, 4, 5, 6, 7, ... 20 in all]"],
         ["9", "spike: loss 8.25 is far above 3"],
         ["9", "rolled back to step 4; rows [1, 2]"],
         ["9", "profiled: runs/x/profile"],
+        ["9", "not finite; loss nan; gradient_norm 0.5; rows [3]"],
         ["9", "told: SIGTERM"],
         ["9", "stopped; devices held at most 1.0 GiB to 2.0 GiB"],
         ["4", "resumed on 4 H100; 5 steps are taken again (50.0 s)"],
         ["8", "failed: the disk is full"],
     ]
-    assert "checkpoints that run began: 1, the last at step 4" in words_of(text)
+    said = (
+        "checkpoints that run began: 2, the last at step 6; whole on disk: 1, after 3.0"
+    )
+    assert said in words_of(text)
     marks = [(each["kind"], each["step"]) for each in data_of(text)["runs"][0]["marks"]]
     assert marks == [("skipped", 7), ("spike", 9), ("rolled_back", 9), ("resumed", 4)]
+
+
+def lost_saves_of(tmp_path, events, **how):
+    (run,) = read_runs([write_run(tmp_path / "run", [row(9)], events, **how)])
+    return [(each["step"], each["unix_seconds"]) for each in lost_saves(run)]
+
+
+def saved(at, step):
+    return event(at, step, "saved", seconds=0.1, bytes=9)
+
+
+def test_saves_that_were_lost(tmp_path):
+    """Killed in its second save, a run makes it again; one is known to be whole since
+    the run goes on from there; the last is lost where the run has ended."""
+    now = time.time()
+    events = [
+        event(now, 0, "started"),
+        saved(now + 1, 2),
+        event(now + 2, 2, "committed", seconds=1.0, bytes=9),
+        saved(now + 3, 4),
+        event(now + 4, 2, "started"),
+        saved(now + 5, 4),
+        event(now + 6, 4, "committed", seconds=1.0, bytes=9),
+        saved(now + 7, 6),
+        event(now + 8, 6, "started"),
+        saved(now + 9, 8),
+    ]
+    lost = [(4, now + 3), (8, now + 9)]
+    assert lost_saves_of(tmp_path, events) == lost
+    assert lost_saves_of(tmp_path, events, is_at_work=True) == lost[:1]
+
+
+def test_of_older_runs_nothing_says_that_a_save_was_lost(tmp_path):
+    events = [event(1.0, 0, "started"), event(2.0, 2, "saved", seconds=1.0)]
+    assert lost_saves_of(tmp_path, events) == []
+
+
+def test_means_at_the_end_are_of_as_many_steps_in_all_runs(tmp_path):
+    long = write_run(tmp_path / "long", [row(n, n) for n in range(1, 301)])
+    short = write_run(tmp_path / "short", [row(n, n) for n in range(1, 31)])
+    found = {name: of for name, *of in table_of(page_of(long, short), "Results")}
+    assert found["mean loss of the last 10 steps"] == ["295.5000", "25.5000"]
+
+
+def lab(colour):
+    """CIELAB of #rrggbb."""
+    sent = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    linear = np.where(sent <= 0.04045, sent / 12.92, ((sent + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722]]
+    to_xyz = np.array([*to_xyz, [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ linear / [0.95047, 1.0, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_no_part_of_the_time_has_a_run_s_colour(is_dark):
+    css = (Path(page_module.__file__).parent / "page.css").read_text()
+    light, dark = css.split("@media screen and (prefers-color-scheme: dark)")
+    named = dict(re.findall(r"--([\w-]+): (#\w{6})", light + (dark if is_dark else "")))
+    runs = [lab(named[f"run-{n}"]) for n in range(7)]
+    parts = [lab(named[name]) for name in Goodput().parts()]
+    for at, part in enumerate(parts):
+        for other in [*runs, *parts[:at], lab(named["paper"])]:
+            assert np.linalg.norm(part - other) > 15
 
 
 # ---- The program.
@@ -323,13 +405,17 @@ def test_it_follows_until_all_have_ended(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["gone"], "gone is no run's folder: it has no config.yaml"),
+        (["gone"], "gone is not there: give runs/x"),
+        (["rum"], "rum is not there: give run\n"),
+        (["runs"], "runs is no run's folder: it has no config.yaml: give runs/x\n"),
+        (["run", "--output", "."], "--output . is a folder: give a file, such as runs"),
+        (["run", "--seconds", "5"], "--seconds 5 is of --follow: give both, or neit"),
         (["new"], "no step was taken yet"),
         (["starting"], "the run in starting has taken no step yet"),
         (["run", "run"], "stands twice"),
         (["bad"], "bad/config.yaml is not valid YAML"),
         (["run", "--output", "notes.html"], "is there and no page of this program"),
-        (["run", "--output", "no/such/folder.html"], "No such file or directory"),
+        (["run", "--output", "no/such/page.html"], "there is no folder no/such: make"),
         (["run", "--follow", "--seconds", "0"], "give more than 0"),
     ],
 )
@@ -340,6 +426,7 @@ def test_errors_are_words_and_exit_code_2(tmp_path, monkeypatch, capsys, options
     (tmp_path / "starting").mkdir()
     (tmp_path / "starting" / "lock").write_text("")
     (tmp_path / "notes.html").write_text("mine")
+    write_run(tmp_path / "runs" / "x", [row(1)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(options)

@@ -15,17 +15,23 @@ from ulysses_jax.training.output import print_every_name
 PROGRAM = "python -m ulysses_jax.runs"
 # Of the time that --follow takes, what it reads and writes may take.
 _AT_WORK = 0.2
+_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Raises SystemExit: with code 2 for an error in words, 130 for Ctrl-C."""
     options = _parser().parse_args(argv)
     with ends_in_words(PROGRAM), print_every_name():
+        if options.seconds is not None and not options.follow:
+            raise ValueError(
+                f"--seconds {options.seconds:g} is of --follow: give both, or neither"
+            )
+        seconds = _SECONDS if options.seconds is None else options.seconds
         try:
             _write_pages(
                 [Path(each) for each in options.folders],
                 Path(options.output),
-                options.seconds if options.follow else None,
+                seconds if options.follow else None,
             )
         except KeyboardInterrupt:
             sys.exit(130)
@@ -35,7 +41,7 @@ def _write_pages(folders: list[Path], output: Path, every: float | None) -> None
     """The page, once; or every so many seconds, until no run goes on."""
     if every is not None and not every > 0:
         raise ValueError(f"--seconds {every:g}: give more than 0")
-    _refuse_other_file(output)
+    _refuse_output(output)
     is_first = True
     while True:
         started = time.monotonic()
@@ -77,14 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=10.0,
         metavar="N",
-        help="between two writes of --follow; default: 10",
+        help=f"between two writes of --follow; default: {_SECONDS:g}",
     )
     return parser
 
 
-def _refuse_other_file(path: Path) -> None:
+def _refuse_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"--output {path}: there is no folder {path.parent}: make it, or choose "
+            "another file"
+        )
+    if path.is_dir():
+        raise ValueError(
+            f"--output {path} is a folder: give a file, such as {path / 'runs.html'}"
+        )
     if path.exists():
         with open(path, "rb") as file:
             if file.read(len(BEGINS)) != BEGINS.encode():

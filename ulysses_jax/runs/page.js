@@ -68,9 +68,16 @@ function logTicks(low, high, most) {
   return tens.filter((_, at) => at % every === 0);
 }
 
+/** Steps that a smoothed point is of: as many in all runs, a part of the longest. */
+function windowSteps() {
+  const lengths = data.runs.map(({ along: { steps } }) =>
+    steps.length ? steps.at(-1) - steps[0] + 1 : 0);
+  return Math.floor((Math.max(...lengths) * chosen.smooth) / 100);
+}
+
 /** The mean over a centred window, which narrows at both ends, as in loss.png. */
-function smoothed(values, percent) {
-  const half = Math.floor((values.length * percent) / 200);
+function smoothed(values, points) {
+  const half = Math.floor(points / 2);
   if (!half) return values;
   const sums = [0];
   for (const value of values) sums.push(sums[sums.length - 1] + value);
@@ -210,7 +217,7 @@ function draw(figure, chart) {
       const back = path([...curve.x].reverse(), low.reverse()).replace("M", "L");
       add(svg, "path", { ...of, class: "band", d: `${there}${back}Z`, fill: colour(index) });
     }
-    const smooth = chart.exact ? curve.mean : smoothed(curve.mean, chosen.smooth);
+    const smooth = chart.exact ? curve.mean : smoothed(curve.mean, windowSteps() / curve.rows);
     if (smooth !== curve.mean && !curve.least) {
       add(svg, "path", { ...of, class: "raw", d: path(curve.x, curve.mean), stroke: colour(index) });
     }
@@ -314,6 +321,8 @@ function hover(figure, svg, chart, curves, X, Y, box, fits) {
 const figures = [];
 
 function drawAll() {
+  const steps = Math.max(1, windowSteps());
+  document.getElementById("window").textContent = `over ${steps.toLocaleString("en")} steps`;
   for (const [figure, chart] of figures) draw(figure, chart);
 }
 
