@@ -57,7 +57,7 @@ def test_learned_positions_need_a_table_s_rows():
             "model.norm must be 'rms' | .* | 'layer', not 'rmsnorm'",
         ),
         (dict(compute_dtype="float16"), "'bfloat16' | 'float32', not 'float16'"),
-        (dict(biases="no"), "model.biases must be bool, not 'no'"),
+        (dict(biases="no"), "model.biases must be true or false, not 'no'"),
         (dict(pattern="window"), "model.pattern must be a list or null, not 'window'"),
         (dict(pattern=("full", 1)), "model.pattern must be str, not 1"),
         (dict(pattern=()), "model.pattern is empty: name the kinds of layers"),

@@ -902,3 +902,31 @@ def test_a_field_that_may_be_null_on_the_command_line(word, value):
     for words in (["--model.zigzag", word], [f"--model.zigzag={word}"]):
         assert load(config, words).model.zigzag is value
     assert load(config, ["--quiet", "--data.mask-documents", "false"]).quiet
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["--model.zigzag", "1"],
+            "model.zigzag must be true or false or null, not '1'",
+        ),
+        (["--data.balance=on"], "data.balance must be true or false, not 'on'"),
+        (["--quiet", "1"], "quiet must be true or false, not '1'"),
+    ],
+)
+def test_what_is_no_truth_is_refused_as_in_a_file(words, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load(ROOT / "configs" / "tiny.yaml", words)
+
+
+def test_a_kind_that_is_none_is_named_before_processes_meet(monkeypatch, capsys):
+    def meet(**options):
+        pytest.fail("they met")
+
+    monkeypatch.setattr("ulysses_jax.distributed.start_distributed", meet)
+    path = str(ROOT / "configs" / "tiny.yaml")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--config", path, "--model.pattern", "full", "linaer"])
+    assert end.value.code == 2
+    assert "model.pattern has 'linaer', which is no kind" in capsys.readouterr().err

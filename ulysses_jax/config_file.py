@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import keyword
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -304,19 +305,26 @@ def _as_tyro_writes(argv: Sequence[str]) -> list[str]:
                 words.pop()
             section, _, name = option.removeprefix("--").rpartition(".")
             dot = "." if section else ""
-            if value == "null" or _may_be_null(section, name):
+            if value == "null" or types.NoneType in get_args(_hint(option)):
                 value = {"null": "None"}.get(value, value.capitalize())
                 word = f"{option}={value}"
             else:
                 word = option if value == "true" else f"--{section}{dot}no-{name}"
+        elif option and value not in ("none", "true", "false") and value[:2] != "--":
+            hint = _hint(option)
+            if hint is bool or bool in get_args(hint):  # refused as a file's is
+                typed(hint, value, option.removeprefix("--").replace("-", "_"))
         words.append(word)
     return words
 
 
-def _may_be_null(section: str, name: str) -> bool:
-    """Whether a field, as the command line writes it, is of a type with None."""
-    owner: Any = get_type_hints(Config).get(section, Config)
-    return type(None) in get_args(get_type_hints(owner).get(name.replace("-", "_")))
+def _hint(option: str) -> Any:
+    """The type of the field that an option names; None: there is no such field."""
+    hint: Any = Config
+    for name in option.removeprefix("--").replace("-", "_").split("."):
+        is_section = dataclasses.is_dataclass(hint)
+        hint = get_type_hints(hint).get(name) if is_section else None
+    return hint
 
 
 def from_dict(cls: type[T], values: Any, *, where: str = "") -> T:

@@ -57,6 +57,8 @@ def typed(hint: Any, value: Any, name: str) -> Any:
         if get_origin(option) is tuple
         else "null"
         if option is types.NoneType
+        else "true or false"
+        if option is bool
         else option.__name__
         for option in options
     )

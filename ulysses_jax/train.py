@@ -56,6 +56,7 @@ def main(
 
     from ulysses_jax.config_file import load_from_command_line
     from ulysses_jax.distributed import start_distributed
+    from ulysses_jax.models.kinds import refuse_unknown
     from ulysses_jax.training import train_stages
     from ulysses_jax.training.alike import refuse_others
     from ulysses_jax.training.endings import ends_in_words, ends_with_the_others, stop
@@ -63,6 +64,8 @@ def main(
 
     with ends_in_words(program):
         stages = load_from_command_line(argv, program=program)
+        for stage in stages:  # before a pod's processes wait for each other
+            refuse_unknown(stage.model.kinds())
         start_distributed(**dataclasses.asdict(stages[0].distributed))
         with ends_with_the_others():
             refuse_others(stages)

@@ -1,6 +1,6 @@
 """The kinds of layers, by the names that `model.pattern` has for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flax import nnx
@@ -37,15 +37,21 @@ KINDS: dict[str, Callable[..., Any]] = {
 module that is called as `Attention` is. `docs/architecture.md` says how to add one."""
 
 
+def refuse_unknown(kinds: Iterable[str]) -> None:
+    """Raises ValueError where one is none of `KINDS`."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(
+                f"model.pattern has {kind!r}, which is no kind of layer: use "
+                + ", ".join(map(repr, KINDS))
+            )
+
+
 def make_kind(kind: str, model: Model, *, rngs: nnx.Rngs) -> Any:
     """The module of a kind.
 
     Raises:
       ValueError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"model.pattern has {kind!r}, which is no kind of layer: use "
-            + ", ".join(map(repr, KINDS))
-        )
+    refuse_unknown([kind])
     return KINDS[kind](model, rngs=rngs)
