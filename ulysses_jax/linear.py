@@ -41,7 +41,9 @@ def linear_attention(
       mesh: as in `ulysses_attention`; an empty one is one device.
       decay: a, in (0, 1], a number or one a head, which may be traced or learned.
       log_decay: instead of it the logarithm of a_t of every token and head, finite and
-        at most 0. Neither: a is 1.
+        at most 0. Neither: a is 1. Above 0, or beyond what `beta` may be, the output
+        is NaN, infinite or far off: refused only where values are known, which they
+        are not inside of `jax.jit` and `jax.grad`.
       causal: there is no other form.
       segment_ids: integers, global; where they change along a row a document begins,
         which finds a state of 0. None: all is one.
@@ -54,8 +56,8 @@ def linear_attention(
 
     Raises:
       ValueError: dims that do not fit each other or the mesh; a decay outside (0, 1],
-        where its value is known; causal=False; a call inside a `shard_map` over ring or
-        seq; an argument that is not what is said here.
+        or a log_decay above 0, where values are known; causal=False; a call inside a
+        `shard_map` over ring or seq; an argument that is not what is said here.
 
     Cost: 2 C (H + V) + 4 H V FLOPs a token and head forward, and float32 states of H V
     numbers a chunk and head kept for the backward pass. Over P shards
@@ -96,7 +98,8 @@ def gated_delta_rule(
 
     Args:
       beta: b_t, of every token and head, how much of what the state has for the key is
-        replaced: 0 to 1. To 2 it may reflect it; beyond, states grow without bounds.
+        replaced: 0 to 1. To 2 it may reflect it; beyond, states grow without bounds: it
+        is refused where values are known, and `unit_lengths`.
       unit_lengths: q and k are divided by their lengths a head, in float32. Without it
         states grow wherever b_t |k_t|^2 is above 2.
       chunk_tokens: None: 64.
@@ -113,6 +116,10 @@ def gated_delta_rule(
     name = "gated_delta_rule"
     _check(name, q, k, v, causal)
     _check_per_token("beta", beta, v)
+    most = 2.0 if unit_lengths else float(np.finfo(np.float32).max)
+    bounds = "0 to 2" if unit_lengths else "finite and not below 0"
+    why = f"{bounds}: beyond, states grow without bounds; sigmoid(x) is 0 to 1"
+    _check_values("beta", beta, 0.0, most, why)
     numbers = _numbers(q, scale, chunk_tokens, delta.CHUNK_TOKENS)
     rule = Delta(*numbers, unit_lengths=bool(unit_lengths))
     log_decay, dims = _log_decay(decay, log_decay, v)
@@ -248,6 +255,14 @@ def _log_decay(decay: Any, log_decay: Any, v: Array) -> tuple[Array, str]:
                 "leave decay out"
             )
         _check_per_token("log_decay", log_decay, v)
+        _check_values(
+            "log_decay",
+            log_decay,
+            float(np.finfo(np.float32).min),
+            0.0,
+            "finite and at most 0: above it states grow without bounds; for a decay a "
+            "in (0, 1] give log(a), for a rate r -r, and for documents segment_ids",
+        )
         return log_decay, "BTN"
     heads = v.shape[2]
     decay = 1.0 if decay is None else decay
@@ -258,14 +273,25 @@ def _log_decay(decay: Any, log_decay: Any, v: Array) -> tuple[Array, str]:
             f"decay is a number, or one for each of the {heads} heads of v, not "
             f"{decay.dtype} {decay.shape}: what differs by token is log_decay"
         )
-    is_known = not isinstance(decay, jax.core.Tracer)
-    if is_known and getattr(decay, "is_fully_addressable", True):
-        values = np.asarray(jax.device_get(decay), np.float64)
-        if not ((values > 0) & (values <= 1)).all():
-            raise ValueError(
-                f"decay is {values.min():g} to {values.max():g}, and must lie in "
-                "(0, 1]: above 1 states grow without bounds, at 0 a token finds none; "
-                "for a rate r give exp(-r), and for documents segment_ids"
-            )
+    _check_values(
+        "decay",
+        decay,
+        float(np.finfo(np.float32).tiny),
+        1.0,
+        "in (0, 1]: above 1 states grow without bounds, at 0 a token finds none; for a "
+        "rate r give exp(-r), and for documents segment_ids",
+    )
     decay = jnp.log(jnp.asarray(decay, jnp.float32))
     return jnp.broadcast_to(decay, (heads,)), "N"
+
+
+def _check_values(name: str, x: Any, least: float, most: float, must_be: str) -> None:
+    """Refuses values out of bounds, and NaN, where they are known: not while tracing,
+    and not where other processes have a part of them."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    low, high = (float(each) for each in jax.device_get((jnp.min(x), jnp.max(x))))
+    if not (least <= low and high <= most):
+        is_one = low == high or low != low  # NaN
+        found = f"{low:g}" if is_one else f"{low:g} to {high:g}"
+        raise ValueError(f"{name} is {found}, and must be {must_be}")

@@ -222,11 +222,29 @@ def test_a_state_a_chunk_is_kept_and_no_more():
     assert run.memory_analysis().temp_size_in_bytes < 12 * array  # of `size` states
 
 
+# -1 and 0, and one that is 0.25, LOG / 0 has NaN.
+LOG = jnp.zeros((B, T, N)).at[0, 0].set(-1.0).at[1, 3, 2].set(0.25)
+
+
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
         ("linear", dict(causal=False), "linear_attention is causal"),
-        ("linear", dict(decay=0.0), r"decay is 0 to 0, and must lie in \(0, 1\]"),
+        ("linear", dict(decay=0.0), r"decay is 0, and must be in \(0, 1\]"),
+        ("linear", dict(decay=1.5), r"decay is 1.5, and must be in \(0, 1\]"),
+        ("linear", dict(log_decay=LOG), "log_decay is -1 to 0.25, and must be finite"),
+        ("linear", dict(log_decay=LOG / 0), "log_decay is nan, and must be finite"),
+        ("delta", dict(log_decay=LOG), "log_decay is -1 to 0.25, and must be finite"),
+        (
+            "delta",
+            dict(beta=2 * LOG + 2, unit_lengths=True),
+            "beta is 0 to 2.5, and must be 0 to 2: ",
+        ),
+        (
+            "delta",
+            dict(beta=LOG),
+            "beta is -1 to 0.25, and must be finite and not below",
+        ),
         ("linear", dict(decay=[0.5, 1.5, 1, 1]), "decay is 0.5 to 1.5"),
         ("linear", dict(decay=[0.5, 0.5]), "one for each of the 4 heads of v"),
         ("linear", dict(decay=0.5, log_decay=0), "both given"),
@@ -254,6 +272,15 @@ def test_what_is_refused(kind, changes, message):
         given.pop("log_decay")
     with pytest.raises(ValueError, match=message):
         FUNCTIONS[kind](**given | changes, mesh=mesh_of(seq=8))
+
+
+def test_values_that_are_traced_are_not_looked_at():
+    given = inputs("delta")
+    outside = {"log_decay": LOG, "beta": 2 * LOG + 2}
+    run = functools.partial(gated_delta_rule, mesh=mesh_of(seq=8))
+    assert jax.jit(run)(**given | outside).shape == given["v"].shape
+    given["beta"] = given["beta"].at[0, 0, 0].set(2.5)
+    assert run(**given, unit_lengths=False).shape == given["v"].shape
 
 
 def test_what_a_mesh_does_not_divide():
