@@ -177,16 +177,16 @@ def test_rows_that_are_gone_back_from_are_lost_as_a_whole():
     rows = [
         whole(1, 1.0),
         whole(2, 2.0, validation=2.0),
-        whole(3, 5.0, checkpoint=4.0),
-        whole(4, 10.0, validation=3.0) | {"skipped": 1},
+        whole(3, 6.0, other=1.0, checkpoint=4.0),
+        whole(4, 11.0, validation=3.0) | {"skipped": 1},
     ]
     events = [
         event(0.0, 0, "started"),
-        event(8.9, 3, "rolled_back", to_step=1, rows=[7]),
-        event(13.0, 4, "done"),
+        event(9.9, 3, "rolled_back", to_step=1, rows=[7]),
+        event(14.0, 4, "done"),
     ]
     assert reckon(rows, events) == Goodput(
-        useful=1.0, lost=1 + 2 + 1 + 4 + 1, validation=3
+        useful=1.0, lost=1 + 2 + 2 + 4 + 1, validation=3
     )
 
 

@@ -111,6 +111,47 @@ def test_rows_are_on_disk_at_once(tmp_path):
             log.log_validation(3, 1.0)
 
 
+def test_seconds_after_a_step_are_added_to_its_row(tmp_path):
+    """A row that becomes shorter leaves nothing of itself behind."""
+    with RunLog(tmp_path, num_steps=9, quiet=True, is_main=True) as log:
+        log.log_step(1, 0.5, 1.0, 1.0, checkpoint_seconds=0.123456789)
+        log.add_seconds({"checkpoint_seconds": 0.876543211})
+        assert rows_of(tmp_path)[0]["checkpoint_seconds"] == 1.0
+        log.add_seconds({"validation_seconds": 2.0})
+        log.add_seconds({})
+        (row,) = rows_of(tmp_path)
+        assert row["checkpoint_seconds"] == 1.0 and row["validation_seconds"] == 2.0
+        log.log_step(2, 0.5, 1.0, 1.0)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+def test_a_resumed_run_reads_its_rows_once(tmp_path, drawn, monkeypatch, capfd):
+    """And not for each picture, nor for its last words."""
+    run(tmp_path, range(1, 6))
+    with RunLog(tmp_path, num_steps=10, quiet=True, is_main=True, first_step=5) as log:
+        for name in ("rows_in", "read_rows", "objects_in_lines"):
+            monkeypatch.setattr(metrics, name, None)
+        for step in range(6, 11):
+            log.log_step(step, loss(step), 1000.0, 0.5)
+        log.log_validation(10, 2.0)
+        log.finish()
+    assert drawn[-1][:2] == (10, 10)
+    assert "best validation loss 1.4500 at step 5" in capfd.readouterr().out
+
+
+def test_rows_that_are_taken_again_are_lost_with_all_their_time(tmp_path):
+    parts = dict(data_seconds=0.25, compute_seconds=0.25, other_seconds=1.0)
+    with RunLog(tmp_path, num_steps=9, quiet=True, is_main=True) as log:
+        log.log_step(1, 0.5, 1.0, 0.5, **parts)
+        log.log_step(2, 0.5, 1.0, 0.5)  # of an older run
+        log.log_step(3, 0.5, 1.0, 0.5, **parts)
+        log.add_seconds({"validation_seconds": 2.0, "checkpoint_seconds": 4.0})
+    with RunLog(tmp_path, num_steps=9, quiet=True, is_main=True, first_step=1) as log:
+        log.started(1.0)
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["lost_steps"], event["lost_seconds"]) == (2, 8.0)
+
+
 def test_resume_cuts_what_came_after(tmp_path):
     run(tmp_path, range(1, 8))
     before = rows_of(tmp_path)
