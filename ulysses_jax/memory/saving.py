@@ -51,7 +51,7 @@ class Saving:
         x: Float[Array, "B T D"],
         *tokens: Any,
         angles: Any,
-        in_loop: bool,
+        in_loop: int,
     ) -> Float[Array, "B T D"]:
         """As `models.stack.RunLayer` says.
 
@@ -81,10 +81,22 @@ class Saving:
             return bound(x, *tokens, angles=angles)
 
         if memory.remat != "none":
-            # A loop keeps XLA from merging the two computations; one trip is no loop,
-            # and of several layers in a round it would compute all again first.
-            run = jax.checkpoint(run, prevent_cse=not in_loop, policy=_policy(memory))
+            run = jax.checkpoint(
+                run,
+                prevent_cse=_barrier(memory, in_loop),
+                policy=_policy(memory),
+            )
         return run(x, values, tokens, angles)
+
+
+def _barrier(memory: Memory, in_loop: int) -> bool:
+    """Whether what a layer computes again waits for its gradient.
+
+    A loop keeps XLA from merging the two computations; one trip is no loop. Of several
+    layers in a round XLA would compute all again before the first gradient, if nothing
+    waited. What products gave would all lie there at once, if it waited too.
+    """
+    return not in_loop or (in_loop > 1 and memory.remat != "products")
 
 
 def _comes_apart(layer: Any) -> bool:

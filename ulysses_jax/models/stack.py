@@ -16,9 +16,9 @@ from ulysses_jax.weights.whole import Unbound, Values, unbind
 
 RunLayer = Callable[..., Float[Array, "B T D"]]
 """`f(layer, values, x, positions, segment_ids, angles=..., in_loop=...)`: runs one
-layer, an `Unbound` and its values. in_loop: whether it is all that a round of a loop
-does which goes round more than once. `run_layer` is the plain one; `memory.saving` has
-others."""
+layer, an `Unbound` and its values. in_loop: how many layers run in a
+round of a loop, 0 where it goes round once. `run_layer` is the plain one;
+`memory.saving` has others."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Any], size: int, rngs: nnx.Rngs) -> Any:
@@ -44,7 +44,7 @@ def run_layer(
     x: Array,
     *tokens: Any,
     angles: Angles,
-    in_loop: bool,
+    in_loop: int,
 ) -> Array:
     """Keeps what the backward pass reads."""
     del in_loop
@@ -98,7 +98,7 @@ def thread_stacks(
     """
     given = [None] * (len(stacks) + len(rest)) if given is None else given
     unbound, values = zip(*map(unbind, stacks), strict=True)
-    in_loop = _size(stacks) > 1 and len(stacks) == 1
+    in_loop = len(stacks) if _size(stacks) > 1 else 0
 
     def once(x: Array, inputs: Any) -> tuple[Array, Any]:
         made = []
@@ -110,7 +110,7 @@ def thread_stacks(
     own = tuple(zip(values, given[: len(stacks)], strict=True))
     x, made = lax.scan(once, x, own)
     for place, layer in enumerate(rest, len(stacks)):
-        x, its = run(place, *unbind(layer), x, given[place], in_loop=False)
+        x, its = run(place, *unbind(layer), x, given[place], in_loop=0)
         made = [*made, its]
     return x, made
 
