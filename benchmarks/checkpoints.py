@@ -12,7 +12,8 @@ the rounds, of ratios too.
 The devices' memory is the host's, so that nothing is copied while the loop is held; a
 GPU's arrays come over PCIe then. Peaks are of a process of its own each, beyond what it
 held before: the save's beyond the state, the restore's, onto seq=2 x tensor=4, beyond
-the restored state. --quick: one small state.
+the restored state. --quick: one small state. --compressed: by Zstandard, as Orbax
+would, and no run does.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ulysses_jax.mesh import make_mesh, simulate_cpu_devices
+from ulysses_jax.training import array_files
 from ulysses_jax.training.checkpoint import Checkpointer
 
 _ARRAYS, _COLUMNS = 16, 1024
@@ -202,6 +205,10 @@ def print_table(found: list[dict[str, Any]], rounds: int) -> None:
     Console(width=130).print(table)
 
 
+def _compressing(proving: Any, **how: Any) -> Any:
+    return proving(**how | {"use_compression": True})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows")
@@ -209,8 +216,11 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("."), help="where to write (here)"
     )
+    parser.add_argument("--compressed", action="store_true", help="by Zstandard")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compressed:
+        array_files._Proving = partial(_compressing, array_files._Proving)
     if options.peak:
         print(peak(options.peak[0], options.folder, float(options.peak[1])))
         return

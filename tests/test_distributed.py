@@ -101,7 +101,7 @@ def test_no_time_to_wait(started, port, seconds):
         start_distributed(f"127.0.0.1:{port}", 2, 1, seconds)
 
 
-def gather(port, *calls, seconds=300.0):
+def gather(port, *calls, seconds=20.0):
     """What each process meets that answers the roll, process 0 first: a sentence or
     nothing."""
     met = {}
@@ -157,7 +157,7 @@ def test_one_that_ended_may_come_again(port):
     call = json.dumps({"process": 1, "of": 3, "host": "h"}).encode() + b"\n"
     held = threading.Thread(
         target=roll_call.hold,
-        args=(socket.create_server(("127.0.0.1", port)), 3, 300.0),
+        args=(socket.create_server(("127.0.0.1", port)), 3, 20.0),
     )
     held.start()
     with socket.create_connection(("127.0.0.1", port)) as ended:
@@ -167,7 +167,7 @@ def test_one_that_ended_may_come_again(port):
 
     def come(process):
         try:
-            roll_call.answer(("127.0.0.1", port), process, 3, 300.0)
+            roll_call.answer(("127.0.0.1", port), process, 3, 20.0)
         except ValueError as error:
             met.append(str(error))
 
@@ -215,7 +215,7 @@ def test_a_process_0_that_hangs_is_not_waited_for(monkeypatch, port):
     with serving(port, b'["heard", ""]\n', then_seconds=60):
         started = time.monotonic()
         with pytest.raises(roll_call.Absent, match="process 0 ended, or hangs"):
-            roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
+            roll_call.answer(("127.0.0.1", port), 1, 2, 20.0)
     assert time.monotonic() - started < 5
 
 
@@ -240,7 +240,7 @@ JUNK = {
 def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
     """He does not count, and nobody waits for him: a scanner may never close."""
     server = socket.create_server(("127.0.0.1", port))
-    held = threading.Thread(target=roll_call.hold, args=(server, 2, 300.0))
+    held = threading.Thread(target=roll_call.hold, args=(server, 2, 20.0))
     held.start()
     scans = []
     for said in (*JUNK.values(), *[b""] * 100):
@@ -252,7 +252,7 @@ def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
     time.sleep(0.5)
     assert held.is_alive()
     started = time.monotonic()
-    roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
+    roll_call.answer(("127.0.0.1", port), 1, 2, 20.0)
     held.join(10)
     assert not held.is_alive() and time.monotonic() - started < 2
     for each in scans:
@@ -310,7 +310,7 @@ def test_another_program_at_the_port(monkeypatch, port, said):
     started = time.monotonic()
     with serving(port, said) as server:
         with pytest.raises(ValueError, match="another program is there, or a run"):
-            roll_call.answer(("127.0.0.1", port), 1, 2, 300.0)
+            roll_call.answer(("127.0.0.1", port), 1, 2, 20.0)
         server.shutdown(socket.SHUT_RDWR)
     assert 1 < time.monotonic() - started < 10
 
@@ -319,13 +319,13 @@ def test_another_program_that_ends(port):
     server = serving(port, b"SSH-2.0\n")
     met = []
     answering = threading.Thread(
-        target=lambda: met.append(roll_call.answer(("127.0.0.1", port), 1, 2, 300.0))
+        target=lambda: met.append(roll_call.answer(("127.0.0.1", port), 1, 2, 20.0))
     )
     answering.start()
     time.sleep(1.5)
     server.shutdown(socket.SHUT_RDWR)
     server.close()
-    roll_call.hold(socket.create_server(("127.0.0.1", port)), 2, 300.0)
+    roll_call.hold(socket.create_server(("127.0.0.1", port)), 2, 20.0)
     answering.join(10)
     assert met == [None]
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from files import ROOT
 from run_folders import event, lines, row, write_run
 
 from ulysses_jax.runs import page as page_module
@@ -457,3 +460,38 @@ def test_a_run_without_a_step_beside_others(tmp_path):
         write_run(tmp_path / "run", [row(1)]), write_run(tmp_path / "new", [])
     )
     assert ["steps", "1 of 100", "none yet"] in table_of(text, "Results")
+
+
+@pytest.mark.slow
+def test_a_million_rows(tmp_path):
+    """The figures of docs/runs_page.md: with -s."""
+    names = [f"field_{number}" for number in range(8)]
+    run = write_run(tmp_path / "run", [])
+    with open(run / "metrics.jsonl", "w") as file:
+        for step in range(1, 10**6 + 1):
+            fields = {name: step / (number + 7) for number, name in enumerate(names)}
+            file.write(
+                lines([row(step, 1 + 1 / step, unix_seconds=9.0 + step, **fields)])
+            )
+    page_file = tmp_path / "runs.html"
+    measured = (
+        "import resource, sys; from ulysses_jax.runs.__main__ import main; "
+        "main(sys.argv[1:]); used = resource.getrusage(resource.RUSAGE_SELF); "
+        "print(used.ru_utime, used.ru_maxrss / 2**20)"
+    )
+    words = (measured, run, "--output", page_file)
+    ended = subprocess.run(
+        [sys.executable, "-c", *words],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    seconds, gibibytes = map(float, ended.stdout.split()[-2:])
+    written = (run / "metrics.jsonl").stat().st_size
+    size = page_file.stat().st_size
+    print(
+        f"{written / 1e6:.0f} MB of rows, {seconds:.0f} s of one core, "
+        f"{gibibytes:.1f} GiB, a page of {size / 1e6:.1f} MB"
+    )
+    assert size < 10**6 and gibibytes < 1
