@@ -193,6 +193,49 @@ def test_process_0_leaves_last(pod, how, process):
     assert did == ["waits"] * waits + [code]
 
 
+@pytest.mark.parametrize(
+    "sign, host", [(None, "its host"), ("node7 3", "node7"), ("ended", None)], ids=str
+)
+def test_who_gives_no_sign_of_life_is_lost(pod, monkeypatch, capsys, sign, host):
+    """It is named with its host, and where this process stands is said; one that has
+    ended gives no more, and is not lost."""
+    store, did = pod
+    signs = {0: "here 0"} | ({} if sign is None else {1: sign})
+
+    def set_again(key, value):
+        signs[0] = value
+
+    monkeypatch.setattr(store, "num_processes", lambda: 2)
+    monkeypatch.setattr(store, "set_again", set_again)
+    monkeypatch.setattr(store, "get_all", lambda _: dict(signs))
+    monkeypatch.setattr(endings, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(endings, "say_where", lambda: did.append("stacks"))
+    done = threading.Event()
+    ends = threading.Timer(1.0, done.set)
+    ends.start()
+    if host is None:
+        endings._look(done, [0.0])
+        assert did == []
+        return
+    with pytest.raises(Exited) as exited:
+        endings._look(done, [0.0])
+    ends.cancel()
+    assert exited.value.args == (endings.LOST,) and did[:2] == ["told", "stacks"]
+    said = f"process 1 on {host} gives no sign of life: it was killed"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_first_reason_is_that_of_all(pod, monkeypatch, capsys):
+    """One that is lost may break another's collective: no fault of the program."""
+    store, _ = pod
+    store.told = f"{endings.LOST} process 3 on node3 gives no sign of life"
+    monkeypatch.setattr(store, "set_once", lambda *_: False)
+    with pytest.raises(Exited) as exited:
+        endings.stop(1, "Gloo failed")
+    assert exited.value.args == (endings.LOST,)
+    assert "process 3 on node3 gives no sign" in capsys.readouterr().err
+
+
 def test_who_fails_without_a_word_has_not_ended(pod):
     """The others would wait for it as for one whose work is done."""
     _, did = pod
