@@ -65,6 +65,12 @@ def test_skipped_and_gone_back_from(tmp_path):
             for event in map(json.loads, lines)
             if event["event"] in ("skipped", "spike", "rolled_back")
         ]
+        saves = {
+            kind: [e["step"] for e in map(json.loads, lines) if e["event"] == kind]
+            for kind in ("saved", "committed")
+        }
+        assert saves["saved"] == saves["committed"] == sorted({*saves["saved"]})
+        assert saves["saved"][-1] == 60
         rows = read_rows(folder / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, 61))
     assert {event[0] for event in found[2]} == {"skipped", "spike", "rolled_back"}

@@ -118,6 +118,8 @@ def slow_parts(monkeypatch):
 
 
 def test_the_parts_of_rows_are_all_the_time_between_them(config, slow_parts):
+    """To what a busy machine may put between two looks at a clock: `test_phases` has
+    it exactly."""
     train(config)
     rows = rows_of(config)
     for row in rows:
@@ -129,7 +131,7 @@ def test_the_parts_of_rows_are_all_the_time_between_them(config, slow_parts):
     for n in range(1, len(rows)):
         passed = rows[n]["unix_seconds"] - rows[n - 1]["unix_seconds"]
         parts = whole_seconds(rows[n]) - after[n] + after[n - 1]
-        assert parts == pytest.approx(passed, rel=1e-3, abs=2e-3)
+        assert parts == pytest.approx(passed, abs=0.08)
     # Of its own step, all that it takes: the first compiles.
     took = [row.get("validation_seconds", 0.0) for row in rows]
     assert took[1] > 0.5 and min(took[3], took[5]) > 0.2

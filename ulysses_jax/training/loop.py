@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ulysses_jax.training.metrics import RunLog
 from ulysses_jax.training.model import MakeModel
 from ulysses_jax.training.phases import Phases
 from ulysses_jax.training.profile import Profile
+from ulysses_jax.training.saves import Saves
 from ulysses_jax.training.signals import Stopped, told_to_stop
 from ulysses_jax.training.spikes import Spikes
 from ulysses_jax.training.state import TrainState
@@ -88,8 +89,11 @@ class Loop:
         self._log, self._interrupted = log, interrupted
         training = split.config.training
         saved = jax.tree.leaves(state.without_frozen())
-        self._saved_bytes = sum(x.nbytes for x in saved)
-        self._phases = Phases(training.hang_minutes, saved_bytes=self._saved_bytes)
+        num_bytes = sum(x.nbytes for x in saved)
+        self._phases = Phases(training.hang_minutes, saved_bytes=num_bytes)
+        self._saves = Saves(
+            checkpointer, log, self._phases, first_step=first_step, num_bytes=num_bytes
+        )
         self._in_flight = InFlight(
             training.batch_size * training.sequence_tokens,
             self._log_row,
@@ -105,7 +109,6 @@ class Loop:
         )
         self._use = Use(splits, make_model)
         self._together = Together()
-        self._saved_at, self._saved_step = time.monotonic(), first_step
         self._met: set[int] = set()  # lengths of rows
 
     def run(self) -> bool:
@@ -130,7 +133,7 @@ class Loop:
             self._together,
             watch,
             told,
-            self._saves_are_whole(),
+            self._saves.are_whole(lambda: self.number),
             self._profile,
         ):
             if self._owes_validation:
@@ -146,8 +149,8 @@ class Loop:
                 last = self.number == training.num_steps
                 if last or self._checkpointer.due(self.number):
                     self._save()
-                self._log_committed()
-            self._wait_for_save()
+                self._saves.look()
+            self._saves.wait(self.number)
             if stops:
                 where = ": it is saved" if self.number > self._first_step else ""
                 what = (
@@ -211,12 +214,6 @@ class Loop:
         self._log.log_step(number, seconds=seconds, **row)
         self._spikes.see(number, row["loss"])
 
-    def _add_seconds(self) -> None:
-        """Of a validation or a save, to the row of its step; the next row has those of
-        a step that was taken before this start."""
-        if self.number > self._first_step:
-            self._log.add_seconds(self._phases.take("checkpoint", "validation"))
-
     def _not_finite(self, number: int, row: Mapping[str, Any]) -> None:
         rows = self._rows(number - 1, number)
         self._log.happened("not_finite", number, **row, rows=rows)
@@ -239,7 +236,7 @@ class Loop:
         self._log.happened("spike", number, why=what)
         with self._phases("checkpoint", number):
             self._checkpointer.wait()
-            self._log_committed()
+            self._saves.look()
             if self._checkpointer.newest is None:
                 self._log.say(f"{what}; there is no checkpoint to go back to")
                 return
@@ -260,7 +257,7 @@ class Loop:
             f"{what}: back to the state of step {step}, and on after step {number}; "
             f"rows passed over: {_few(rows)}"
         )
-        self._add_seconds()
+        self._saves.add_seconds(self.number)
 
     def _stops_in_validation(self) -> bool:
         """Validates, and logs it; whether it was told to stop before its end."""
@@ -270,7 +267,7 @@ class Loop:
                     self._log.happened("not_finite", self.number, validation_loss=loss)
                 check_finite(self.number, {"validation_loss": loss})
                 self._log.log_validation(self.number, loss)
-        self._add_seconds()
+        self._saves.add_seconds(self.number)
         return loss is None
 
     def _validation_loss(self) -> float | None:
@@ -302,51 +299,17 @@ class Loop:
             return None
         return total / count  # more than 0: `refuse_uncounted` let it pass
 
-    @contextmanager
-    def _saves_are_whole(self) -> Iterator[None]:
-        """Where an error ends the run, as it does on all processes at one place, the
-        save under way is waited for while there is a log that says so."""
-        try:
-            yield
-        except ValueError as error:
-            try:
-                self._wait_for_save()
-            except OSError as failure:
-                error.add_note(str(failure))
-            raise
-
-    def _wait_for_save(self) -> None:
-        with self._phases("checkpoint", self.number):
-            self._checkpointer.wait()
-        self._log_committed()
-        self._add_seconds()
-
-    def _log_committed(self) -> None:
-        for step, (seconds, bytes_) in self._checkpointer.take_committed().items():
-            self._log.happened("committed", step, seconds=seconds, bytes=bytes_)
-
     def _save(self) -> None:
-        """Unless it is saved already, as where it is told to stop right after."""
         self._settle()
-        if self.number == self._saved_step:
-            return
-        started = time.monotonic()
-        with self._phases("checkpoint", self.number):
-            state = self.state.without_frozen()
-            meta = self._meta | self._spikes.meta()
-            said = self._checkpointer.save(self.number, state, meta)
+        state = self.state.without_frozen()
+        said = self._saves.save(self.number, state, self._meta | self._spikes.meta())
         self._spikes.saved(self.number)
         if said is not None and self.number < self.config.training.num_steps:
             self._log.say(said)
-        self._saved_at, self._saved_step = time.monotonic(), self.number
-        self._log_committed()
-        stood_still, size = self._saved_at - started, self._saved_bytes
-        self._log.happened("saved", self.number, seconds=stood_still, bytes=size)
-        self._add_seconds()
 
     def _stops(self) -> bool:
         """Before a program: saves, where all processes do so here; whether to stop."""
-        minutes = (time.monotonic() - self._saved_at) / 60
+        minutes = (time.monotonic() - self._saves.at) / 60
         is_main = jax.process_index() == 0
         if is_main and minutes >= self.config.training.checkpoint_interval_minutes:
             self._together.ask("save")
