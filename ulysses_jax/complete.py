@@ -112,8 +112,12 @@ def complete_model(model: Model) -> Model:
     """
     _check_class(model, Model, "a model's size")
     model = checked(model, "model")
-    for name, most in (("num_layers", MOST_LAYERS), ("num_heads", MOST_HEADS)):
-        if getattr(model, name) > most:
+    for name, most in (
+        ("num_layers", MOST_LAYERS),
+        ("num_heads", MOST_HEADS),
+        ("delta_heads", MOST_HEADS),
+    ):
+        if (getattr(model, name) or 0) > most:
             raise ValueError(
                 f"model.{name} {getattr(model, name)} is more than {most}: use {most} "
                 "or fewer"
@@ -131,33 +135,44 @@ def complete_model(model: Model) -> Model:
             "model.positions rope"
         )
     biases = "all" if model.biases else "none"
+    kv_heads = model.num_kv_heads or model.num_heads
+    size = model.head_size or model.width // model.num_heads
     model = dataclasses.replace(
         model,
         attention_biases=model.attention_biases or biases,
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_size=model.head_size or model.width // model.num_heads,
+        num_kv_heads=kv_heads,
+        head_size=size,
+        delta_heads=model.delta_heads or model.num_heads,
+        delta_key_heads=model.delta_key_heads or kv_heads,
+        delta_key_size=model.delta_key_size or size,
+        delta_value_size=model.delta_value_size or size,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
         max_positions=model.max_positions if learned else None,
         pattern=_default_pattern(model) if model.pattern is None else model.pattern,
     )
     _check_pattern(model)
-    assert model.num_kv_heads and model.head_size
-    if model.num_heads % model.num_kv_heads:
-        fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-        raise ValueError(
-            f"model.num_kv_heads {model.num_kv_heads} does not divide model.num_heads "
-            f"{model.num_heads}: use one of {fits}"
-        )
+    _check_divides(model, "num_kv_heads", "num_heads")
     if not learned:
-        check_rope(model.rope, model.head_size)
+        check_rope(model.rope, size)
     if model.is_recurrent:
         _check_recurrent(model)
     check_lora(model)
     return model
 
 
+def _check_divides(model: Model, name: str, of: str) -> None:
+    size, whole = getattr(model, name), getattr(model, of)
+    if whole % size:
+        fits = [n for n in range(1, whole + 1) if whole % n == 0]
+        raise ValueError(
+            f"model.{name} {size} does not divide model.{of} {whole}: use one of {fits}"
+        )
+
+
 def _check_recurrent(model: Model) -> None:
     """Refuses what layers whose tokens reach others by a state cannot have."""
+    if "delta" in model.kinds():
+        _check_divides(model, "delta_key_heads", "delta_heads")
     of = f"model.pattern {', '.join(model.pattern or ())} has layers of a state, "
     if model.zigzag:
         raise ValueError(

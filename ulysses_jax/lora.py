@@ -23,6 +23,8 @@ def projections(model: Model) -> dict[str, tuple[int, int]]:
     if _ATTENTIONS & set(model.pattern):
         found |= {"q": (width, queries), "k": (width, keys), "v": (width, keys)}
         found |= {"out": (queries, width)}
+        if model.attention_gate:
+            found |= {"out_gate": (width, queries)}
     if model.is_gated:
         found |= {"gate": (width, hidden)}
     return found | {"up": (width, hidden), "down": (hidden, width)}

@@ -25,6 +25,8 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     model, training = config.model, config.training
     tensor = degrees["tensor"]
     heads = ("num_heads", "num_kv_heads")
+    if "delta" in model.kinds():
+        heads += ("delta_heads", "delta_key_heads")
     split = (*heads, "feed_forward_width", "vocab_size", "max_positions")
     sizes = {name: getattr(model, name) or 0 for name in split}
     for name, size in sizes.items():

@@ -46,6 +46,31 @@ def test_flops_by_hand():
     assert flops["recurrence_recompute"] == pytest.approx(more)
 
 
+# Of 16 states of 32 x 128, 8 heads of keys.
+OWN = dict(delta_heads=16, delta_key_heads=8, delta_key_size=32, delta_value_size=128)
+
+
+def test_of_sizes_of_its_own():
+    """One layer of the delta rule, over shards; and a gate of one that attends."""
+    config = run(num_layers=1, pattern=("delta",), **OWN)
+    flops = step_flops(config)
+    weights = 256 * (3 * 2048 + 2 * 256 + 2 * 16) + FEED_FORWARD + 256 * 512
+    assert flops["matmul"] == 6 * 4096 * weights
+    one = 4 * 64 * (32 + 128) + 2 / 3 * 64 * 64 + 6 * 32 * 128
+    assert flops["recurrence"] == pytest.approx(3 * 4096 * 16 * one)
+    one = 4 * 64 * (32 + 160) + 2 / 3 * 64 * 64 + 6 * 32 * 160
+    done = flops["recurrence"] + flops["recurrence_recompute"]
+    assert done == pytest.approx(4096 * 16 * (5 * one + 4 * 2 * 32 * 128))
+    # Three hops of a state, one of them with a change; three tokens before.
+    halo = 3 * (16 * 128 + 2 * 8 * 32) * 2
+    sent = 4 * 16 * 32 * (3 * 128 + 32) + halo
+    assert attention_bytes(config) == {("collective-permute", "seq"): 2 * 3 * sent}
+    plain, gated = (
+        step_flops(run(attention_gate=gate))["matmul"] for gate in (False, True)
+    )
+    assert gated - plain == 6 * 4096 * 2 * 256 * 512
+
+
 @pytest.mark.parametrize("remat, passes", [("none", 4), ("products", 5), ("full", 5)])
 def test_chunks_are_computed_again_and_layers_too(remat, passes):
     """Of devices that have all tokens; what products keeps is no state."""

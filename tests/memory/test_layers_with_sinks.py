@@ -1,17 +1,18 @@
-"""A model with sinks on every mesh, whole and in pieces, is that on one device."""
+"""Sinks and a gate: on every mesh, whole and in pieces, as on one device."""
 
 import functools
 
 import pytest
 from memory_cases import assert_same, loss_and_gradients, make_config
 
+OWN = dict(sinks=True, attention_gate=True)
 UNEVEN = dict(num_heads=6, num_kv_heads=2)  # keys are repeated, 8 query slots
 PIECES = dict(sequence_chunk_tokens=7)
 
 
 @functools.cache
 def one_device(**shape):
-    config = make_config("llama", model=dict(sinks=True, **shape), remat="none")
+    config = make_config("llama", model=dict(OWN, **shape), remat="none")
     return loss_and_gradients(config)
 
 
@@ -36,6 +37,6 @@ def one_device(**shape):
     ids=str,
 )
 def test_same_loss_and_gradients(shape, degrees, model, memory):
-    model = dict(sinks=True, **shape, **model)
+    model = dict(OWN, **shape, **model)
     config = make_config("llama", degrees, model=model, **memory)
     assert_same(loss_and_gradients(config), one_device(**shape))

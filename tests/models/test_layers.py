@@ -1,5 +1,7 @@
 """What a layer does in float32 whatever the compute dtype: norms, biases."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from ulysses_jax.config import Model
-from ulysses_jax.models import Norm
+from ulysses_jax.models import Attention, Norm
 from ulysses_jax.models.bias import add_bias
 
 HALVES = [jnp.bfloat16, jnp.float16]
@@ -49,3 +51,22 @@ def test_biases_are_added_in_float32(dtype):
     (gradient,) = pull(jnp.ones_like(y))
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, 4097)
+
+
+def test_a_gate_of_attention_by_hand():
+    """Each feature of each head by its own."""
+    model = Model(
+        width=16, num_heads=4, num_kv_heads=2, head_size=4, compute_dtype="float32"
+    )
+    plain = Attention(model, rngs=nnx.Rngs(0))
+    gated = Attention(dataclasses.replace(model, attention_gate=True), rngs=nnx.Rngs(1))
+    for name in "qkv":
+        setattr(gated, name, getattr(plain, name))
+    plain.out.set_value(jnp.eye(16).reshape(4, 4, 16))  # its heads, as they are
+    gated.out_gate.set_value(gated.out_gate[...] * 50)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 16))
+    heads = np.asarray(plain(x)).reshape(2, 6, 4, 4)
+    gate = jax.nn.sigmoid(jnp.einsum("btd,dnh->btnh", x, gated.out_gate[...]))
+    assert gate.std() > 0.1
+    want = jnp.einsum("btnh,nhd->btd", heads * gate, gated.out[...])
+    np.testing.assert_allclose(gated(x), want, atol=1e-6)

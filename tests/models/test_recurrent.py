@@ -30,7 +30,12 @@ SIZE = Model(
     num_kv_heads=2,
     head_size=4,
     feed_forward_width=16,
+    norm="zero_centered_rms",
+    attention_gate=True,
     pattern=("delta", "linear", "full"),
+    delta_heads=8,
+    delta_key_size=3,
+    delta_value_size=5,
     compute_dtype="float32",
 )
 KINDS = {"linear": LinearAttention, "delta": GatedDelta}
@@ -67,15 +72,17 @@ def by_hand(kind, module, x):
         q, k = (y / jnp.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
         step = jax.nn.softplus(into["decay"] + w["decay_bias"])
         given = dict(q=q, k=k, v=v, log_decay=-jnp.exp(w["log_rate"]) * step)
-        out = rule("delta", given | {"beta": sigmoid(into["beta"])}, DOCUMENTS, 0.5)
+        given["beta"] = sigmoid(into["beta"])
+        out, scale = rule("delta", given, DOCUMENTS, 3**-0.5), w["norm"]
         gate = silu(gate)
     else:
         rates = np.asarray([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
         given = dict(q=silu(q), k=silu(k), v=v)
         given["log_decay"] = jnp.broadcast_to(-rates, (*x.shape[:2], 4))
         out, gate = rule("linear", given, DOCUMENTS, 0.5), sigmoid(gate)
+        scale = 1 + w["norm"]
     out = out / jnp.sqrt((out * out).mean(-1, keepdims=True) + SIZE.norm_epsilon)
-    return jnp.tensordot(out * w["norm"] * gate, w["out"], 2)
+    return jnp.tensordot(out * scale * gate, w["out"], 2)
 
 
 def parts(module):
@@ -144,11 +151,30 @@ def test_a_model_on_every_mesh(pattern, degrees):
         (dict(strategy="megatron"), "use model.strategy auto or ulysses"),
         (dict(lora=Lora()), "leave model.lora out"),
         (dict(convolution_tokens=0), "model.convolution_tokens must be positive"),
+        (dict(delta_key_size=0), "model.delta_key_size must be positive"),
+        (
+            dict(delta_key_heads=3),
+            r"delta_key_heads 3 does not divide model.delta_heads 8: use .* 2, 4, 8\]",
+        ),
     ],
 )
 def test_what_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         complete_model(dataclasses.replace(SIZE, **changes))
+
+
+def test_what_delta_layers_take_from_the_others():
+    names = "delta_heads", "delta_key_heads", "delta_key_size", "delta_value_size"
+    size = dataclasses.replace(SIZE, **dict.fromkeys(names))
+    sizes = complete_model(size).state_sizes("delta")
+    assert sizes == complete_model(size).state_sizes("linear") == (4, 2, 4, 4)
+    assert complete_model(SIZE).state_sizes("delta") == (8, 2, 3, 5)
+
+
+def test_heads_of_delta_layers_lie_over_tensor():
+    size = dataclasses.replace(SIZE, delta_heads=6, delta_key_heads=3)
+    with pytest.raises(ValueError, match="model.delta_key_heads 3 .* mesh.tensor 2"):
+        placed(size, tensor=2)
 
 
 DEGREES = dict.fromkeys(AXES, 1)
@@ -181,15 +207,17 @@ def test_layers_of_a_state_are_not_cut_into_chunks():
         assert any(rung.sequence_chunk_tokens for _, rung in found) == in_chunks
 
 
-@pytest.mark.parametrize("remat, layers", [("attention", 1), ("products", 4)])
-def test_a_layer_of_states_keeps_no_output_of_attention(remat, layers):
-    """Of four layers one attends; products keeps what all give. 16 tokens a device, 4
-    heads of 4, float32."""
+@pytest.mark.parametrize(
+    "remat, features", [("attention", 4 * 4), ("products", 2 * 4 * 4 + 2 * 8 * 5)]
+)
+def test_a_layer_of_states_keeps_no_output_of_attention(remat, features):
+    """Of four layers one attends; products keeps what all give. 16 tokens a device,
+    float32."""
     config = placed(SIZE, seq=2)
     training = dataclasses.replace(config.training, batch_size=1)
     memory = Memory(remat=remat, offload=("attention",))
     config = dataclasses.replace(config, training=training, memory=memory)
-    assert kept_bytes(config)[1] == layers * 16 * 4 * 4 * 4
+    assert kept_bytes(config)[1] == features * 16 * 4
 
 
 def test_a_convolution_wider_than_a_shard():

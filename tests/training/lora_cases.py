@@ -31,6 +31,7 @@ MODEL = dict(
     num_kv_heads=4,
     head_size=4,
     feed_forward_width=24,
+    attention_gate=True,
     zigzag=False,  # batches here lie in the sequence's own order
 )
 

@@ -1,6 +1,6 @@
 """A run as frozen, validated dataclasses."""
 
-from ulysses_jax.config.memory import Memory, in_pieces, num_attended
+from ulysses_jax.config.memory import Memory, attended_features, in_pieces
 from ulysses_jax.config.model import MOST_HEADS, MOST_LAYERS, Lora, Model, Rope
 from ulysses_jax.config.run import (
     Config,
@@ -26,6 +26,6 @@ __all__ = [
     "Rope",
     "Run",
     "Training",
+    "attended_features",
     "in_pieces",
-    "num_attended",
 ]

@@ -59,8 +59,10 @@ def in_pieces(model: Model, memory: Memory) -> bool:
     return groups or memory.sequence_chunk_tokens is not None
 
 
-def num_attended(model: Model, memory: Memory) -> int:
-    """Layers whose attention's output `remat` keeps, if any's: under attention those
-    that attend, which have a kernel's; else all."""
+def attended_features(model: Model, memory: Memory) -> int:
+    """Features a token, over all layers, of attention's outputs that `remat` keeps, if
+    any's: under attention those of layers that attend, which have a kernel's; else of
+    all."""
     attends_alone = memory.remat == "attention"
-    return len(model.attending_kinds()) if attends_alone else model.num_layers
+    kinds = model.attending_kinds() if attends_alone else model.kinds()
+    return sum(map(model.attended_features, kinds))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ulysses_jax.strategies import Strategy
 
@@ -58,11 +58,28 @@ class Lora:
     alpha: float = 32.0
     targets: tuple[str, ...] = ("all",)
     """Names of projections, or globs of them: q, k, v and out of attention; gate, up
-    and down of the feed-forward. all: every one that the model has."""
+    and down of the feed-forward; out_gate, where there is model.attention_gate. all:
+    every one that the model has."""
 
 
 RECURRENT = ("linear", "delta")
 """Kinds of layers whose tokens reach others by a state, in the sequence's order."""
+
+
+class StateSizes(NamedTuple):
+    """Heads and sizes of a layer of a kind in RECURRENT."""
+
+    num_heads: int
+    """Of values, gates and states."""
+    num_key_heads: int
+    """Of queries and keys."""
+    key_size: int
+    value_size: int
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of a head's state."""
+        return self.key_size * self.value_size
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,9 @@ class Model:
     attention_biases: Literal["none", "inputs", "all"] | None = None
     """Of attention's products; inputs: of queries, keys and values. Default: all where
     there are biases, else none."""
+    attention_gate: bool = False
+    """What attention gives is multiplied by sigmoid(x gate), a number a feature, before
+    it is projected."""
     attention_scale: float | None = None
     """By which queries times keys are multiplied; default: 1 / sqrt(head_size)."""
     tied_embeddings: bool = False
@@ -127,6 +147,15 @@ class Model:
     convolution_tokens: int = 4
     """Of layers of kind delta: over how many tokens queries, keys and values are
     convolved, a token's own among them."""
+    delta_heads: int | None = None
+    """Of layers of kind delta: heads of values, gates and states; default:
+    num_heads."""
+    delta_key_heads: int | None = None
+    """Of these layers' queries and keys; default: num_kv_heads."""
+    delta_key_size: int | None = None
+    """Of a head of these; default: head_size."""
+    delta_value_size: int | None = None
+    """Of a head of values; default: head_size."""
     attention: Literal["auto", "cudnn", "mosaic", "blockwise", "reference"] = "auto"
     """What a device computes; auto: the best for the devices and the mask."""
     sinks: bool = False
@@ -161,6 +190,29 @@ class Model:
     def attending_kinds(self) -> tuple[str, ...]:
         """`kinds()` but those of RECURRENT."""
         return tuple(kind for kind in self.kinds() if kind not in RECURRENT)
+
+    def state_sizes(self, kind: str) -> StateSizes:
+        """Of a completed model's layers of a kind in RECURRENT."""
+        assert self.num_kv_heads and self.head_size
+        if kind != "delta":
+            sizes = self.head_size, self.head_size
+            return StateSizes(self.num_heads, self.num_kv_heads, *sizes)
+        assert self.delta_heads and self.delta_key_heads
+        assert self.delta_key_size and self.delta_value_size
+        return StateSizes(
+            self.delta_heads,
+            self.delta_key_heads,
+            self.delta_key_size,
+            self.delta_value_size,
+        )
+
+    def attended_features(self, kind: str) -> int:
+        """What a layer of a kind gives before it is projected to the width."""
+        if kind not in RECURRENT:
+            assert self.head_size
+            return self.num_heads * self.head_size
+        sizes = self.state_sizes(kind)
+        return sizes.num_heads * sizes.value_size
 
     def windows(self) -> tuple[int | None, ...]:
         """Of every layer: how many tokens it sees; None: all."""

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from ulysses_jax.config import Model
+from ulysses_jax.config.model import RECURRENT
 
 
 def layer_matrices(model: Model, kind: str) -> list[tuple[int, int]]:
@@ -34,10 +35,11 @@ def matrix_elements(model: Model) -> tuple[int, int]:
 def _heads(model: Model, kind: str) -> list[int]:
     """Of the part that reaches other tokens, by kind as `models.kinds` makes it."""
     assert model.num_kv_heads and model.head_size
-    shared = [model.num_kv_heads * model.head_size] * 2  # k, and q or v
-    wide = model.num_heads * model.head_size
-    if kind == "linear":
-        return [wide] * 3 + shared  # v, gate and out
-    if kind == "delta":
-        return [wide] * 3 + shared + [model.num_heads] * 2  # beta and decay
-    return [wide] * 2 + shared  # q and out
+    wide = model.attended_features(kind)
+    if kind in RECURRENT:
+        sizes = model.state_sizes(kind)
+        found = [wide] * 3  # v, gate and out
+        found += [sizes.num_key_heads * sizes.key_size] * 2  # q and k
+        return found + [sizes.num_heads] * 2 * (kind == "delta")  # beta and decay
+    shared = [model.num_kv_heads * model.head_size] * 2
+    return [wide] * (2 + model.attention_gate) + shared  # q, gate, out; k and v

@@ -207,20 +207,26 @@ def _head_padding(config: Config) -> float:
     return head_layout(heads, kv_heads, mesh.seq).num_slots / heads
 
 
+def _qkv(model: Model, kind: str) -> int:
+    """Features of q, k, v and out of a layer."""
+    assert model.num_kv_heads and model.head_size
+    keys = model.num_kv_heads * model.head_size
+    if kind in RECURRENT:
+        sizes = model.state_sizes(kind)
+        keys = sizes.num_key_heads * sizes.key_size
+    return 2 * (model.attended_features(kind) + keys)
+
+
 def _elementwise_bytes(config: Config) -> float:
     """HBM traffic of a step outside of matrix products and attention, whole cluster."""
     model, training = config.model, config.training
-    assert model.num_kv_heads and model.head_size and model.feed_forward_width
-    heads = 2 * (model.num_heads + model.num_kv_heads)
-    elements = (
-        D_PASSES * model.width
-        + QKV_PASSES * heads * model.head_size
-        + F_PASSES * model.feed_forward_width
-    )
+    assert model.feed_forward_width
+    every = D_PASSES * model.width + F_PASSES * model.feed_forward_width
+    elements = sum(every + QKV_PASSES * _qkv(model, kind) for kind in model.kinds())
     passes = 3 + (config.memory.remat != "none")
     size = 2 if model.compute_dtype == "bfloat16" else 4
     tokens = training.batch_size * config.padded_tokens()
-    layers = model.num_layers * elements * passes * size * tokens
+    layers = elements * passes * size * tokens
     for kind in model.kinds():
         if kind in RECURRENT:
             layers += passes * tokens * state_passes_bytes(config, kind)

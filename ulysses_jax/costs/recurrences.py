@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from ulysses_jax.attention import delta, linear
 from ulysses_jax.attention.chunks import SCOPE
-from ulysses_jax.config import Config, Model
-from ulysses_jax.config.model import RECURRENT
+from ulysses_jax.config import Config
+from ulysses_jax.config.model import RECURRENT, StateSizes
 from ulysses_jax.costs.hlo import Module
 from ulysses_jax.parallel.bytes import convolution_bytes, state_bytes
 
@@ -37,26 +37,21 @@ def recurrence_flops(config: Config) -> dict[str, float]:
     own = done = 0.0
     for kind in model.kinds():
         if kind in RECURRENT:
-            own += 3 * _chunk_flops(model, kind, is_spread=False)
-            done += (passes + 1) * _chunk_flops(model, kind, is_spread=is_spread)
-            done += passes * is_spread * 2.0 * _state_size(model)
-    heads = model.num_heads
-    return {"recurrence": heads * own, "recurrence_recompute": heads * (done - own)}
+            sizes = model.state_sizes(kind)
+            heads = sizes.num_heads
+            own += heads * 3 * _chunk_flops(sizes, kind, is_spread=False)
+            again = (passes + 1) * _chunk_flops(sizes, kind, is_spread=is_spread)
+            done += heads * (again + passes * is_spread * 2.0 * sizes.state_size)
+    return {"recurrence": own, "recurrence_recompute": done - own}
 
 
-def _chunk_flops(model: Model, kind: str, *, is_spread: bool) -> float:
+def _chunk_flops(sizes: StateSizes, kind: str, *, is_spread: bool) -> float:
     """Forward, a token and head: as `ulysses_jax.linear` says."""
-    assert model.head_size
-    size, chunk = model.head_size, CHUNK_TOKENS[kind]
+    size, columns, chunk = sizes.key_size, sizes.value_size, CHUNK_TOKENS[kind]
     if kind == "linear":
-        return 2.0 * chunk * 2 * size + 4 * size * size
-    columns = 2 * size if is_spread else size  # of states: what it makes of one too
+        return 2.0 * chunk * (size + columns) + 4 * size * columns
+    columns += size * is_spread  # of states: what it makes of one too
     return 4.0 * chunk * (size + columns) + 2 / 3 * chunk**2 + 6 * size * columns
-
-
-def _state_size(model: Model) -> int:
-    assert model.head_size
-    return model.head_size**2
 
 
 def chunk_kernels(module: Module) -> int:
@@ -79,8 +74,10 @@ def chunk_kernels(module: Module) -> int:
 def state_passes_bytes(config: Config, kind: str) -> float:
     """HBM traffic of a layer's states a token and pass, float32: a chunk reads the one
     before, writes its own, and keeps it."""
-    columns = 1 + (kind == "delta" and config.mesh.ring * config.mesh.seq > 1)
-    states = config.model.num_heads * _state_size(config.model) * columns
+    sizes = config.model.state_sizes(kind)
+    makes_one = kind == "delta" and config.mesh.ring * config.mesh.seq > 1
+    columns = sizes.value_size + sizes.key_size * makes_one
+    states = sizes.num_heads * sizes.key_size * columns
     return 3.0 * 4 * states / CHUNK_TOKENS[kind]
 
 
@@ -89,21 +86,20 @@ def recurrent_bytes(config: Config, kind: str) -> dict[tuple[str, str], float]:
     collective and axis: its states, and the last tokens that a convolution reads, for
     each pass; next to nothing where documents begin."""
     model, mesh, training = config.model, config.mesh, config.training
-    assert model.num_kv_heads and model.head_size
+    sizes = model.state_sizes(kind)
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     passes = 2 + (config.memory.remat != "none")
-    heads, kv_heads = (n // mesh.tensor for n in (model.num_heads, model.num_kv_heads))
+    heads, key_heads = (n // mesh.tensor for n in sizes[:2])
     sent = state_bytes(
         shards=mesh.ring * mesh.seq,
         num_heads=heads,
-        state_size=_state_size(model),
-        change_size=1 if kind == "linear" else _state_size(model),
+        state_size=sizes.state_size,
+        change_size=1 if kind == "linear" else sizes.key_size**2,
     )
     if kind == "delta" and 1 in sent:
         sent[1] += convolution_bytes(
             convolution_tokens=model.convolution_tokens,
-            num_heads=heads + 2 * kv_heads,
-            head_size=model.head_size,
+            features=heads * sizes.value_size + 2 * key_heads * sizes.key_size,
             itemsize=jnp.dtype(model.compute_dtype).itemsize,
         )
     found: dict[tuple[str, str], float] = {}

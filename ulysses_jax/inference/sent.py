@@ -18,9 +18,9 @@ def token_bytes(model: Model, rows: int) -> dict[str, float]:
     Returns:
       By what is received. With Z the devices over which D is cut, t = tensor, s = seq,
       e the itemsize, R = rows, times fsdp where that cuts D: sums, all-reduces in
-      float32, are `8 R (Z-1)/Z (N H + 2 K H + c F) / t` a layer, of c = 1 or, gated, 2
-      products, and `16 R D/Z (t-1)/t`; and `8 R (Z-1)/Z V/t` for the logits. Gathers
-      are `rows (s-1)/s slots H e` a layer after attention, over seq, and `2 R D
+      float32, are `8 R (Z-1)/Z (g N H + 2 K H + c F) / t` a layer, of g and c = 1 or,
+      gated, 2 products, and `16 R D/Z (t-1)/t`; and `8 R (Z-1)/Z V/t` for the logits.
+      Gathers are `rows (s-1)/s slots H e` a layer after attention, over seq, and `2 R D
       (Z-1)/Z e`. Where fsdp cuts D, rows are gathered before each product.
     """
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
@@ -45,7 +45,7 @@ def token_bytes(model: Model, rows: int) -> dict[str, float]:
     size, wide = model.head_size, model.feed_forward_width
     queries, keys = model.num_heads * size, model.num_kv_heads * size
     products = (
-        into(queries, keys, keys),
+        into(queries, keys, keys, *(queries,) * model.attention_gate),
         out_of(queries),
         into(*(wide,) * (1 + model.is_gated)),
         out_of(wide),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_jax.config import Config, Memory, num_attended
+from ulysses_jax.config import Config, Memory, attended_features
 
 GIB = 2**30
 TILE_TOKENS, CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 8192, 16384, 1024
@@ -159,17 +159,15 @@ def kept_bytes(config: Config) -> tuple[int, int]:
         config.mesh,
         config.training,
     )
-    assert model.head_size and model.feed_forward_width
-    assert training.accumulation_steps
+    assert model.feed_forward_width and training.accumulation_steps
     rows = training.batch_size // training.accumulation_steps // mesh.data // mesh.fsdp
     tokens = rows * config.padded_tokens() // (mesh.ring * mesh.seq)
-    size = model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
-    layer = tokens * size
+    item = 2 if model.compute_dtype == "bfloat16" else 4
+    size = model.num_layers * item
     inputs = rows * config.residual_tokens() * size * model.width
-    heads = layer * model.num_heads * model.head_size // mesh.tensor
-    heads = heads * num_attended(model, memory) // model.num_layers
+    heads = tokens * item * attended_features(model, memory) // mesh.tensor
     attention = 0 if memory.remat == "full" else heads
-    hidden = layer * model.feed_forward_width // mesh.tensor
+    hidden = tokens * size * model.feed_forward_width // mesh.tensor
     hidden = 0 if memory.recomputes_products else hidden
     kept = memory.kept_features(model.width) / model.width
     moved = round(inputs * (1 - kept)) * ("inputs" in memory.offload)

@@ -241,7 +241,8 @@ def take_apart(
 
     def finish(leaves, x, out):
         layer = bound(leaves)
-        attended = layer.attention.project_out(out)
+        gates = layer.attention.gates(layer.attention_norm(x))
+        attended = layer.attention.project_out(out, *gates)
         return layer.add_feed_forward(layer.add_attention(x, attended))
 
     def parts(q, k, g, *where):

@@ -99,10 +99,17 @@ class Attention(nnx.Module):
         self.k = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.v = matrix(rngs, "DKH", sizes, std=STD, table=table)
         self.out = matrix(rngs, "NHD", sizes, std=output_std(model), table=table)
+        gated = model.attention_gate
+        self.out_gate = (
+            matrix(rngs, "DNH", sizes, std=STD, table=table) if gated else None
+        )
         self.q_adapter = make_adapter(model, "q", "DNH", "D", table, rngs=rngs)
         self.k_adapter = make_adapter(model, "k", "DKH", "D", table, rngs=rngs)
         self.v_adapter = make_adapter(model, "v", "DKH", "D", table, rngs=rngs)
         self.out_adapter = make_adapter(model, "out", "NHD", "NH", table, rngs=rngs)
+        self.out_gate_adapter = make_adapter(
+            model, "out_gate", "DNH", "D", table, rngs=rngs
+        )
         biased = model.attention_biases != "none"
         self.q_bias = vector("NH", sizes, 0.0, table) if biased else None
         self.k_bias = vector("KH", sizes, 0.0, table) if biased else None
@@ -145,7 +152,9 @@ class Attention(nnx.Module):
                 self.model, x.shape[:2], positions, segment_ids
             )
             angles = self.angles(positions)
-        q, k, v = project_into(self, ("q", "k", "v"), x)
+        gated = self.out_gate is not None
+        names = ("q", "k", "v", *("out_gate",) * gated)
+        q, k, v, *gate = project_into(self, names, x)
         k, v = self._finish_keys_values(k, v, angles)
         mask = Mask(
             causal=True,
@@ -157,7 +166,7 @@ class Attention(nnx.Module):
         q = self._finish_queries(q, angles)
         sinks = None if self.sinks is None else self.sinks[...]
         out = checkpoint_name(self.attend(q, k, v, mask, sinks), "attended")
-        return layout.lay_like(self.project_out(out), x)
+        return layout.lay_like(self.project_out(out, *gate), x)
 
     def layout(self, num_tokens: int) -> BlockLayout | None:
         """Which blocks are seen of a sequence of `num_tokens`; None: all."""
@@ -187,7 +196,15 @@ class Attention(nnx.Module):
         k, v = project_into(self, ("k", "v"), x)
         return self._finish_keys_values(k, v, angles)
 
-    def project_out(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    def gates(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], ...]:
+        """What `project_out` takes beside attention's output; none, or one."""
+        return () if self.out_gate is None else project_into(self, ("out_gate",), x)
+
+    def project_out(
+        self, out: Float[Array, "B T N H"], *gates: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        for gate in gates:
+            out = out * nnx.sigmoid(gate)
         return add_bias(project_out_of(self, "out", out), self.out_bias)
 
     def _finish_queries(self, q: Array, angles: Angles) -> Array:

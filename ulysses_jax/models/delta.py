@@ -12,7 +12,7 @@ from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.linear import gated_delta_rule, short_convolution
 from ulysses_jax.models.inputs import check_input
-from ulysses_jax.models.norm import norm_scale, rms_normed
+from ulysses_jax.models.norm import unit_rms
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
 from ulysses_jax.weights.by_strategy import products_of
 from ulysses_jax.weights.parameter import matrix, vector
@@ -23,10 +23,12 @@ FIRST_STEP = 0.01  # of a head that decays by exp(-rate step)
 class GatedDelta(nnx.Module):
     """`out(norm(gated_delta_rule(q, k, v, beta, log_decay)) silu(gate))`.
 
-    Queries and keys have `num_kv_heads` heads, values and states `num_heads`. q, k and
-    v are convolved over `model.convolution_tokens` tokens, and go through SiLU; `beta =
-    sigmoid(x beta)`, `log_decay = -exp(log_rate) softplus(x decay + decay_bias)`, both
-    in float32. The norm is over a head's features. There is no RoPE.
+    Queries and keys have `delta_key_heads` heads of `delta_key_size`, values and gates
+    `delta_heads` of `delta_value_size`. q, k and v are convolved over
+    `model.convolution_tokens` tokens, and go through SiLU; `beta = sigmoid(x beta)`,
+    `log_decay = -exp(log_rate) softplus(x decay + decay_bias)`, both in float32. The
+    norm is RMSNorm over a head's features, whose scale starts at one, whatever
+    `model.norm` is. There is no RoPE.
 
     Source: Gated DeltaNet, arXiv 2412.06464, figure 1; as in Qwen3-Next, but for how
     parameters start: convolutions as the token itself, rates as 1 to 16 over the heads,
@@ -36,23 +38,23 @@ class GatedDelta(nnx.Module):
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
         self.model = model = complete_model(model)
         self.products = products_of(model.strategy)
-        sizes = letter_sizes(model) | {"W": model.convolution_tokens}
+        sizes = letter_sizes(model, "delta")
         self.q = matrix(rngs, "DKH", sizes, std=STD)
         self.k = matrix(rngs, "DKH", sizes, std=STD)
-        self.v = matrix(rngs, "DNH", sizes, std=STD)
-        self.gate = matrix(rngs, "DNH", sizes, std=STD)
+        self.v = matrix(rngs, "DNU", sizes, std=STD)
+        self.gate = matrix(rngs, "DNU", sizes, std=STD)
         self.beta = matrix(rngs, "DN", sizes, std=STD)
         self.decay = matrix(rngs, "DN", sizes, std=STD)
-        self.out = matrix(rngs, "NHD", sizes, std=output_std(model))
+        self.out = matrix(rngs, "NUD", sizes, std=output_std(model))
         own = np.zeros((sizes["W"], 1, 1), np.float32)
         own[-1] = 1
         self.q_taps = vector("WKH", sizes, own)
         self.k_taps = vector("WKH", sizes, own)
-        self.v_taps = vector("WNH", sizes, own)
+        self.v_taps = vector("WNU", sizes, own)
         rates = np.linspace(1, 16, sizes["N"], dtype=np.float32)
         self.log_rate = vector("N", sizes, np.log(rates))
         self.decay_bias = vector("N", sizes, float(np.log(np.expm1(FIRST_STEP))))
-        self.norm = norm_scale(model, "H")
+        self.norm = vector("U", sizes, 1.0)
 
     def __call__(
         self,
@@ -66,7 +68,7 @@ class GatedDelta(nnx.Module):
         not looked at."""
         check_input(self, x)
         parts = self.q, self.k, self.v, self.gate, self.beta, self.decay
-        letters = "KH", "KH", "NH", "NH", "N", "N"
+        letters = "KH", "KH", "NU", "NU", "N", "N"
         into = self.products.into(
             tuple(f"BTD,D{each}->BT{each}" for each in letters),
             x,
@@ -88,8 +90,8 @@ class GatedDelta(nnx.Module):
             segment_ids=segment_ids,
         )
         out = checkpoint_name(out, "attended")
-        out = rms_normed(self.model, out, self.norm) * nnx.silu(gate)
-        y = self.products.out_of("BTNH,NHD->BTD", out.astype(x.dtype), self.out[...])
+        out = unit_rms(self.model, out) * self.norm[...] * nnx.silu(gate)
+        y = self.products.out_of("BTNU,NUD->BTD", out.astype(x.dtype), self.out[...])
         return layout.lay_like(y, x)
 
     def _convolved(self, x: Array, taps: nnx.Param, segment_ids: Array | None) -> Array:

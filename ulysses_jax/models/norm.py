@@ -45,7 +45,12 @@ def rms_normed(
     model: Model, x: Float[Array, "... D"], scale: nnx.Param
 ) -> Float[Array, "... D"]:
     """RMSNorm over the last dim, in float32, and float32."""
+    one = 1.0 if model.norm == "zero_centered_rms" else 0.0
+    return unit_rms(model, x) * (one + scale[...])
+
+
+def unit_rms(model: Model, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x over the root of its mean square, over the last dim, in float32."""
     y = x.astype(jnp.float32)
     variance = jnp.square(y).mean(axis=-1, keepdims=True)
-    one = 1.0 if model.norm == "zero_centered_rms" else 0.0
-    return y * jax.lax.rsqrt(variance + model.norm_epsilon) * (one + scale[...])
+    return y * jax.lax.rsqrt(variance + model.norm_epsilon)

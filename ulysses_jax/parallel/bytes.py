@@ -92,20 +92,20 @@ def state_bytes(
 
 
 def convolution_bytes(
-    *, convolution_tokens: int, num_heads: int, head_size: int, itemsize: int
+    *, convolution_tokens: int, features: int, itemsize: int
 ) -> float:
     """Bytes that a device receives for a short convolution, a layer and row.
 
     Args:
       convolution_tokens: W.
-      num_heads: of one device's part of `tensor`.
+      features: N H, of one device's part of `tensor`.
       itemsize: e, of the dtype of what is convolved.
 
     Returns:
       From the shard before `(W - 1) N H e` forward, and as many backward. Documents add
       W - 1 int32 forward.
     """
-    return float((convolution_tokens - 1) * num_heads * head_size * itemsize)
+    return float((convolution_tokens - 1) * features * itemsize)
 
 
 def low_rank_bytes(

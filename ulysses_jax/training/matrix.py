@@ -36,6 +36,9 @@ class Matrix:
         return x.ndim > self.num_dims
 
 
+_OF_A_HEAD = ("H", "U")
+
+
 def matrix_of(letters: str | None, shape: tuple[int, ...], in_stack: bool) -> Matrix:
     """The matrix of a parameter.
 
@@ -47,9 +50,9 @@ def matrix_of(letters: str | None, shape: tuple[int, ...], in_stack: bool) -> Ma
     """
     num_dims = len(shape) - in_stack if letters is None else len(letters)
     sides = letters or "?" * num_dims
-    first = 2 if sides[1:2] == "H" else 1
+    first = 2 if sides[1:2] in _OF_A_HEAD else 1
     rest = sides[first:]
-    is_matrix = len(rest) == 1 or rest[1:] == "H"
+    is_matrix = len(rest) == 1 or rest[1:] in _OF_A_HEAD
     num_layers = shape[0] if len(shape) > num_dims else None
     return Matrix(num_dims, first if is_matrix else None, num_layers)
 

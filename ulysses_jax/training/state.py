@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import reshard
 from jaxtyping import Array, Int
 
-from ulysses_jax.config import Config, num_attended
+from ulysses_jax.config import Config, attended_features
 from ulysses_jax.memory.offload import HOST, to_host
 from ulysses_jax.models.adapter import joined, part_like, split
 from ulysses_jax.models.transformer import Transformer
@@ -251,8 +251,8 @@ def host_bytes(config: Config, state: TrainState) -> dict[str, int]:
         inputs = rows * config.residual_tokens() * size
         sizes["inputs"] = model.num_layers * inputs * (model.width - kept)
     if "attention" in offload:
-        heads = model.num_heads // mesh.tensor * model.head_size
-        sizes["attention"] = num_attended(model, config.memory) * feature * heads
+        features = attended_features(model, config.memory) // mesh.tensor
+        sizes["attention"] = features * feature
     if "keys" in offload:
         heads = model.num_kv_heads // mesh.tensor * model.head_size
         sizes["keys"] = 2 * feature * heads
