@@ -290,7 +290,8 @@ def _check_values(name: str, x: Any, least: float, most: float, must_be: str) ->
     and not where other processes have a part of them."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
-    low, high = (float(each) for each in jax.device_get((jnp.min(x), jnp.max(x))))
+    with jax.ensure_compile_time_eval():  # of a known value inside a jit, too
+        low, high = map(float, jax.device_get((jnp.min(x), jnp.max(x))))
     if not (least <= low and high <= most):
         is_one = low == high or low != low  # NaN
         found = f"{low:g}" if is_one else f"{low:g} to {high:g}"
