@@ -114,6 +114,16 @@ def test_numbers_that_are_none_are_no_json_of_ours(tmp_path):
     assert (found["steps"], found["mean"]) == ([1, 4], [2.0, 1.0])
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -5.0, 1e300])
+@pytest.mark.parametrize("part", ["other", "checkpoint", "data"])
+def test_times_that_are_none_break_no_page(tmp_path, part, seconds):
+    rows = [row(n, unix_seconds=1.0 + n, other_seconds=0.5) for n in (1, 2)]
+    rows[1][f"{part}_seconds"] = seconds
+    events = [event(0.0, 0, "started"), event(4.0, 2, "done")]
+    text = page_of(write_run(tmp_path / "run", rows, events))
+    assert "<h2>Where the time went</h2>" in text and "nan" not in text
+
+
 def test_a_curve_of_few_rows_is_all_of_them():
     columns = columns_of([row(n, n / 2) for n in range(1, MOST_POINTS + 1)])
     found = curve(columns, "loss")

@@ -13,6 +13,7 @@ Event = Mapping[str, Any]
 
 # A wait for the devices longer than this part of a step: they were at work until then.
 _BUSY = 0.01
+_MOST = 1e11  # of a row, which may come from anywhere
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def _by_time(columns: Columns) -> Columns:
     order = order[: np.count_nonzero(np.isfinite(times))]
     names = ("step", "skipped", "seconds", *(f"{part}_seconds" for part in PARTS))
     none = np.full(len(times), np.nan)
-    found = {name: np.nan_to_num(columns.get(name, none)[order]) for name in names}
+    found = {
+        name: np.clip(np.nan_to_num(columns.get(name, none)[order]), 0, _MOST)
+        for name in names
+    }
     validated = np.isfinite(columns.get("validation_loss", none)[order])
     whole = np.isfinite(columns.get("other_seconds", none)[order])
     return found | {
