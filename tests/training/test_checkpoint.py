@@ -865,3 +865,17 @@ def test_an_error_in_training_is_not_hidden_by_a_failed_save(tmp_path, monkeypat
             checkpointer.save(1, make_state(mesh_of("one")), META)
             raise KeyError("training")
     assert "No space left" in error.value.__notes__[0]
+
+
+def test_a_save_leaves_few_objects(tmp_path):
+    """Of what TensorStore answers, some stays: 50 a save of two arrays, once caches are
+    full; its metrics would be 240 more."""
+    state = {"a": jnp.zeros(8), "b": jnp.zeros(8)}
+    with Checkpointer(tmp_path, interval_steps=1, keep=1) as checkpointer:
+        left = []
+        for step in range(1, 13):
+            checkpointer.save(step, state, META)
+            checkpointer.wait()
+            gc.collect()
+            left.append(sys.getallocatedblocks())
+    assert np.median(np.diff(left)) < 200
