@@ -930,3 +930,34 @@ def test_a_kind_that_is_none_is_named_before_processes_meet(monkeypatch, capsys)
         train.main(["--config", path, "--model.pattern", "full", "linaer"])
     assert end.value.code == 2
     assert "model.pattern has 'linaer', which is no kind" in capsys.readouterr().err
+
+
+ARENAS = """
+import ctypes, sys, threading
+from ulysses_jax.train import _fewer_arenas
+_fewer_arenas()
+alike, libc = threading.Barrier(64), ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def take():
+    alike.wait()
+    libc.malloc(4000)
+    alike.wait()
+threads = [threading.Thread(target=take) for _ in range(64)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc.fdopen.restype = ctypes.c_void_p
+libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.parametrize("named", [None, "3"])
+def test_threads_share_an_arena_a_core(named):
+    outside = os.environ if named is None else os.environ | {"MALLOC_ARENA_MAX": named}
+    ended = subprocess.run(
+        [sys.executable, "-c", ARENAS], capture_output=True, text=True, env=outside
+    )
+    assert ended.returncode == 0, ended.stderr
+    # One may have been made before it was called.
+    most = int(named or os.cpu_count() or 1) + 1
+    assert 0 < ended.stdout.count("<heap nr=") <= most
