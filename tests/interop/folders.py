@@ -21,6 +21,8 @@ CASES = (
     "phi3",
     "yarn_llama",
 )
+OF_STATES = ("qwen3_next", "qwen3_5")
+"""Those with layers of kind delta, of which `generate` has no cache."""
 
 
 @functools.cache

@@ -95,6 +95,24 @@ def config(model_type: str, heads: int, kv_heads: int, **fields: Any) -> dict[st
     }
 
 
+QWEN3_NEXT: dict[str, Any] = {
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    # What the first tokens read of a state may be next to nothing: with a small epsilon
+    # it is as large as the rest, and its rounding too.
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 # Bases are small, so that 24 positions turn also the slowest pairs a good way.
 CASES = {
     # Wavelengths 6.3, 19.9, 62.8 and 199: one under 16 / 2 stays as it is, one is
@@ -282,6 +300,29 @@ CASES = {
             },
         ),
     ),
+    # One key head serves three heads of values; half of a head of queries is turned.
+    "qwen3_next": Case(
+        seed=1105,
+        config=config(
+            "qwen3_next",
+            **QWEN3_NEXT,
+            num_hidden_layers=4,
+            num_experts=0,
+            linear_num_value_heads=6,
+            linear_num_key_heads=2,
+        ),
+    ),
+    "qwen3_5": Case(
+        seed=1201,
+        config=config(
+            "qwen3_5_text",
+            **QWEN3_NEXT,
+            num_hidden_layers=3,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
     # The ramp goes from 0.14 to 2.15; truncated, from 0 to 3.
     "gpt_oss": Case(
         seed=11,
@@ -335,7 +376,10 @@ def save(folder: Path, case: Case, rng: np.random.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.from_numpy(rng.standard_normal(parameter.shape, np.float32))
-            if parameter.ndim == 1:
+            if name.endswith("A_log"):
+                # Drawn, up to log 16: sums of such decays round to 1e-5 of a state.
+                parameter.copy_(0.5 * noise - 1.5)
+            elif parameter.ndim == 1:
                 # Around 0 or 1, as it was made (sinks: a little off 0).
                 parameter.copy_(parameter.round() + 0.2 * noise)
             elif name.endswith("embed_tokens.weight"):

@@ -63,6 +63,25 @@ PHI3 = PLAIN | dict(
 GPT2 = dict(
     model_type="gpt2", n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=9
 )
+QWEN3_NEXT = PLAIN | dict(
+    model_type="qwen3_next",
+    full_attention_interval=4,
+    head_dim=256,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    num_experts=0,
+    num_hidden_layers=48,
+    partial_rotary_factor=0.25,
+)
+QWEN3_5 = PLAIN | dict(
+    model_type="qwen3_5_text",
+    rope_parameters=dict(
+        mrope_interleaved=True,
+        mrope_section=[11, 11, 10],
+        rope_theta=1e7,
+        rope_type="default",
+    ),
+)
 LONG = dict(
     scaling="longrope",
     factor=32.0,
@@ -103,6 +122,18 @@ CASES = [
         PHI3 | dict(rope_scaling=PHI3["rope_scaling"] | dict(type="su")),
         dict(rope=Rope(base=1e6, fraction=0.75, **LONG)),
     ),
+    (
+        QWEN3_NEXT,
+        dict(
+            pattern=("delta", "delta", "delta", "full"),
+            rope=Rope(base=1e6, fraction=0.25),
+            delta_heads=32,
+            delta_key_heads=16,
+            delta_key_size=128,
+            norm="zero_centered_rms",
+        ),
+    ),
+    (QWEN3_5, dict(rope=Rope(base=1e7, fraction=0.25), head_size=256)),
     (GPT2, dict(max_positions=1024, biases=True, head_size=64, norm="layer")),
 ]
 
@@ -138,7 +169,7 @@ def test_what_transformers_would_compute_otherwise_is_refused(values, message):
 
 @pytest.mark.parametrize(
     "values",
-    [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3],
+    [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3, QWEN3_NEXT, QWEN3_5],
     ids=lambda v: v["model_type"],
 )
 def test_a_stretched_model_s_config_keeps_what_it_said(values):

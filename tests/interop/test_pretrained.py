@@ -11,6 +11,7 @@ from flax import nnx
 from folders import (
     CASES,
     FIXTURES,
+    OF_STATES,
     config_of,
     copied,
     copied_whole,
@@ -33,7 +34,9 @@ from ulysses_jax.tensors.files import Tensors
 from ulysses_jax.tensors.reading import described, read_parameters
 from ulysses_jax.tensors.writing import Kept, written
 
+EVERY = CASES + OF_STATES
 MESHES = {"one device": {}, "data 2, seq 4": dict(data=2, seq=4)}
+OVER_TENSOR = dict(fsdp=2, seq=2, tensor=2)
 TOLERANCE = 1e-4
 
 
@@ -70,14 +73,16 @@ def gradients_of(model, gradients):
             ("qwen2", "data 2, seq 4"),
             ("gpt2", "one device"),
         ],
-        CASES,
+        EVERY,
         MESHES,
-    ),
+    )
+    + [("qwen3_next", "over tensor")],
 )
 def test_logits_and_gradients_are_those_of_transformers(case, mesh):
     """With 2 or 3 key heads, also over 4 devices."""
     want = expected(case)
-    mesh = make_mesh(**MESHES[mesh], devices=jax.devices()[: 8 if MESHES[mesh] else 1])
+    degrees = MESHES.get(mesh, OVER_TENSOR)
+    mesh = make_mesh(**degrees, devices=jax.devices()[: 8 if degrees else 1])
     with jax.set_mesh(mesh):
         model = from_pretrained(FIXTURES / case, compute_dtype="float32")
         tokens = jnp.asarray(want["tokens"])
@@ -133,10 +138,10 @@ def test_attention_of_gpt_oss(layer, kind):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE * scale)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_there_and_back_again_is_bit_identical(case, tmp_path):
     """From one device and from a mesh, which lay the parameters otherwise."""
-    meshes = ({}, dict(fsdp=2, seq=2, tensor=2)) if case == "llama" else ({},)
+    meshes = ({}, OVER_TENSOR) if case in ("llama", "qwen3_next") else ({},)
     for number, degrees in enumerate(meshes):
         mesh = make_mesh(**degrees, devices=jax.devices()[: 8 if degrees else 1])
         to = tmp_path / f"{number}"
@@ -152,7 +157,7 @@ def test_there_and_back_again_is_bit_identical(case, tmp_path):
         assert [each.name for each in tmp_path.iterdir() if each.name[0] == "."] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_a_config_of_a_model_alone_describes_it(case):
     """Without the folder that it came from; in the form that older versions read."""
     model = model_of(read_config(FIXTURES / case))
@@ -326,6 +331,61 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
             save_pretrained(model, tmp_path / "out", **options)
     with pytest.raises(ValueError, match="not a object"):
         save_pretrained(object(), tmp_path / "out")
+
+
+def test_a_device_reads_its_own_heads_alone(monkeypatch):
+    """Of a tensor whose parts come in turn, head by head of keys: each element once."""
+    read = []
+    whole = Tensors.read
+
+    def counted(self, name, where):
+        piece = whole(self, name, where)
+        read.append((name, piece.size))
+        return piece
+
+    monkeypatch.setattr(Tensors, "read", counted)
+    with jax.set_mesh(make_mesh(**OVER_TENSOR)):
+        from_pretrained(FIXTURES / "qwen3_next")
+    for part, rows in (("in_proj_qkvz", 2 * 2 * 4 + 2 * 6 * 6), ("in_proj_ba", 12)):
+        name = f"model.layers.1.linear_attn.{part}.weight"
+        assert sum(size for each, size in read if each == name) == rows * 24
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_experts=512), r"num_experts is 512, .* 4 of the 4 layers"),
+        (dict(num_experts=None), "num_experts is 512"),  # what it is without
+        (
+            dict(num_experts=8, decoder_sparse_step=2, mlp_only_layers=[1]),
+            r"num_experts is 8, .* 1 of the 4 layers are experts \(from layer 3 on",
+        ),
+        (dict(attention_bias=True), "attention_bias is True, biases beside"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu', an activation"),
+        (dict(layer_types=["sliding_attention"] * 4), "sliding_attention, which is"),
+        (dict(linear_num_key_heads=4), "delta_key_heads 4 does not divide"),
+        (dict(linear_key_head_dim=8), r"in_proj_qkvz.weight has shape \[88, 24\]"),
+        (dict(linear_conv_kernel_dim=3), r"conv1d.weight has shape \[52, 1, 4\]"),
+    ],
+    ids=str,
+)
+def test_what_a_qwen3_next_may_not_have(changes, message, tmp_path, monkeypatch):
+    folder = copied("qwen3_next", tmp_path, **changes)
+    monkeypatch.setattr(Tensors, "read", None)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(folder)
+
+
+def test_experts_that_no_layer_has(tmp_path):
+    """By either field; what is written says it by one."""
+    folder = copied("qwen3_next", tmp_path, num_experts=8, mlp_only_layers=[0, 1, 2, 3])
+    model = from_pretrained(folder)
+    rope = dataclasses.replace(model.model.rope, base=50.0, fraction=1.0)
+    model.model = dataclasses.replace(model.model, rope=rope)
+    save_pretrained(model, tmp_path / "out")
+    values = config_of(tmp_path / "out")
+    assert (values["num_experts"], values["partial_rotary_factor"]) == (0, 1.0)
+    assert model_of(values).rope == rope
 
 
 def test_a_head_that_is_not_the_embedding(tmp_path):

@@ -12,8 +12,10 @@ from jax.sharding import AxisType
 from word_tokenizer import write_tokenizer
 
 from ulysses_jax import export, make_mesh, placement
+from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Data, Mesh, Model, Rope, Run, Training
 from ulysses_jax.config_file import load
+from ulysses_jax.families.config_json import model_of
 from ulysses_jax.interop import from_pretrained, save_pretrained
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.tensors.expected import open_source
@@ -74,7 +76,7 @@ def test_the_folder_says_what_a_file_does_not(file, folder):
     config = load(file)
     assert config.model.from_ == str(folder)
     own = dict(compute_dtype="float32", from_=str(folder), feed_forward_width=64)
-    assert dataclasses.replace(MODEL, **own) == config.model
+    assert complete_model(dataclasses.replace(MODEL, **own)) == config.model
     longer = load(file, ["--model.rope.base", "5e6", "--model.window=7"])
     assert longer.model.rope == Rope(base=5e6) and longer.model.window == 7
     assert longer.model.attention_biases == "inputs"
@@ -206,3 +208,20 @@ def test_exports_that_cannot_be(words, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         export.main(words)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_from_layers_of_a_state(file, folder, tmp_path):
+    """Their heads lie over tensor, documents are packed: the same folder comes out."""
+    model = dataclasses.replace(
+        model_of(config_of(FIXTURES / "qwen3_next")), vocab_size=264
+    )
+    made = tmp_path / "of_states"
+    save_pretrained(Transformer(model, rngs=nnx.Rngs(0)), made, max_tokens=32)
+    write_tokenizer(made)
+    train(load(file, ["--model.from", str(made)]))
+    export.main(["--run", f"{tmp_path}/run", "--to", f"{tmp_path}/out"])
+    before, after = tensors_of(made), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert config_of(tmp_path / "out") == config_of(made)

@@ -11,6 +11,7 @@ from ulysses_jax.families.gemma import GEMMA3
 from ulysses_jax.families.gpt2 import GPT2
 from ulysses_jax.families.gpt_oss import GPT_OSS
 from ulysses_jax.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from ulysses_jax.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from ulysses_jax.outside import read_object
 from ulysses_jax.run_folder import is_run_folder, stages_in
 
@@ -19,7 +20,10 @@ _MOST_BYTES = 2**20  # a hundred times those of a long one
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, PHI3, GPT_OSS)
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, PHI3, GPT_OSS),
+        *(QWEN3_NEXT, QWEN3_5),
+    )
 }
 """By the `model_type` that a config.json says."""
 
@@ -194,6 +198,7 @@ def _unusual(model: Model) -> str:
         Model(width=model.width, num_heads=model.num_heads, num_layers=model.num_layers)
     )
     sizes = ("vocab_size", "head_size", "num_kv_heads", "feed_forward_width")
+    sizes += "delta_heads", "delta_key_heads", "delta_key_size", "delta_value_size"
     return ", ".join(
         f"{name} {getattr(model, name)!r}"
         for name in (each.name for each in dataclasses.fields(Model))

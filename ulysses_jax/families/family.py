@@ -16,7 +16,7 @@ class Part:
     Attributes:
       path: in a `models.Layer`, or in the `Transformer`.
       stored: the letters of the tensor's dims, those of one dim together: the "NH D" of
-        a `[N*H, D]`.
+        a `[N*H, D]`; 1 is a dim of one element.
     """
 
     path: tuple[str, ...]
@@ -29,11 +29,16 @@ class Stored:
 
     Attributes:
       name: of the tensor; `{i}` is the number of its layer.
+      groups: the letter of heads for each of which the parts come in turn, a piece of
+        each; empty: every part is whole, one after another.
+      kind: of the layers that have it; None: all.
     """
 
     name: str
     parts: tuple[Part, ...]
     dim: int = 0
+    groups: str = ""
+    kind: str | None = None
 
     @property
     def of_layer(self) -> bool:

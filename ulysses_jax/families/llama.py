@@ -42,18 +42,21 @@ def sizes_json(model: Model, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def kinds_of(fields: Fields, default: Sequence[str]) -> dict[str, Any]:
-    """Pattern and window, from layer_types or by what the family does without."""
+def kinds_of(
+    fields: Fields, default: Sequence[str], names: dict[str, str] = KINDS
+) -> dict[str, Any]:
+    """Pattern and window, from layer_types, by these names, or by what the family does
+    without."""
     kinds = list(default)
     named = fields.get("layer_types", None, list)
     if named is not None:
-        unknown = sorted({str(each) for each in named} - set(KINDS))
+        unknown = sorted({str(each) for each in named} - set(names))
         if unknown:
             raise ValueError(
                 f"{fields.where}: layer_types has {', '.join(unknown)}, which is none "
-                f"of {', '.join(KINDS)}"
+                f"of {', '.join(names)}"
             )
-        kinds = [KINDS[each] for each in named]
+        kinds = [names[each] for each in named]
     if len(kinds) != fields.need("num_hidden_layers"):
         raise ValueError(
             f"{fields.where}: layer_types names {len(kinds)} layers, and "
@@ -65,9 +68,9 @@ def kinds_of(fields: Fields, default: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def layer_types(model: Model) -> list[str]:
-    names = {kind: name for name, kind in KINDS.items()}
-    return [names.get(kind, kind) for kind in model.kinds()]
+def layer_types(model: Model, names: dict[str, str] = KINDS) -> list[str]:
+    by_kind = {kind: name for name, kind in names.items()}
+    return [by_kind.get(kind, kind) for kind in model.kinds()]
 
 
 def _model_of(
@@ -147,11 +150,16 @@ ATTENTION = "model.layers.{i}.self_attn"
 
 
 def attention_tensors(model: Model) -> list[Stored]:
-    """Of queries, keys, values and what leads back, each by itself."""
+    """Of queries, keys, values and what leads back, each by itself; but a gate, head
+    by head, beside the queries."""
     found = []
     for name, letters in (("q", "NH"), ("k", "KH"), ("v", "KH")):
         tensor = f"{ATTENTION}.{name}_proj"
-        found.append(stored(f"{tensor}.weight", f"attention.{name}", f"{letters} D"))
+        weight = stored(f"{tensor}.weight", f"attention.{name}", f"{letters} D")
+        if name == "q" and model.attention_gate:
+            gate = Part(("attention", "out_gate"), f"{letters} D")
+            weight = Stored(weight.name, (*weight.parts, gate), groups="N")
+        found.append(weight)
         if model.attention_biases != "none":
             found.append(stored(f"{tensor}.bias", f"attention.{name}_bias", letters))
     found.append(stored(f"{ATTENTION}.o_proj.weight", "attention.out", "D NH"))

@@ -22,22 +22,28 @@ class Expected(NamedTuple):
     parts: tuple[tuple[Part, Path, int | None], ...]
     """Each with the path of the parameter in the model, and the layer of the stack."""
     dim: int
+    groups: int
+    """How often the parts come in turn along dim."""
 
 
 def expected(family: Family, model: Model) -> list[Expected]:
     """Every tensor of a model, in the files' order."""
-    assert model.pattern
+    kinds = model.kinds()
     found = []
     for each in family.tensors(model):
         for layer in range(model.num_layers) if each.of_layer else [None]:
+            kind = None if layer is None else kinds[layer]
+            if each.kind not in (None, kind):
+                continue
             parts = tuple(
                 (part, *_place(model, layer, part.path)) for part in each.parts
             )
-            shapes = [stored_shape(model, part) for part in each.parts]
+            shapes = [stored_shape(model, part, kind) for part in each.parts]
             shape = list(shapes[0])
             shape[each.dim] = sum(each_shape[each.dim] for each_shape in shapes)
             name = each.name.format(i=layer)
-            found.append(Expected(name, tuple(shape), parts, each.dim))
+            groups = letter_sizes(model, kind)[each.groups] if each.groups else 1
+            found.append(Expected(name, tuple(shape), parts, each.dim, groups))
     return found
 
 
@@ -53,8 +59,8 @@ def _place(model: Model, layer: int | None, path: Path) -> tuple[Path, int | Non
     return ("rest", place, *path), None
 
 
-def stored_shape(model: Model, part: Part) -> tuple[int, ...]:
-    sizes = letter_sizes(model)
+def stored_shape(model: Model, part: Part, kind: str | None) -> tuple[int, ...]:
+    sizes = letter_sizes(model, kind) | {"1": 1}
     if part.path == ("position_table",):
         sizes["V"] = model.max_positions or 0
     return tuple(math.prod(sizes[x] for x in dim) for dim in part.stored.split())

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax
@@ -22,13 +23,17 @@ class Source:
     Attributes:
       tensor: its name.
       stored: the letters of the tensor's dims.
-      dim, start: the parameter begins there.
+      dim, start: the parameter begins there; of a tensor whose parts come in turn, in
+        each turn.
+      groups, step: how many turns there are, and how far from one to the next.
     """
 
     tensor: str
     stored: str
     dim: int
     start: int
+    groups: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,12 @@ def read_parameters(
     """
     sources: dict[Path, dict[int | None, Source]] = {}
     for each in wanted:
-        start = 0
+        start, step = 0, each.shape[each.dim] // each.groups
         for part, path, layer in each.parts:
-            source = Source(each.name, part.stored, each.dim, start)
+            source = Source(each.name, part.stored, each.dim, start, each.groups, step)
             sources.setdefault(path, {})[layer] = source
             sizes = _part_sizes(abstract, path, part)
-            start += sizes[each.dim]
+            start += sizes[each.dim] // each.groups
 
     def of(path: Path, x: Any) -> jax.Array:
         layers = sources[path]
@@ -104,7 +109,7 @@ def _part_sizes(abstract: dict[str, Any], path: Path, part: Part) -> list[int]:
     for name in path:
         x = x[name]
     own = x.shape[len(x.shape) - len(x.letters) :]
-    sizes = dict(zip(x.letters, own, strict=True))
+    sizes = dict(zip(x.letters, own, strict=True)) | {"1": 1}
     return [math.prod(sizes[letter] for letter in dim) for dim in part.stored.split()]
 
 
@@ -143,17 +148,26 @@ def _read(
     cut: tuple[tuple[int, int], ...],
 ) -> np.ndarray:
     """A piece of one parameter of one layer, its dims in the order of its letters."""
-    bounds = dict(zip(letters, cut, strict=True))
-    sizes = dict(zip(letters, shape, strict=True))
-    where: list[slice] = []
+    bounds = dict(zip(letters, cut, strict=True)) | {"1": (0, 1)}
+    sizes = dict(zip(letters, shape, strict=True)) | {"1": 1}
+    where: list[list[slice]] = []
     for dim, group in enumerate(source.stored.split()):
         # Letters of one dim: only the first is cut, the others are whole.
         inner = math.prod(sizes[letter] for letter in group[1:])
         assert all(bounds[x] == (0, sizes[x]) for x in group[1:])
-        begin = source.start if dim == source.dim else 0
         start, stop = bounds[group[0]]
-        where.append(slice(begin + start * inner, begin + stop * inner))
-    order = source.stored.replace(" ", "")
-    read = tensors.read(source.tensor, tuple(where))
-    read = read.reshape([bounds[x][1] - bounds[x][0] for x in order])
-    return read.transpose([order.index(letter) for letter in letters])
+        if dim != source.dim:
+            where.append([slice(start * inner, stop * inner)])
+            continue
+        each = sizes[group[0]] // source.groups  # in a turn
+        turns = range(start // each, -(-stop // each))
+        where.append([])
+        for turn in turns:
+            begin = source.start + turn * (source.step - each * inner)
+            first, last = max(start, turn * each), min(stop, (turn + 1) * each)
+            where[-1].append(slice(begin + first * inner, begin + last * inner))
+    order = source.stored.replace(" ", "").replace("1", "")
+    read = [tensors.read(source.tensor, each) for each in product(*where)]
+    whole = np.concatenate(read, axis=source.dim) if len(read) > 1 else read[0]
+    whole = whole.reshape([bounds[x][1] - bounds[x][0] for x in order])
+    return whole.transpose([order.index(letter) for letter in letters])

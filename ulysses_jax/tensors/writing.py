@@ -30,14 +30,17 @@ def written(
                 held[path] = OnHost(parameters[path])
         parts = []
         for part, path, layer in each.parts:
-            letters, order = parameters[path].letters, part.stored.replace(" ", "")
+            letters = parameters[path].letters
+            order = part.stored.replace(" ", "").replace("1", "")
             values = held[path].layer(layer)
             values = values.transpose([letters.index(letter) for letter in order])
-            sizes = dict(zip(order, values.shape, strict=True))
+            sizes = dict(zip(order, values.shape, strict=True)) | {"1": 1}
             dims = [math.prod(sizes[x] for x in dim) for dim in part.stored.split()]
-            parts.append(values.reshape(dims))
-        joined = np.concatenate(parts, axis=each.dim) if len(parts) > 1 else parts[0]
-        yield joined.astype(np.dtype(dtype))
+            # Turns are a dim of their own, so that parts are joined in each.
+            turns = [*dims[: each.dim], each.groups, -1, *dims[each.dim + 1 :]]
+            parts.append(values.reshape(turns))
+        joined = np.concatenate(parts, axis=each.dim + 1)
+        yield joined.reshape(each.shape).astype(np.dtype(dtype))
 
 
 class Kept(NamedTuple):
