@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from ulysses_jax.config import Config, Distributed, Training
+from ulysses_jax.complete import complete
+from ulysses_jax.config import Config, Distributed, Mesh, Model, Training
+from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.roll_call import Absent
-from ulysses_jax.training import alike
+from ulysses_jax.training import alike, run
 from ulysses_jax.training.alike import facts_of, refuse_mixed_devices, unlike
 
 
@@ -49,6 +51,15 @@ def test_process_0_says_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(Absent, match="process 0 on host0 .* did not say within 60 s"):
         alike.refuse_others([Config()])
+
+
+def test_a_run_asks_for_devices_of_one_kind(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "refuse_mixed_devices", asked.append)
+    model = Model(vocab_size=264, width=16, num_layers=1, num_heads=8)
+    config = complete(Config(model=model, mesh=Mesh(seq=8)), name="test")
+    _, mesh, _ = run.on_mesh(config, Transformer)
+    assert asked == [mesh]
 
 
 def test_devices_of_two_kinds():

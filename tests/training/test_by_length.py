@@ -27,7 +27,7 @@ from ulysses_jax.config_file import from_dict, load
 from ulysses_jax.data.open import open_data
 from ulysses_jax.models.transformer import Transformer
 from ulysses_jax.parallel.zigzag import zigzag_order
-from ulysses_jax.training import load_run
+from ulysses_jax.training import load_run, loop
 from ulysses_jax.training.by_length import (
     Steps,
     configs_by_length,
@@ -37,6 +37,7 @@ from ulysses_jax.training.by_length import (
 )
 from ulysses_jax.training.loss import IGNORED
 from ulysses_jax.training.metrics import RunLog, read_rows
+from ulysses_jax.training.proof import read_commit
 from ulysses_jax.training.state import init_state
 
 LENGTHS = (8, 16, 32)
@@ -364,20 +365,32 @@ def start(config_file, folder, *overrides):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, config_file):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    compiled = []
-    lower = jax.stages.Traced.lower
+    compiled, unlike, saved_bytes = [], [], []
+    lower, phases = jax.stages.Traced.lower, loop.Phases
 
     def counted(self, *args, **options):
         compiled.append(self.fun_name)
         return lower(self, *args, **options)
 
+    def watched(*args, **options):
+        saved_bytes.append(options["saved_bytes"])
+        return phases(*args, **options)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(jax.stages.Traced, "lower", counted)
+        patched.setattr(loop, "Phases", watched)
+        patched.setattr(phases, "unlike", lambda _, step: unlike.append(step))
         patched.setattr(RunLog, "say", lambda self, text: print(text))
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             start(config_file, folder)
-    return SimpleNamespace(folder=folder, said=said.getvalue(), compiled=compiled)
+    return SimpleNamespace(
+        folder=folder,
+        said=said.getvalue(),
+        compiled=compiled,
+        unlike=unlike,
+        saved_bytes=saved_bytes,
+    )
 
 
 def drawn(config_file, num):
@@ -409,6 +422,16 @@ def test_one_step_a_length_is_compiled(config_file, whole_run):
     assert [int(each) for each in found] == list(met)
     assert "steps of 8 tokens: 32 rows, mesh data=2 x fsdp=4\n" in said
     assert "steps of 64 tokens: 4 rows, mesh data=2 x seq=4; strategy ulysses" in said
+
+
+def test_what_may_take_long_is_no_hang(config_file, whole_run):
+    """The first step of each length, and a save of so many bytes."""
+    lengths = drawn(config_file, 9)
+    assert whole_run.unlike == sorted(lengths.index(each) + 1 for each in {*lengths})
+    saved, *_ = (whole_run.folder / "checkpoints").iterdir()
+    arrays = read_commit(saved)["arrays"].values()
+    size = sum(math.prod(s) * np.dtype(d).itemsize for d, s in arrays)
+    assert whole_run.saved_bytes == [size]
 
 
 @pytest.mark.slow
