@@ -55,6 +55,7 @@ def no_launcher(monkeypatch):
 # Two processes take whole files in this order: a long one at the end would run alone.
 LONGEST = (
     "tests/test_pods.py",
+    "tests/test_elastic.py",
     "tests/test_train.py",
     "tests/parallel/test_ring.py",
     "tests/models/test_calls.py",

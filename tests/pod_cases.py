@@ -57,6 +57,7 @@ def slow(*args, **options):
 story.training_batches = slow
 {prelude}
 from ulysses_jax.train import start
+print("starts", flush=True)
 start("train.py")
 """
 
@@ -193,6 +194,11 @@ class Pod:
                 *map(int, re.findall(r"^step (\d+)$", self.said(rank), re.M)),
             ]
 
+    def all_start(self):
+        """Their imports are over, which take long on cores at which others work."""
+        for rank in range(len(self)):
+            self.until(rank, "starts\n")
+
     def send(self, rank, number):
         os.kill(self.processes[rank].pid, number)
 
@@ -213,7 +219,8 @@ class Pod:
             file.close()
 
     def all_end(self, code, seconds):
-        """All end with the code, in so long, and leave no process."""
+        """All end with the code, so long after they started, and leave no process."""
+        self.all_start()
         codes, took = self.ended(*range(len(self)), seconds=120)
         said = [self.said(rank) for rank in range(len(self))]
         assert codes == [code] * len(self), said

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -15,8 +14,8 @@ from test_distributed import serving
 from ulysses_jax.aborts import LOST
 
 pytestmark = pytest.mark.slow
-# So long the last one may take: Python starts in some, JAX is imported in more.
-WITHIN = 30
+# So long the last one may take, with ten more for the imports before.
+WITHIN = 20
 SOON = ["--distributed.wait-seconds=20"]
 
 
@@ -38,6 +37,7 @@ def test_told_wrong(config_file, tmp_path, ranks, of, message):
 def test_one_is_missing(config_file, tmp_path, ranks):
     """Those that are there say so in half a minute, and end as for a lost machine."""
     with Pod(config_file, tmp_path / "run", ranks, of=[3] * 2, arguments=SOON) as pod:
+        pod.all_start()
         for place in range(2):
             pod.until(place, "waiting for process", seconds=WITHIN)
         who = "process 0 at 127.0.0.1" if 0 not in ranks else r"processes \[1\] of 3"
@@ -50,6 +50,7 @@ def test_one_is_missing(config_file, tmp_path, ranks):
 def test_one_too_many(config_file, tmp_path):
     """It is told so at once; the others are right."""
     with Pod(config_file, tmp_path / "run", [0, 1, 2], of=[2] * 3) as pod:
+        pod.until(2, "starts\n")
         codes, seconds = pod.ended(2, seconds=60)
         assert codes == [2] and seconds < WITHIN
         assert "process_id 2 is not one of 0 to 1" in pod.said(2)
@@ -124,9 +125,8 @@ def test_hosts_with_other_files(config_file, tmp_path, folders, change, message)
     config = yaml.safe_load(config_file.read_text())
     config["data"]["files"] = "text/*.txt"
     path.write_text(yaml.safe_dump(config))
-    started = time.monotonic()
     with Pod(path, tmp_path / "run", folders=folders) as pod:
         first, other = pod.all_end(2, seconds=WITHIN)
     assert message in first and "Traceback" not in first + other
     assert (message if "differ" in message else "text/*.txt") in other
-    assert not (tmp_path / "run").exists() and time.monotonic() - started < 2 * WITHIN
+    assert not (tmp_path / "run").exists()
