@@ -12,11 +12,14 @@ from pod_cases import CONFIG, RECORD, ROOT, Pod, batches_in
 from ulysses_jax.training.endings import LOST
 
 pytestmark = pytest.mark.slow
-WARM_UP = 0.25  # of the steps, in which pools and caches fill
+WARM_UP = 0.5  # of the steps, in which pools and caches fill
 MOST_SLOPE = 1e6 / 1000  # bytes a step
-# What each process holds, as the system counts it, every tenth step.
+# What each process holds, as the system counts it, every tenth step. Python's table of
+# interned strings doubles once, by 2 MB, whenever it happens to be full: it is made
+# large enough before.
 WATCH = """
-import os
+import os, sys
+[sys.intern(str(number) + " in the table") for number in range(200_000)]
 def watch(number):
     if number % 10 == 0:
         pages = int(open("/proc/self/statm").read().split()[1])
@@ -80,9 +83,7 @@ def test_killed_again_and_again(config_file, tmp_path, num_steps, num_kills):
     for step, batch in whole.items():
         np.testing.assert_array_equal(killed[step], batch)
     for rank in range(2):
-        slope = held(tmp_path / f"w-held-{rank}", num_steps)
-        # With a save every 50: of what they leave docs/pods.md tells.
-        assert num_steps < 1000 or slope < 10 * MOST_SLOPE
+        held(tmp_path / f"w-held-{rank}", num_steps)
 
 
 def held(path, num_steps):
@@ -104,9 +105,9 @@ def held(path, num_steps):
 
 
 def test_memory_is_flat(config_file, tmp_path):
-    """In steps: saves leave some memory, as docs/pods.md says."""
-    num_steps = 3000
-    options = {"num": 1, "every": num_steps}
+    """With a save every 50 steps."""
+    num_steps = 4000  # Python and glibc take a megabyte at once: fewer show no slope
+    options = {"num": 1, "every": 50}
     run = started(config_file, tmp_path / "run", num_steps, tmp_path / "m-", **options)
     with run as pod:
         assert pod.ended(0, seconds=1500)[0] == [0], pod.said(0)
