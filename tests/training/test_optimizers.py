@@ -26,6 +26,7 @@ from ulysses_jax import config as configs
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.costs.optimizer import muon_bytes
+from ulysses_jax.training.matrix import matrix_of
 from ulysses_jax.training.state import abstract_state, lay, optimizer_of, shard_bytes
 from ulysses_jax.training.step import make_validation_step
 from ulysses_jax.training.update import update
@@ -248,3 +249,12 @@ def test_a_run_takes_these_steps_at_each_stage(name, stage, mesh_name):
     for key, x in plain_run(name).items():
         moved = np.linalg.norm(x - before[key])
         assert np.linalg.norm(got[key] - x) < tolerance * moved + 1e-7, key
+
+
+@pytest.mark.parametrize(
+    "letters, rows", [("DNH", 1), ("NHD", 2), ("DNU", 1), ("NUD", 2), ("DN", 1)]
+)
+def test_heads_and_their_features_are_one_side(letters, rows):
+    """U, too, a value's size in layers of the delta rule."""
+    matrix = matrix_of(letters, (4, 2, 3)[: len(letters)], in_stack=False)
+    assert matrix.num_row_dims == rows
