@@ -13,6 +13,7 @@ from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.data.tokenizer import Tokenizer, check_vocabulary, tokenizer_of
 from ulysses_jax.inference.cache import cache_bytes
+from ulysses_jax.inference.context import ContextMemory, remembered_bytes
 from ulysses_jax.inference.generation import stream
 from ulysses_jax.inference.opening import (
     add_model_options,
@@ -26,6 +27,8 @@ from ulysses_jax.training.endings import ends_in_words
 from ulysses_jax.training.output import print_every_name
 
 PROGRAM = "python -m ulysses_jax.generate"
+
+_CONTEXT = dataclasses.asdict(ContextMemory())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,17 +52,29 @@ def _run(
         seed=options.seed,
         ends=ends,
         cache_tokens=options.cache_tokens,
+        context=_context(options),
     )
     check_request(request, prompts, model)
     loaded = from_pretrained(options.model, compute_dtype=options.compute_dtype)
     tokens = request.cached(prompts)
     rows = -(-len(prompts) // layout.degree("data", "fsdp"))
-    each = cache_bytes(complete_model(loaded.model), rows, tokens)
+    model, context = complete_model(loaded.model), request.context_of(prompts)
+    each = cache_bytes(model, rows, tokens)
+    if context:
+        each += remembered_bytes(model, context, rows, tokens)
     _say(
         f"{sum(map(len, prompts)):,} tokens of {len(prompts)} prompts; a cache of "
         f"{tokens:,} tokens a row, {each / 2**20:,.2f} MiB a device"
+        + (f"; a token reads {context.read_tokens:,} of them" if context else "")
     )
     _show(stream(loaded, prompts, request), prompts, tokenizer)
+
+
+def _context(options: argparse.Namespace) -> ContextMemory | None:
+    """None: no option of it was given."""
+    given = {name: getattr(options, f"context.{name}") for name in _CONTEXT}
+    given = {name: number for name, number in given.items() if number is not None}
+    return ContextMemory(**given) if given else None
 
 
 def _asked(
@@ -179,6 +194,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="that a row's cache holds; default: as many as are needed",
     )
+    for name, default in _CONTEXT.items():
+        add(
+            f"--context.{name.replace('_', '-')}",
+            type=int,
+            metavar="N",
+            dest=f"context.{name}",
+            help=f"any of these: a token reads a part of the cache; default: {default}",
+        )
     return parser
 
 

@@ -21,6 +21,7 @@ from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.inference import generate
 from ulysses_jax.inference.cache import cache_bytes
+from ulysses_jax.inference.context import ContextMemory, remembered_bytes
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.generation import stream, turned
 from ulysses_jax.inference.request import Request
@@ -102,6 +103,7 @@ SIZES = Model(
 ADAPTED = dataclasses.replace(SIZES, lora=Lora(rank=2, targets=("all",)))
 PROMPTS = [[5, 3, 8, 1, 9, 2, 7], [4] * 3 + list(range(20)), [31]]
 NEW = 8
+CONTEXT = ContextMemory(8, 16, 8, 2, 2)
 
 
 def made(model=ADAPTED):
@@ -173,17 +175,19 @@ def test_a_row_ends(alone):
     assert soon == [alone[False, place][:1] for place in range(3)]
 
 
-def traced(model, num_tokens, cache_tokens, rows=2):
+def traced(model, num_tokens, cache_tokens, rows=2, context=None):
     """Both programs, of a model on the mesh that is set."""
     module, values = unbind(model)
     lengths = np.full(rows, num_tokens, np.int32)
     tokens = np.zeros((rows, num_tokens), np.int32)
     positions = np.broadcast_to(np.arange(num_tokens), tokens.shape)
     angles = turned(model.model, positions, lengths)
-    prompt = read_prompt.trace(module, cache_tokens, values, tokens, lengths, angles)
+    prompt = read_prompt.trace(
+        module, cache_tokens, context, values, tokens, lengths, angles
+    )
     cache = prompt.out_info[1]
     angles = turned(model.model, positions[:, :1], lengths)
-    token = read_token.trace(module, values, cache, lengths, lengths, angles)
+    token = read_token.trace(module, context, values, cache, lengths, lengths, angles)
     return prompt, token
 
 
@@ -216,18 +220,22 @@ def test_the_cache_is_spread_by_heads_and_logits_are_of_one_token():
 @pytest.mark.parametrize(
     "degrees", slow_but_for([MESHES[2]], [*MESHES[1:], dict(seq=8)])
 )
-def test_what_a_token_sends(degrees):
+@pytest.mark.parametrize("context", [None, CONTEXT], ids=["all", "context"])
+def test_what_a_token_sends(degrees, context):
     """As the formula says, from the compiled program: no weight among it; and the cache
     is written in place."""
     with mesh_of(degrees):
-        _, token = traced(made(SIZES), 64, 128, rows=4)
+        _, token = traced(made(SIZES), 64, 128, rows=4, context=context)
         axes = layout.axes()
         program = token.lower().compile()
         module = parse(program.as_text())
         sent = find_collectives(module, axes, 8)
         rows = 4 // layout.degree("data", "fsdp")
         model = complete_model(SIZES)
-        want, cache = token_bytes(model, rows), cache_bytes(model, 4, 128)
+        want = token_bytes(model, rows, 128 // 8 if context else 0)
+        cache = cache_bytes(model, 4, 128)
+        if context:
+            cache += remembered_bytes(model, context, 4, 128)
     assert {each.kind for each in sent} == {"all-gather", "all-reduce"}
     assert sum(each.count * each.sent_bytes for each in sent) == sum(want.values())
     assert program.memory_analysis().alias_size_in_bytes == cache

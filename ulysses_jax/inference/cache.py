@@ -34,7 +34,7 @@ def cache_bytes(model: Model, num_rows: int, cache_tokens: int) -> int:
       num_rows: B, global.
     """
     assert model.head_size
-    slots = _heads(model).num_kv_slots // layout.degree("seq")
+    slots = heads_over_seq(model).num_kv_slots // layout.degree("seq")
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     tokens = sum(layer_tokens(cache_tokens, window) for window in model.windows())
     rows = num_rows // layout.degree("data", "fsdp")
@@ -57,10 +57,10 @@ def kept_from_prompt(
 
     Cost: an all-to-all of k and of v over seq.
     """
-    heads = _heads(model)
+    heads = heads_over_seq(model)
 
     def local(k: Array, v: Array, lengths: Array) -> KeysValues:
-        positions = _positions(lengths, num_places)
+        positions = positions_at(lengths, num_places)
         wanted = jnp.maximum(positions, 0)[:, :, None, None]
 
         def kept(x: Array) -> Array:
@@ -72,8 +72,8 @@ def kept_from_prompt(
 
         return kept(k), kept(v)
 
-    lies, rows = _specs(ACTIVATION)
-    place = _place_spec()
+    lies, rows = specs(ACTIVATION)
+    place = place_spec()
     return layout.over_devices(local, (lies, lies, rows), (place, place))(k, v, lengths)
 
 
@@ -99,36 +99,33 @@ def attend_to_cache(
 
     Cost: an all-gather of the result over seq.
     """
-    heads, seq = _heads(model), layout.degree("seq")
-
-    def mine(x: Array) -> Array:
-        """Of the slots of all of seq, this device's."""
-        if seq == 1:
-            return x
-        parts = x.reshape(*x.shape[:2], seq, -1, x.shape[-1])
-        index = layout.axis_index("seq")
-        return lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
+    heads, seq = heads_over_seq(model), layout.degree("seq")
 
     def local(q: Array, k: Array, v: Array, cached: Any, lengths: Array, sinks: Any):
-        own = mine(heads.spread_kv(k)), mine(heads.spread_kv(v))
-        positions = _positions(lengths, cached[0].shape[1])
+        own = my_slots(heads.spread_kv(k)), my_slots(heads.spread_kv(v))
+        positions = positions_at(lengths, cached[0].shape[1])
         seen = positions >= 0
         if window is not None:
             seen &= positions > lengths[:, None] - window
         if sinks is not None:
-            sinks = mine(heads.spread_q(sinks[None, None, :, None])).reshape(-1)
+            sinks = my_slots(heads.spread_q(sinks[None, None, :, None])).reshape(-1)
         out = one_query_attention(
-            mine(heads.spread_q(q)), cached, own, seen=seen, scale=scale, sinks=sinks
+            my_slots(heads.spread_q(q)),
+            cached,
+            own,
+            seen=seen,
+            scale=scale,
+            sinks=sinks,
         )
         if seq > 1:
             out = layout.all_gather(out, ("seq",), 2)
         return heads.gather_q(out), own
 
-    lies, rows = _specs(ONE_TOKEN)
+    lies, rows = specs(ONE_TOKEN)
     sinks_lie = None if sinks is None else activation("N", layout.axes())
-    place = _place_spec()
-    specs = (lies, lies, lies, (place, place), rows, sinks_lie)
-    return layout.over_devices(local, specs, (lies, (place, place)))(
+    place = place_spec()
+    given = (lies, lies, lies, (place, place), rows, sinks_lie)
+    return layout.over_devices(local, given, (lies, (place, place)))(
         q, *own, cached, lengths, sinks
     )
 
@@ -153,19 +150,29 @@ def written(
 
         return put(cached[0], own[0]), put(cached[1], own[1])
 
-    _, rows = _specs(ONE_TOKEN)
-    place = P(*((None,) if stacked else ()), *_place_spec())
+    _, rows = specs(ONE_TOKEN)
+    place = P(*((None,) if stacked else ()), *place_spec())
     pair = (place, place)
     return layout.over_devices(local, (pair, pair, rows), pair)(cached, own, lengths)
 
 
-def _positions(lengths: Int[Array, "B"], num_places: int) -> Int[Array, "B S"]:
+def my_slots(x: Float[Array, "B 1 slots H"]) -> Float[Array, "B 1 some H"]:
+    """Of the slots of all of seq, this device's."""
+    seq = layout.degree("seq")
+    if seq == 1:
+        return x
+    parts = x.reshape(*x.shape[:2], seq, -1, x.shape[-1])
+    index = layout.axis_index("seq")
+    return lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
+
+
+def positions_at(lengths: Int[Array, "B"], num_places: int) -> Int[Array, "B S"]:
     """Which position lies at each place, of rows of these lengths; none: below 0."""
     last = lengths[:, None] - 1
     return last - (last - jnp.arange(num_places)) % num_places
 
 
-def _heads(model: Model) -> HeadLayout:
+def heads_over_seq(model: Model) -> HeadLayout:
     """Of a device's part of tensor, over seq."""
     assert model.num_kv_heads
     tensor = layout.degree("tensor")
@@ -173,12 +180,12 @@ def _heads(model: Model) -> HeadLayout:
     return head_layout(heads, kv_heads, layout.degree("seq"))
 
 
-def _specs(table: Table) -> tuple[P, P]:
+def specs(table: Table) -> tuple[P, P]:
     """Of queries, keys and values, and of a number a row."""
     axes = layout.axes()
     return activation("BTNH", axes, table), activation("B", axes)
 
 
-def _place_spec() -> P:
+def place_spec() -> P:
     rows = activation("B", layout.axes())[0]
     return P(rows, None, layout.present(("tensor", "seq")) or None, None)

@@ -22,6 +22,14 @@ from ulysses_jax.inference.cache import (
     layer_tokens,
     written,
 )
+from ulysses_jax.inference.context import (
+    ContextMemory,
+    Remembered,
+    Step,
+    attend_to_remembered,
+    remembered_from_prompt,
+    written_remembered,
+)
 from ulysses_jax.models.attention import Angles, Attend
 from ulysses_jax.models.residual import to_residual
 from ulysses_jax.models.stack import thread_stacks
@@ -30,14 +38,15 @@ from ulysses_jax.weights.in_place import IN_PLACE, embed_in_place, project_in_pl
 from ulysses_jax.weights.rows import embed
 from ulysses_jax.weights.whole import Unbound, Values
 
-Cache = list[KeysValues]
+Cache = list[KeysValues | Remembered]
 """Of each stack, with a leading dim of its layers, then of each layer after them."""
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def read_prompt(
     module: Unbound,
     cache_tokens: int,
+    context: ContextMemory | None,
     values: Values,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -48,6 +57,7 @@ def read_prompt(
     Args:
       module, values: of a `Transformer`, apart.
       cache_tokens: that the cache has places for.
+      context: what a token will read of it; None: all.
       tokens: global; each row's prompt, then anything: no token of it is seen.
       lengths: of the prompts.
       angles: by kind of layer, lying as the tokens.
@@ -68,6 +78,7 @@ def read_prompt(
             model.model,
             lengths,
             layer_tokens(cache_tokens, attention.window),
+            None if attention.window else context,
         )
         return bound(x, places, angles=angles[attention.kind]), keep.kept[0]
 
@@ -76,9 +87,10 @@ def read_prompt(
     return _logits(model, _tokens_at(x, lengths - 1)), cache
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def read_token(
     module: Unbound,
+    context: ContextMemory | None,
     values: Values,
     cache: Cache,
     tokens: Int[Array, "B"],
@@ -105,14 +117,16 @@ def read_token(
         for part in (attention, bound.feed_forward):
             if hasattr(part, "products"):  # else it is a user's own
                 part.products = IN_PLACE
-        attention.attend = read = _Read(attention.attend, model.model, lengths, cached)
+        attention.attend = read = _Read(
+            attention.attend, model.model, lengths, cached, context
+        )
         return bound(x, places, angles=angles[attention.kind]), read.kept[0]
 
     x = model.embedded(ids, places, embed_in_place)
     x, own = thread_stacks(model.layers, model.rest, x, run, cache)
     num_stacks = len(model.layers)
     cache = [
-        written(cached, its, lengths, stacked=place < num_stacks)
+        _written(context, cached, its, lengths, stacked=place < num_stacks)
         for place, (cached, its) in enumerate(zip(cache, own, strict=True))
     ]
     return _logits(model, x), cache
@@ -126,37 +140,50 @@ class _Keep:
     model: Model
     lengths: Array
     num_places: int
-    kept: list[KeysValues] = field(default_factory=list)
+    context: ContextMemory | None
+    kept: list[KeysValues | Remembered] = field(default_factory=list)
 
     def __call__(self, q: Array, k: Array, v: Array, mask: Mask, sinks: Any) -> Array:
-        kept = kept_from_prompt(self.model, k, v, self.lengths, self.num_places)
-        self.kept.append(kept)
+        of = self.lengths, self.num_places
+        self.kept.append(
+            kept_from_prompt(self.model, k, v, *of)
+            if self.context is None
+            else remembered_from_prompt(self.model, self.context, q, k, v, *of)
+        )
         return self.attend(q, k, v, mask, sinks)
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Attends to the cache, and keeps this token's keys and values."""
+    """Attends to the cache, and keeps what this token leaves."""
 
     attend: Attend
     model: Model
     lengths: Array
-    cached: KeysValues
-    kept: list[KeysValues] = field(default_factory=list)
+    cached: KeysValues | Remembered
+    context: ContextMemory | None
+    kept: list[KeysValues | Step] = field(default_factory=list)
 
     def __call__(self, q: Array, k: Array, v: Array, mask: Mask, sinks: Any) -> Array:
-        out, own = attend_to_cache(
-            self.model,
-            q,
-            (k, v),
-            self.cached,
-            self.lengths,
-            window=mask.window,
-            scale=self.attend.scale,
-            sinks=sinks,
-        )
+        of: Any = q, (k, v), self.cached, self.lengths
+        options: Any = dict(scale=self.attend.scale, sinks=sinks)
+        if isinstance(self.cached, Remembered):
+            assert self.context
+            out, own = attend_to_remembered(self.model, self.context, *of, **options)
+        else:
+            options["window"] = mask.window
+            out, own = attend_to_cache(self.model, *of, **options)
         self.kept.append(own)
         return out
+
+
+def _written(
+    context: ContextMemory | None, cached: Any, own: Any, *args: Any, stacked: bool
+) -> Any:
+    if isinstance(cached, Remembered):
+        assert context
+        return written_remembered(context, cached, own, *args, stacked=stacked)
+    return written(cached, own, *args, stacked=stacked)
 
 
 def _logits(model: Any, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:

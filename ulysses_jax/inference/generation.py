@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ulysses_jax import layout
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
+from ulysses_jax.inference.context import ContextMemory
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.request import Request, check_request, rounded
 from ulysses_jax.inference.sampling import next_tokens
@@ -36,6 +37,7 @@ def generate(
     seed: int = 0,
     ends: Sequence[int] = (),
     cache_tokens: int | None = None,
+    context: ContextMemory | None = None,
 ) -> list[list[int]]:
     """The tokens with which a model goes on from prompts.
 
@@ -44,6 +46,7 @@ def generate(
         its layers full or window.
       tokens: ids of each prompt, of any lengths: a row's result does not depend on
         the other rows.
+      context: a token reads a part of the cache: `context.ContextMemory`.
       others: as `request.Request` says.
 
     Returns:
@@ -57,7 +60,9 @@ def generate(
     device with its heads' cache (`cache.cache_bytes`) and weights as they lie, beside
     which there is a copy in the compute dtype.
     """
-    request = Request(max_tokens, temperature, top_p, seed, tuple(ends), cache_tokens)
+    request = Request(
+        max_tokens, temperature, top_p, seed, tuple(ends), cache_tokens, context
+    )
     made: list[list[int]] = [[] for _ in tokens]
     for new in stream(model, tokens, request):
         for row, token in zip(made, new, strict=True):
@@ -103,6 +108,7 @@ class _Continuation:
         self.model = complete_model(model.model)
         self.module, self.request = module, request
         self.cache_tokens = request.cached(rows)
+        self.context = request.context_of(rows)
         self.num_rows = len(rows)
         # Rows that the mesh divides; those put in have ended from the first.
         added = -len(rows) % layout.degree("data", "fsdp")
@@ -155,6 +161,7 @@ class _Continuation:
         return read_prompt(
             self.module,
             self.cache_tokens,
+            self.context,
             self.values,
             _put(tokens, spec),
             lengths,
@@ -164,7 +171,9 @@ class _Continuation:
     def _read(self, new: np.ndarray, cache: Any) -> Any:
         lengths = self._lengths()
         angles = turned(self.model, lengths[:, None] - 1, lengths)
-        return read_token(self.module, self.values, cache, new, lengths - 1, angles)
+        return read_token(
+            self.module, self.context, self.values, cache, new, lengths - 1, angles
+        )
 
     def _lengths(self) -> np.ndarray:
         return np.asarray([len(row) for row in self.rows], np.int32)

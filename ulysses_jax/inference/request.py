@@ -1,5 +1,6 @@
 """What is asked for: refused in words where it cannot be done, before anything runs."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from ulysses_jax import layout
 from ulysses_jax.config import Model
 from ulysses_jax.ids import check_below
+from ulysses_jax.inference.context import ContextMemory
 
 # Cache and prompts are padded to multiples: requests of about a length share programs.
 ROUND_TOKENS = 64
@@ -29,6 +31,7 @@ class Request:
       seed: of what is drawn, with a row's number.
       ends: ids after which a row is not gone on with.
       cache_tokens: that the cache of a row holds; None: as many as are needed, rounded.
+      context: what a token reads of it; None, or where all fits: all.
     """
 
     max_tokens: int = 128
@@ -37,10 +40,17 @@ class Request:
     seed: int = 0
     ends: tuple[int, ...] = ()
     cache_tokens: int | None = None
+    context: ContextMemory | None = None
 
     def cached(self, prompts: Sequence[Sequence[int]]) -> int:
         """Tokens that the cache holds."""
         return self.cache_tokens or rounded(_places(self, prompts))
+
+    def context_of(self, prompts: Sequence[Sequence[int]]) -> ContextMemory | None:
+        """None where a token may read all of the cache."""
+        if self.context and self.context.read_tokens < self.cached(prompts):
+            return self.context
+        return None
 
 
 def rounded(num_tokens: int) -> int:
@@ -58,6 +68,8 @@ def check_request(
       model: completed; on the mesh that is set.
     """
     _check_numbers(request)
+    if request.context:
+        _check_context(request.context, request.cache_tokens)
     _check_model(model)
     if not prompts:
         raise ValueError("there is no prompt: give one")
@@ -123,6 +135,45 @@ def _check_numbers(request: Request) -> None:
             f"top-p {request.top_p} is no part of a probability: use a number above 0, "
             "up to 1 for all tokens"
         )
+
+
+def _check_context(context: ContextMemory, cache_tokens: int | None) -> None:
+    for name, number in dataclasses.asdict(context).items():
+        least = 0 if name in ("initial_tokens", "num_blocks") else 1
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ValueError(f"{_of(name)} is a whole number, not {number!r}")
+        if not least <= number < 2**31:
+            raise ValueError(
+                f"{_of(name)} {number} is not from {least} to {2**31 - 1}: use {least} "
+                "or more"
+            )
+    size, initial = context.block_tokens, context.initial_tokens
+    if initial % size:
+        raise ValueError(
+            f"{_of('initial_tokens')} {initial} is no number of whole blocks of "
+            f"{_of('block_tokens')} {size}: use {initial // size * size} or "
+            f"{-(-initial // size) * size}"
+        )
+    if context.representatives > size:
+        raise ValueError(
+            f"{_of('representatives')} {context.representatives} is more than a block "
+            f"has, {_of('block_tokens')} {size}: use {size} or fewer"
+        )
+    if cache_tokens is None or context.read_tokens <= cache_tokens:
+        return
+    left = (cache_tokens - initial - context.window_tokens) // size - 1
+    fewer = f"{_of('num_blocks')} {left}, " if left >= 0 else ""
+    raise ValueError(
+        f"a token reads up to {context.read_tokens} tokens ({initial} initial, a "
+        f"window of {context.window_tokens}, {context.num_blocks} blocks of {size}, "
+        "and one that leaves the window), and the cache holds, by cache-tokens, "
+        f"{cache_tokens}: use {fewer}cache-tokens {context.read_tokens}, or no context "
+        "memory: then all is read"
+    )
+
+
+def _of(name: str) -> str:
+    return f"context.{_said(name)}"
 
 
 def _said(name: str) -> str:

@@ -8,12 +8,13 @@ from ulysses_jax.parallel.exchange import head_layout
 from ulysses_jax.sharding import zero_axes
 
 
-def token_bytes(model: Model, rows: int) -> dict[str, float]:
+def token_bytes(model: Model, rows: int, context_blocks: int = 0) -> dict[str, float]:
     """Bytes that a device of the mesh that is set receives a step of `read_token`.
 
     Args:
       model: completed, without adapters.
       rows: of the device, B / (data fsdp).
+      context_blocks: of the cache, where a context memory chooses among them.
 
     Returns:
       By what is received. With Z the devices over which D is cut, t = tensor, s = seq,
@@ -21,7 +22,8 @@ def token_bytes(model: Model, rows: int) -> dict[str, float]:
       float32, are `8 R (Z-1)/Z (g N H + 2 K H + c F) / t` a layer, of g and c = 1 or,
       gated, 2 products, and `16 R D/Z (t-1)/t`; and `8 R (Z-1)/Z V/t` for the logits.
       Gathers are `rows (s-1)/s slots H e` a layer after attention, over seq, and `2 R D
-      (Z-1)/Z e`. Where fsdp cuts D, rows are gathered before each product.
+      (Z-1)/Z e`. Where fsdp cuts D, rows are gathered before each product. Scores
+      of blocks are `8 rows blocks (st-1)/(st)` a layer of kind full.
     """
     assert model.num_kv_heads and model.head_size and model.feed_forward_width
     cut = zero_axes(model.width, layout.axes())
@@ -56,10 +58,13 @@ def token_bytes(model: Model, rows: int) -> dict[str, float]:
     row = 2 * others(tensor) / parts + others(parts)
     embedded = all_rows * (model.width * row * item + others(shared) * 4)
     logits = sum(into(model.vocab_size))
+    full = sum(window is None for window in model.windows())
+    scores = 8 * others(tensor * seq) * rows * context_blocks
     return {
         "sums": model.num_layers * sums,
         "activations": model.num_layers * gathers,
         "attended heads": model.num_layers * attended,
+        "block scores": full * scores,
         "embedding": tables * embedded,
         "logits": logits,
     }
