@@ -199,7 +199,7 @@ class Own(nnx.Module):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--run", "missing", "--to", "out"], "missing is no run's folder"),
+        (["--run", "missing", "--to", "out"], "missing is not there"),
         (["--to", "out"], "required: --run"),
     ],
 )
