@@ -142,15 +142,19 @@ def complete_model(model: Model) -> Model:
         attention_biases=model.attention_biases or biases,
         num_kv_heads=kv_heads,
         head_size=size,
-        delta_heads=model.delta_heads or model.num_heads,
-        delta_key_heads=model.delta_key_heads or kv_heads,
-        delta_key_size=model.delta_key_size or size,
-        delta_value_size=model.delta_value_size or size,
         feed_forward_width=model.feed_forward_width or 4 * model.width,
         max_positions=model.max_positions if learned else None,
         pattern=_default_pattern(model) if model.pattern is None else model.pattern,
     )
     _check_pattern(model)
+    if "delta" in model.kinds():
+        model = dataclasses.replace(
+            model,
+            delta_heads=model.delta_heads or model.num_heads,
+            delta_key_heads=model.delta_key_heads or kv_heads,
+            delta_key_size=model.delta_key_size or size,
+            delta_value_size=model.delta_value_size or size,
+        )
     _check_divides(model, "num_kv_heads", "num_heads")
     if not learned:
         check_rope(model.rope, size)

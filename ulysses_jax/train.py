@@ -41,7 +41,10 @@ def _fewer_arenas() -> None:
     ever needed of it. It counts for arenas that are made after it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+    of_the_user = "MALLOC_ARENA_MAX" in os.environ or (
+        "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    )
+    if mallopt is not None and not of_the_user:
         mallopt(_M_ARENA_MAX, os.cpu_count() or 1)
 
 

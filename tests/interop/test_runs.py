@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 from word_tokenizer import write_tokenizer
 
 from ulysses_jax import export, make_mesh, placement
-from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Config, Data, Mesh, Model, Rope, Run, Training
 from ulysses_jax.config_file import load
 from ulysses_jax.families.config_json import model_of
@@ -76,7 +75,7 @@ def test_the_folder_says_what_a_file_does_not(file, folder):
     config = load(file)
     assert config.model.from_ == str(folder)
     own = dict(compute_dtype="float32", from_=str(folder), feed_forward_width=64)
-    assert complete_model(dataclasses.replace(MODEL, **own)) == config.model
+    assert dataclasses.replace(MODEL, **own) == config.model
     longer = load(file, ["--model.rope.base", "5e6", "--model.window=7"])
     assert longer.model.rope == Rope(base=5e6) and longer.model.window == 7
     assert longer.model.attention_biases == "inputs"
