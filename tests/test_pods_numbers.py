@@ -11,6 +11,8 @@ from ulysses_jax.training.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 
+EVENTS = {"skipped", "spike", "rolled_back", "rows"}
+
 # A letter whose embedding is infinite, as the run begins; and a short memory.
 BROKEN = """
 import dataclasses, numpy as np
@@ -63,7 +65,7 @@ def test_skipped_and_gone_back_from(tmp_path):
         found[num] = [
             [event.get(name) for name in ("event", "step", "to_step", "rows")]
             for event in map(json.loads, lines)
-            if event["event"] in ("skipped", "spike", "rolled_back")
+            if event["event"] in EVENTS
         ]
         saves = {
             kind: [e["step"] for e in map(json.loads, lines) if e["event"] == kind]
@@ -73,5 +75,5 @@ def test_skipped_and_gone_back_from(tmp_path):
         assert saves["saved"][-1] == 60
         rows = read_rows(folder / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, 61))
-    assert {event[0] for event in found[2]} == {"skipped", "spike", "rolled_back"}
+    assert {event[0] for event in found[2]} == EVENTS
     assert found[2] == found[1]

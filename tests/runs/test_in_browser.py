@@ -58,7 +58,7 @@ def pages(tmp_path_factory):
         event(0.0, 0, "started", num_devices=8, device_kind="cpu"),
         event(160.0, 150, "started", num_devices=8, lost_steps=3, lost_seconds=3.0),
         event(260.0, 250, "spike", why="loss 9 is far above 4"),
-        event(261.0, 250, "rolled_back", to_step=150, rows=[1]),
+        event(261.0, 250, "rolled_back", to_step=150, num_rows=1),
         event(310.0, 300, "done"),
     ]
     short = write_run(folder / "short", rows, events)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from run_folders import event, lines, row, write_run
 
+from ulysses_jax.runs.goodput import Goodput, goodput
 from ulysses_jax.runs.read import read_runs
+from ulysses_jax.training.journal import Journal
 
 
 def test_broken_lines_are_passed_over(tmp_path):
@@ -23,6 +25,25 @@ def test_broken_lines_are_passed_over(tmp_path):
     assert found.num_rows() == 2
     np.testing.assert_array_equal(found.columns["gradient_norm"], [np.nan, 0.5])
     assert found.events == kept
+
+
+def test_the_way_back_from_a_spike_is_read_however_many_rows_it_is_of(tmp_path):
+    rows = [row(n, unix_seconds=float(n)) for n in (1, 2, 3)]
+    run = write_run(tmp_path / "run", rows)
+    passed_over = list(range(10**9, 10**9 + 20_000))
+    journal = Journal(run)
+    journal.add("started", 0, at=0.0)
+    journal.add("rolled_back", 3, at=3.0, to_step=1, of_rows=passed_over)
+    journal.close()
+    (found,) = read_runs([run])
+    _, back, *of = found.events
+    assert (back["to_step"], back["num_rows"]) == (1, 20_000)
+    assert {(each["event"], each["of"], each["step"]) for each in of} == {
+        ("rows", "rolled_back", 3)
+    }
+    assert [n for each in of for n in each["rows"]] == passed_over
+    parts = goodput(found.columns, found.events[:2])
+    assert parts == Goodput(useful=1.0, lost=2.0)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 100])

@@ -211,6 +211,7 @@ def test_a_save_is_whole_before_an_error_ends_the_run(config, bad_step, monkeypa
         "compiled",
         "saved",
         "not_finite",
+        "rows",
         "committed",
         "failed",
     ]
@@ -260,7 +261,10 @@ def test_the_step_that_ends_a_run_leaves_its_numbers(config, bad_step):
     (bad,) = [each for each in found if each["event"] == "not_finite"]
     assert (bad["step"], bad["loss"]) == (3, "nan")
     assert {"gradient_norm", "learning_rate", "counted_tokens"} < set(bad)
-    assert len(bad["rows"]) == 2 and all(type(n) is int for n in bad["rows"])
+    assert bad["num_rows"] == 2
+    (of,) = [each for each in found if each["event"] == "rows"]
+    assert (of["step"], of["of"]) == (3, "not_finite")
+    assert len(of["rows"]) == 2 and all(type(n) is int for n in of["rows"])
     assert found[-1]["event"] == "failed" and found[-1]["why"].startswith("loss is nan")
 
 

@@ -133,9 +133,12 @@ def test_the_step_is_passed_over_and_its_rows_are_told(infinite, tmp_path, capsy
     ]
     events = told(folder, "skipped", "failed")
     assert [event["step"] for event in events] == skipped
-    for event in events:
-        assert event["event"] == "skipped" and "loss is nan" in event["why"]
-        assert sum(has[row] for row in event["rows"]) == 1
+    of = told(folder, "rows")
+    for event, its in zip(events, of, strict=True):
+        assert event["event"] == its["of"] == "skipped"
+        assert "loss is nan" in event["why"] and event["step"] == its["step"]
+        assert event["num_rows"] == len(its["rows"]) == 2
+        assert sum(has[row] for row in its["rows"]) == 1
     what = "gradient_norm is nan and loss is nan"
     said = f"step {skipped[0]} is skipped: {what}; its rows"
     assert said in capsys.readouterr().out

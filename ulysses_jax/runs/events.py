@@ -27,7 +27,7 @@ def kind_of_mark(event: Event) -> str | None:
 
 
 def _is_listed(event: Event) -> bool:
-    return event["event"] not in ("saved", "committed")  # of which a run has many
+    return event["event"] not in ("saved", "committed", "rows")  # of which are many
 
 
 def shown_events(run: Run) -> list[Event]:

@@ -3,8 +3,11 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+_MOST_ROWS = 4096  # in a line, which readers take up to 64 KiB
 
 
 class Journal:
@@ -21,13 +24,23 @@ class Journal:
         self._file = open(folder / "events.jsonl", "ab")
 
     def add(
-        self, event: str, step: int, *, at: float | None = None, **fields: Any
+        self,
+        event: str,
+        step: int,
+        *,
+        at: float | None = None,
+        of_rows: Sequence[int] | None = None,
+        **fields: Any,
     ) -> None:
         """Args:
         at: when it happened, `time.time()`; None: now.
+        of_rows: the numbers of the data's rows that it is of; the event has how many,
+          and the numbers follow in events `rows`, as many as it takes.
         fields: values that JSON can hold; a number that is not finite is a word in it.
         """
         when = time.time() if at is None else at
+        if of_rows is not None:
+            fields |= {"num_rows": len(of_rows)}
         said = {
             name: str(value)
             if isinstance(value, float) and not math.isfinite(value)
@@ -38,6 +51,9 @@ class Journal:
         start = b"\n" if self._is_half() else b""
         self._file.write(start + json.dumps(line).encode() + b"\n")
         self._file.flush()
+        for start in range(0, len(of_rows or ()), _MOST_ROWS):
+            part = (of_rows or ())[start : start + _MOST_ROWS]
+            self.add("rows", step, of=event, rows=part)
 
     def close(self) -> None:
         self._file.close()

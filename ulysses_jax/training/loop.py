@@ -216,11 +216,11 @@ class Loop:
 
     def _not_finite(self, number: int, row: Mapping[str, Any]) -> None:
         rows = self._rows(number - 1, number)
-        self._log.happened("not_finite", number, **row, rows=rows)
+        self._log.happened("not_finite", number, **row, of_rows=rows)
 
     def _skipped(self, number: int, why: str) -> None:
         rows = self._rows(number - 1, number)
-        self._log.happened("skipped", number, why=why, rows=rows)
+        self._log.happened("skipped", number, why=why, of_rows=rows)
         self._log.say(f"step {number} is skipped: {why}; its rows: {_few(rows)}")
 
     def _rows(self, after: int, last: int) -> list[int]:
@@ -252,7 +252,7 @@ class Loop:
         self.number = number
         self._read_from(number)
         rows = self._rows(step, number)
-        self._log.happened("rolled_back", number, to_step=step, rows=rows)
+        self._log.happened("rolled_back", number, to_step=step, of_rows=rows)
         self._log.say(
             f"{what}: back to the state of step {step}, and on after step {number}; "
             f"rows passed over: {_few(rows)}"
