@@ -104,7 +104,7 @@ def test_steps_that_are_gone_back_from_are_lost_and_so_is_the_way():
         event(0.0, 0, "started"),
         event(2.0, 2, "saved", seconds=0.0),
         event(4.1, 4, "spike", why="loss 9 is far above"),
-        event(7.0, 4, "rolled_back", to_step=2, rows=[7, 8]),
+        event(7.0, 4, "rolled_back", to_step=2, num_rows=2),
     ]
     assert reckon(rows, events) == Goodput(useful=3.0, lost=5.0)
 
@@ -172,6 +172,44 @@ def test_a_killed_process_loses_all_the_time_of_its_rows():
     )
 
 
+@pytest.mark.parametrize("end", ["saved", "stopped"])
+def test_a_validation_that_a_start_makes_up_is_before_its_first_row(end):
+    """50 s of it after 4 s, then a step that is saved in 1 s; killed, or 2 s later
+    stopped; down for the rest to 100 s."""
+    rows = [
+        whole(4, 55.0, validation=50.0, checkpoint=1.0),
+        whole(5, 102.0),
+    ]
+    events = [
+        event(0.0, 3, "started", lost_steps=0, lost_seconds=0.0),
+        event(56.0, 4, "saved", seconds=1.0),
+        *([event(58.0, 4, "stopped")] if end == "stopped" else []),
+        event(100.0, 4, "started", lost_steps=0, lost_seconds=0.0),
+    ]
+    other = 2.0 if end == "stopped" else 0.0
+    assert reckon(rows, events) == Goodput(
+        useful=2.0,
+        validation=50.0,
+        checkpoint=1.0,
+        start=4.0 + 1.0,
+        other=other,
+        down=44.0 - other,
+    )
+
+
+@pytest.mark.parametrize("ends", [[], [event(15.0, 1, "stopped")]])
+def test_a_validation_after_a_first_row_is_after_it(ends):
+    """Of 8 s; or it is stopped within, and the row has no loss of it."""
+    loss = {} if ends else {"validation_loss": 2.0}
+    rows = [whole(1, 5.0, validation=8.0) | loss, whole(2, 102.0)]
+    again = event(100.0, 1, "started", lost_steps=0, lost_seconds=0.0)
+    found = reckon(rows, [event(0.0, 0, "started"), *ends, again])
+    other = 2.0 if ends else 0.0
+    assert found == Goodput(
+        useful=2.0, validation=8.0, start=4.0 + 1.0, other=other, down=87.0 - other
+    )
+
+
 def test_rows_that_are_gone_back_from_are_lost_as_a_whole():
     """With the way back; what comes after a step that was skipped is not."""
     rows = [
@@ -182,7 +220,7 @@ def test_rows_that_are_gone_back_from_are_lost_as_a_whole():
     ]
     events = [
         event(0.0, 0, "started"),
-        event(9.9, 3, "rolled_back", to_step=1, rows=[7]),
+        event(9.9, 3, "rolled_back", to_step=1, num_rows=1),
         event(14.0, 4, "done"),
     ]
     assert reckon(rows, events) == Goodput(

@@ -127,9 +127,7 @@ def _end(rows: Columns, session: Sequence[Event], resumed: Event | None) -> floa
     signs = [event["unix_seconds"] for event in session]
     last = [float(at) for at in rows["unix_seconds"][-1:]]
     if last and _is_whole(rows):
-        last = [
-            last[0] + rows["checkpoint_seconds"][-1] + rows["validation_seconds"][-1]
-        ]
+        last = [last[0] + _after_it(rows, session)]
     if resumed is None:
         return max(signs + last)
     # Those rows came one after another, after the last that is there and its save.
@@ -144,6 +142,19 @@ def _end(rows: Columns, session: Sequence[Event], resumed: Event | None) -> floa
             if event["step"] <= resumed["step"]
         ]
     return max(*signs, max(first) + resumed.get("lost_seconds", 0.0))
+
+
+def _after_it(rows: Columns, session: Sequence[Event]) -> float:
+    """Seconds of the last row, of a process's, that passed after it was logged: not
+    those of a validation that the start made up before its first row."""
+    saved, validated = rows["checkpoint_seconds"][-1], rows["validation_seconds"][-1]
+    both = float(saved + validated)
+    has_its_own = (
+        len(rows["step"]) > 1
+        or rows["validated"][-1]
+        or session[-1]["unix_seconds"] >= rows["unix_seconds"][-1] + both
+    )
+    return both if has_its_own else float(saved)
 
 
 def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
@@ -162,10 +173,12 @@ def _of_session(
         own = sum(rows[f"{part}_seconds"] for part in PARTS) - checkpoint - validation
         inside = np.minimum(seconds, own)
         between = own - inside
+        after_it = _after_it(rows, events)
     else:
         inside, between, checkpoint, validation = _of_older(rows, events, begin, end)
+        after_it = checkpoint[-1] + validation[-1]
     began = logged - inside
-    undone = _gone_back(events, rows["step"], began)
+    undone = _gone_back(events, rows["step"])
     skipped = ~undone & (rows["skipped"] > 0)
     compiling = np.minimum(_compiling(events, began, logged), inside)
     idle = rows["compute_seconds"] <= _BUSY * seconds
@@ -183,7 +196,7 @@ def _of_session(
         "other": between[~undone],
     }
     sums = {name: float(np.sum(each)) for name, each in parts.items()}
-    after = max(0.0, end - float(logged[-1] + checkpoint[-1] + validation[-1]))
+    after = max(0.0, end - float(logged[-1] + after_it))
     sums["other"] += after
     sums["start"] += end - begin - after - float(np.sum(whole))
     return sums
@@ -218,15 +231,12 @@ def _of_older(
     )
 
 
-def _gone_back(
-    events: Sequence[Event], steps: np.ndarray, began: np.ndarray
-) -> np.ndarray:
+def _gone_back(events: Sequence[Event], steps: np.ndarray) -> np.ndarray:
     """Of each row: whether the run went back to a checkpoint before its step."""
     undone = np.zeros(len(steps), bool)
     for event in _of_kind(events, "rolled_back"):
         after = event.get("to_step", event["step"])
-        taken = (steps > after) & (steps <= event["step"])
-        undone |= taken & (began < event["unix_seconds"])
+        undone |= (steps > after) & (steps <= event["step"])
     return undone
 
 
