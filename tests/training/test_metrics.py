@@ -125,6 +125,16 @@ def test_seconds_after_a_step_are_added_to_its_row(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
 
 
+def test_seconds_are_added_to_no_row_of_an_earlier_start(tmp_path):
+    for first_step in (0, 1):
+        options = dict(quiet=True, first_step=first_step, is_main=True)
+        with RunLog(tmp_path, num_steps=9, **options) as log:
+            before = rows_of(tmp_path)
+            log.add_seconds({"checkpoint_seconds": 1.0})
+            assert rows_of(tmp_path) == before
+            log.log_step(first_step + 1, 0.5, 1.0, 1.0)
+
+
 def test_a_resumed_run_reads_its_rows_once(tmp_path, drawn, monkeypatch, capfd):
     """And not for each picture, nor for its last words."""
     run(tmp_path, range(1, 6))

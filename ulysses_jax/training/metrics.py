@@ -61,7 +61,7 @@ class RunLog:
     ):
         self.folder = folder
         self._wandb = wandb
-        self._num_steps = num_steps
+        self._num_steps, self._first_step = num_steps, first_step
         self._is_main = is_main
         if not is_main:
             return
@@ -149,8 +149,9 @@ class RunLog:
         self._show()
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Adds to the seconds of the last row, which was validated or saved since."""
-        if self._is_main and seconds:
+        """Adds to the seconds of the last row, which was validated or saved since;
+        nothing where this start has logged none."""
+        if self._is_main and seconds and self._row["step"] > self._first_step:
             row = self._row
             self._add({name: row.get(name, 0.0) + x for name, x in seconds.items()})
 
