@@ -310,8 +310,8 @@ class Loop:
     def _stops(self) -> bool:
         """Before a program: saves, where all processes do so here; whether to stop."""
         minutes = (time.monotonic() - self._saves.at) / 60
-        is_main = jax.process_index() == 0
-        if is_main and minutes >= self.config.training.checkpoint_interval_minutes:
+        is_due = minutes >= self.config.training.checkpoint_interval_minutes
+        if jax.process_index() == 0 and is_due and self.number > self._saves.step:
             self._together.ask("save")
         while act := self._together.before_a_program():
             if self.number > self._first_step:

@@ -19,6 +19,7 @@ class Saves:
 
     Attributes:
       at: when the last one began to be written, `time.monotonic()`.
+      step: of the last one; at first `first_step`.
     """
 
     def __init__(
@@ -31,19 +32,19 @@ class Saves:
         num_bytes: int,
     ):
         self._checkpointer, self._log, self._phases = checkpointer, log, phases
-        self._first_step = self._step = first_step
+        self._first_step = self.step = first_step
         self._num_bytes = num_bytes
         self.at = time.monotonic()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> str | None:
         """As `Checkpointer.save`; nothing where the step is saved already, as where a
         run is told to stop right after."""
-        if step == self._step:
+        if step == self.step:
             return None
         started = time.monotonic()
         with self._phases("checkpoint", step):
             said = self._checkpointer.save(step, state, meta)
-        self.at, self._step = time.monotonic(), step
+        self.at, self.step = time.monotonic(), step
         self.look()
         stood_still = self.at - started
         self._log.happened("saved", step, seconds=stood_still, bytes=self._num_bytes)
