@@ -47,6 +47,15 @@ def test_one_is_missing(config_file, tmp_path, ranks):
             assert "Traceback" not in said
 
 
+def test_two_are_process_0(config_file, tmp_path):
+    """On one host: the port of the first is not to be had, and it waits in vain."""
+    with Pod(config_file, tmp_path / "run", [0, 0], of=[2] * 2, arguments=SOON) as pod:
+        codes, _ = pod.ended(0, 1, seconds=120)
+        assert sorted(codes) == [2, LOST], pod.said(0) + pod.said(1)
+        assert "cannot be the coordinator on port" in pod.said(codes.index(2))
+        assert "processes [1] of 2" in pod.said(codes.index(LOST))
+
+
 def test_one_too_many(config_file, tmp_path):
     """It is told so at once; the others are right."""
     with Pod(config_file, tmp_path / "run", [0, 1, 2], of=[2] * 3) as pod:
