@@ -1,5 +1,6 @@
 """Processes that die, hang and are told to stop, for real: what the others do."""
 
+import json
 import re
 import signal
 import socket
@@ -185,16 +186,22 @@ def test_a_save_without_end(config_file, impatient, tmp_path, unbroken):
 
 
 @pytest.mark.parametrize(
-    "rank", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["one", "the first"]
+    "ranks",
+    [[1], *(pytest.param(told, marks=pytest.mark.slow) for told in ([0], [0, 1]))],
+    ids=["one", "the first", "all at once"],
 )
-def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, rank):
-    """By a signal to one of them, which says at once that it heard."""
+def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, ranks):
+    """By a signal to one of them, or to all, as schedulers send it; who is told says at
+    once that it heard."""
     in_a_long_step = "time.sleep(3 * (number == 5))"
     with Pod(config_file, tmp_path / "run", at_step=in_a_long_step) as pod:
-        pod.until(rank, "step 5\n")
-        pod.send(rank, signal.SIGTERM)
-        pod.until(rank, "SIGTERM: step", seconds=2)
-        assert "stopped at" not in pod.said(rank)  # it said so before
+        for rank in ranks:
+            pod.until(rank, "step 5\n")
+        for rank in ranks:
+            pod.send(rank, signal.SIGTERM)
+        for rank in ranks:
+            pod.until(rank, "SIGTERM: step", seconds=2)
+            assert "stopped at" not in pod.said(rank)  # it said so before
         codes, seconds = pod.ended(0, 1, seconds=60)
         assert codes == [130, 130] and seconds < 30, pod.said(0) + pod.said(1)
         (found,) = re.findall(r"stopped at step (\d+); .* it is saved", pod.said(0))
@@ -202,7 +209,11 @@ def test_told_to_stop_all_save_one_step(config_file, tmp_path, unbroken, rank):
         assert pod.losses() == unbroken[: int(found)]
     commit = tmp_path / "run" / "checkpoints" / found / "commit.json"
     assert commit.is_file()
-    if rank == 0:  # once is enough
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    ends = [(e["event"], e["step"]) for e in map(json.loads, lines)]
+    assert ends[-1] == ("stopped", int(found))
+    assert sum(event == "told" for event, _ in ends) == (0 in ranks)
+    if ranks == [0]:  # once is enough
         goes_on(config_file, tmp_path / "run", unbroken, after=int(found))
 
 
