@@ -222,17 +222,23 @@ def test_older_names_of_gpt2(tmp_path):
     np.testing.assert_array_equal(model.embedding.get_value(), tensors["wte.weight"])
 
 
-def test_a_device_reads_its_own_pieces_alone(monkeypatch):
-    """Over 8 devices each element of a matrix is read once, in pieces."""
-    read = []
+@pytest.fixture
+def read(monkeypatch):
+    """Names and sizes of the pieces that are read."""
+    found = []
     whole = Tensors.read
 
     def counted(self, name, where):
         piece = whole(self, name, where)
-        read.append((name, piece.size))
+        found.append((name, piece.size))
         return piece
 
     monkeypatch.setattr(Tensors, "read", counted)
+    return found
+
+
+def test_a_device_reads_its_own_pieces_alone(read):
+    """Over 8 devices each element of a matrix is read once, in pieces."""
     with jax.set_mesh(make_mesh(fsdp=2, seq=2, tensor=2)):
         model = from_pretrained(FIXTURES / "llama")
     name = "model.layers.1.mlp.down_proj.weight"
@@ -333,17 +339,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
         save_pretrained(object(), tmp_path / "out")
 
 
-def test_a_device_reads_its_own_heads_alone(monkeypatch):
+def test_a_device_reads_its_own_heads_alone(read):
     """Of a tensor whose parts come in turn, head by head of keys: each element once."""
-    read = []
-    whole = Tensors.read
-
-    def counted(self, name, where):
-        piece = whole(self, name, where)
-        read.append((name, piece.size))
-        return piece
-
-    monkeypatch.setattr(Tensors, "read", counted)
     with jax.set_mesh(make_mesh(**OVER_TENSOR)):
         from_pretrained(FIXTURES / "qwen3_next")
     for part, rows in (("in_proj_qkvz", 2 * 2 * 4 + 2 * 6 * 6), ("in_proj_ba", 12)):
