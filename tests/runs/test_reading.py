@@ -1,6 +1,9 @@
 """What a run's folder says, whatever state it was left in."""
 
 import os
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -130,6 +133,26 @@ def test_a_run_that_was_killed(tmp_path):
     run = write_run(tmp_path / "run", [row(1)], events, is_at_work=True)
     state, goes_on = an_hour_ago(run)
     assert "without a word" in state and not goes_on
+
+
+def test_a_lock_that_a_process_of_this_host_left(tmp_path):
+    """No ten minutes are waited for, and an end that was said stands."""
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+    )
+    run = write_run(tmp_path / "run", [row(1)], is_at_work=True)
+    for holder, host, goes_on in (
+        (int(ended.stdout), socket.gethostname(), False),
+        (int(ended.stdout), "another", True),
+        (os.getpid(), socket.gethostname(), True),
+        (1, socket.gethostname(), True),
+    ):
+        (run / "lock").write_text(
+            f"process {holder} on {host} since 2026-01-01 00:00:00\n"
+        )
+        assert read_runs([run])[0].goes_on == goes_on
 
 
 def test_steps_of_hours_are_no_silence(tmp_path):

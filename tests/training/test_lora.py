@@ -145,7 +145,9 @@ def test_no_gradient_of_a_frozen_weight_is_computed(memory):
     adapters = lora.model.num_layers * adapter_elements(lora.model)
     weights = formulas[1]["matmul"] / 6 / tokens
     assert formulas[0]["matmul"] == tokens * (4 * weights + 6 * adapters)
-    again = adapters if "mlp_tile_tokens" in memory else 0  # A and B, in a recomputation
+    again = (
+        adapters if "mlp_tile_tokens" in memory else 0
+    )  # A and B, in a recomputation
     saved = done[1] - done[0]
     most = 2 * tokens * weights - 6 * tokens * adapters
     if "sequence_chunk_tokens" in memory:  # and A of the queries, for each chunk

@@ -13,6 +13,7 @@ import numpy as np
 from ulysses_jax.config_file import read_values
 from ulysses_jax.outside import objects_in_lines
 from ulysses_jax.run_folder import check_run_folder, is_run_folder, stages_in
+from ulysses_jax.training.lock import was_left
 from ulysses_jax.training.metrics import rows_in
 
 # As long as a run waits for a step before it takes it to hang (`training.phases`).
@@ -199,6 +200,7 @@ def _state(
         ended = events[-1]["event"]
     try:
         began = (folder / "lock").stat().st_mtime
+        left = was_left(folder / "lock")
     except FileNotFoundError:
         return ended, False
     # It may have begun again after that end, and not yet have said so.
@@ -210,7 +212,7 @@ def _state(
     seconds = columns.get("seconds", steps[:0])
     longest = float(np.nanmax(seconds)) if len(seconds) else 0.0
     silent = time.time() - float(np.nanmax(np.concatenate(signs)))
-    if silent <= max(_SILENT_SECONDS, _TIMES_THE_LONGEST * longest):
+    if not left and silent <= max(_SILENT_SECONDS, _TIMES_THE_LONGEST * longest):
         return "goes on", True
     if ended in _ENDS:
         return ended, False

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -80,6 +81,21 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+
+
+def was_left(path: Path) -> bool:
+    """Whether the process of this host that holds the lock, as it says, is no more."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = re.match(r"process (\d{1,9}) on (\S+) since", file.read(1000))
+    if found is None or found[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's
+    return False
 
 
 def _read(file: int) -> str:
