@@ -104,14 +104,16 @@ def held(path, num_steps):
     return slope
 
 
-def test_memory_is_flat(config_file, tmp_path):
+@pytest.mark.parametrize("num", [1, 2], ids=["alone", "two"])
+def test_memory_is_flat(config_file, tmp_path, num):
     """With a save every 50 steps."""
     num_steps = 4000  # Python and glibc take a megabyte at once: fewer show no slope
-    options = {"num": 1, "every": 50}
+    options = {"num": num, "every": 50}
     run = started(config_file, tmp_path / "run", num_steps, tmp_path / "m-", **options)
     with run as pod:
-        assert pod.ended(0, seconds=1500)[0] == [0], pod.said(0)
-    assert held(tmp_path / "m-held-0", num_steps) < MOST_SLOPE
+        assert pod.ended(*range(num), seconds=3000)[0] == [0] * num, pod.said(0)
+    for rank in range(num):
+        assert held(tmp_path / f"m-held-{rank}", num_steps) < MOST_SLOPE
 
 
 AGAIN = """
