@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from files import ROOT, module_of
 from flax import nnx
+from slow import slow_but_for
 
 from ulysses_jax import Model, Transformer, make_mesh
 from ulysses_jax.complete import complete_model
+from ulysses_jax.config import Rope
 from ulysses_jax.inference import generate
 from ulysses_jax.inference.context import (
     ContextMemory,
@@ -19,6 +21,7 @@ from ulysses_jax.inference.context import (
     remembered_from_prompt,
     written_remembered,
 )
+from ulysses_jax.inference.request import Request, check_request
 
 MEMORY = ContextMemory(
     initial_tokens=4,
@@ -36,59 +39,103 @@ MODEL = Model(
     head_size=16,
     compute_dtype="float32",
 )
-MESHES = [{}, dict(seq=2), dict(seq=8), dict(data=2, seq=2, tensor=2)]
-PLACES, PROMPTS, STEPS = 64, np.array([41, 30], np.int32), 20
+ONE = dict(data=1)
+MESHES = [ONE, dict(seq=2), dict(seq=4), dict(seq=8), dict(data=2, seq=2, tensor=2)]
+PLACES, PROMPTS, STEPS = 64, (41, 30), 20
 
 
-def rows(seed=0):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=(2, PLACES, n, 16)) for n in (4, 2, 2))
+def memory(**changes):
+    return dataclasses.replace(MEMORY, **changes)
+
+
+def rows(num_heads, num_kv_heads, dtype):
+    """q, k, v as they are in the dtype, in float64."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.normal(size=(2, PLACES, n, 16))
+        for n in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    groups = num_heads // num_kv_heads
     for at in range(12, PLACES):  # the block that leaves the window is often the best
-        q[:, at] += np.repeat(k[:, at - 12 : at - 8].mean(axis=1), 2, axis=1)
-    return q, k, v
+        q[:, at] += np.repeat(k[:, at - 12 : at - 8].mean(axis=1), groups, axis=1)
+    return [np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k, v)]
 
 
-def read_by(q, k, v, position):
+def read_by(memory, q, k, v, position):
     """Positions that a token reads of one row, `[T, n, H]`."""
-    size, window = MEMORY.block_tokens, MEMORY.window_tokens
+    size, window = memory.block_tokens, memory.window_tokens
     keys = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
-    begin = max(max(position - 1 - window, 0) // size * size, MEMORY.initial_tokens)
+    begin = max(max(position - 1 - window, 0) // size * size, memory.initial_tokens)
     scores = {}
-    for first in range(MEMORY.initial_tokens, begin, size):
+    for first in range(memory.initial_tokens, begin, size):
         score = 0.0
         for head in range(q.shape[1]):
             sums = [
                 sum(q[at + j, head] @ keys[at, head] for j in range(1, window + 1))
                 for at in range(first, first + size)
             ]
-            best = np.argsort(sums)[-MEMORY.representatives :]
+            best = np.argsort(sums)[-memory.representatives :]
             score += q[position, head] @ keys[first + best, head].mean(axis=0)
         scores[first] = score
-    chosen = sorted(scores, key=scores.__getitem__)[-MEMORY.num_blocks :]
+    chosen = sorted(scores, key=scores.__getitem__, reverse=True)[: memory.num_blocks]
     blocks = [range(first, first + size) for first in chosen]
-    initial = range(min(MEMORY.initial_tokens, position))
-    return sorted({*initial, *range(begin, position + 1), *sum(map(list, blocks), [])})
+    before = {*range(min(memory.initial_tokens, position)), *range(begin, position)}
+    return sorted({*before, position, *sum(map(list, blocks), [])})
 
 
-def attended(q, k, v, position):
-    read = read_by(q, k, v, position)
-    keys, values = (np.repeat(x[read], 2, axis=1) for x in (k, v))
-    logits = np.einsum("nh,tnh->nt", q[position], keys) / 4
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("nt,tnh->nh", weights, values)
+def attended(memory, sinks, q, k, v, position):
+    read = read_by(memory, q, k, v, position)
+    keys, values = (
+        np.repeat(x[read], q.shape[1] // x.shape[1], axis=1) for x in (k, v)
+    )
+    weights = np.exp(np.einsum("nh,tnh->nt", q[position], keys) / 4)
+    whole = weights.sum(axis=1) + (0 if sinks is None else np.exp(sinks))
+    return np.einsum("nt,tnh->nh", weights / whole[:, None], values)
 
 
-@pytest.mark.parametrize("degrees", MESHES, ids=str)
-def test_a_token_reads_what_the_paper_says(degrees):
+def case(degrees=ONE, prompts=PROMPTS, places=PLACES, heads=(4, 2), **others):
+    return dict(degrees=degrees, prompts=prompts, places=places, heads=heads, **others)
+
+
+UNEVEN = dict(seq=4, tensor=2)
+CASES = {str(degrees): case(degrees) for degrees in MESHES} | {
+    "prompts shorter than the initial tokens": case(prompts=(1, 3)),
+    "one short, one long": case(dict(data=2, seq=4), prompts=(2, 41)),
+    "no initial tokens": case(memory=memory(initial_tokens=0)),
+    "a window of one": case(memory=memory(window_tokens=1)),
+    "a window of no whole blocks": case(memory=memory(window_tokens=9)),
+    "a window longer than the prompts": case(
+        prompts=(30, 44), memory=memory(window_tokens=50, num_blocks=1)
+    ),
+    "no blocks": case(memory=memory(num_blocks=0)),
+    "more blocks than there are": case(memory=memory(num_blocks=40)),
+    "blocks of a token": case(memory=memory(block_tokens=1, representatives=1)),
+    "all keys of a block": case(memory=memory(representatives=4)),
+    "a cache of no whole blocks": case(places=62),
+    "uneven heads": case(UNEVEN, heads=(12, 4)),
+    "uneven heads and sinks": case(UNEVEN, heads=(6, 2), sinks=np.linspace(-1, 2, 6)),
+    "one key head": case(dict(seq=8), heads=(8, 1)),
+    "bfloat16": case(dict(seq=2), prompts=(50, 30), places=63, dtype="bfloat16"),
+}
+QUICK = [str(ONE), str(MESHES[-1]), "one short, one long", "uneven heads and sinks"]
+QUICK += ["bfloat16"]
+
+
+@pytest.mark.parametrize("name", slow_but_for(QUICK, CASES))
+def test_a_token_reads_what_the_paper_says(name):
     """From two prompts on, through the window, blocks that leave it among them."""
-    q, k, v = rows()
+    its = CASES[name]
+    prompts, places, sinks = its["prompts"], its["places"], its.get("sinks")
+    (num_heads, num_kv_heads), degrees = its["heads"], its["degrees"]
+    dtype, context = its.get("dtype", "float32"), its.get("memory", MEMORY)
+    q, k, v = rows(num_heads, num_kv_heads, dtype)
+    size = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, compute_dtype=dtype)
     with jax.set_mesh(make_mesh(**degrees, devices=some(degrees))):
-        model = complete_model(MODEL)
-        lengths = jnp.asarray(PROMPTS)
-        arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+        model = complete_model(dataclasses.replace(MODEL, **size))
+        lengths = jnp.asarray(prompts, jnp.int32)
+        arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
         start = jax.jit(
-            partial(remembered_from_prompt, model, MEMORY, num_places=PLACES)
+            partial(remembered_from_prompt, model, context, num_places=places)
         )
 
         @jax.jit
@@ -99,29 +146,34 @@ def test_a_token_reads_what_the_paper_says(degrees):
             ]
             out, left = attend_to_remembered(
                 model,
-                MEMORY,
+                context,
                 one[0],
                 (one[1], one[2]),
                 remembered,
                 lengths,
                 scale=None,
-                sinks=None,
+                sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
             )
             return out, written_remembered(
-                MEMORY, remembered, left, lengths, stacked=False
+                context, remembered, left, lengths, stacked=False
             )
 
         remembered = start(*arrays, lengths)
-        for _ in range(STEPS):
+        close = 1e-5 if dtype == "float32" else 2**-6
+        for _ in range(min(STEPS, places - max(prompts))):
             out, remembered = step(remembered, arrays, lengths)
+            assert out.dtype == dtype
             of = zip(q, k, v, lengths.tolist(), strict=True)
-            want = [attended(*row) for row in of]
-            np.testing.assert_allclose(out[:, 0], want, rtol=1e-5, atol=1e-5)
+            want = [attended(context, sinks, *row) for row in of]
+            got = np.asarray(out[:, 0], np.float64)
+            np.testing.assert_allclose(got, want, rtol=close, atol=close)
             lengths = lengths + 1
+        if name not in map(str, MESHES):
+            return
         # What tokens left one by one is what a prompt of all of them leaves.
         anew = start(*arrays, lengths)
-        out = int(lengths.min()) - MEMORY.window_tokens
-        whole = out // MEMORY.block_tokens
+        out = int(lengths.min()) - context.window_tokens
+        whole = out // context.block_tokens
         np.testing.assert_allclose(
             remembered.blocks[:, :whole], anew.blocks[:, :whole], rtol=1e-5, atol=1e-5
         )
@@ -154,6 +206,29 @@ def test_it_is_exact_while_all_fits(model):
     assert continued(model, context=dataclasses.replace(MEMORY, num_blocks=0)) != whole
 
 
+@pytest.mark.slow
+def test_beside_windows_and_past_longropes_length():
+    """All is read anew there, and a memory made of it; sinks are there, too."""
+    factors = tuple(np.linspace(1, 4, 8).tolist())
+    rope = Rope(
+        scaling="longrope",
+        original_tokens=56,
+        short_factors=(1.0,) * 8,
+        long_factors=factors,
+    )
+    size = dict(pattern=("window", "full"), window=6, sinks=True, rope=rope)
+    model = Transformer(dataclasses.replace(MODEL, **size), rngs=nnx.Rngs(0))
+    whole = continued(model, cache_tokens=128)
+    fits = memory(num_blocks=13)
+    assert continued(model, cache_tokens=128, context=fits) == whole
+    part = continued(model, cache_tokens=128, context=memory(num_blocks=1))
+    assert part != whole
+    with jax.set_mesh(make_mesh(seq=2, tensor=2, devices=jax.devices()[:4])):
+        model = Transformer(model.model, rngs=nnx.Rngs(0))
+        found = continued(model, cache_tokens=128, context=memory(num_blocks=1))
+    assert found == part
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -179,12 +254,19 @@ def test_what_is_refused(model, changes, message, monkeypatch):
     with pytest.raises(ValueError) as error:
         continued(model, cache_tokens=64, context=context)
     assert message in str(error.value)
+    with pytest.raises(ValueError, match="ContextMemory, not 16: give ContextMemory"):
+        continued(model, context=16)
 
 
-def test_its_remedy_is_taken(model):
-    assert continued(
-        model, cache_tokens=64, context=dataclasses.replace(MEMORY, num_blocks=12)
-    )
+@pytest.mark.parametrize(
+    "cache_tokens, context",
+    [(64, memory(num_blocks=12)), (68, memory(num_blocks=13)), (64, None)],
+    ids=["fewer blocks", "a larger cache", "no memory"],
+)
+def test_its_remedies_work(model, cache_tokens, context):
+    """Those of a memory larger than the cache."""
+    request = Request(max_tokens=12, cache_tokens=cache_tokens, context=context)
+    check_request(request, LONG, complete_model(model.model))
 
 
 @pytest.mark.slow

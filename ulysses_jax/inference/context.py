@@ -31,7 +31,7 @@ class ContextMemory:
     """What a token reads of the cache of a layer of kind full.
 
     The cache behind `initial_tokens` is cut into blocks. A block lies in the window
-    until all of its tokens are more than `window_tokens` before the new one; then its
+    until all of its tokens come before the `window_tokens` + 1 last ones; then its
     `representatives` stand for it: of each query head, the keys that the queries of
     the next `window_tokens` tokens had the largest sums of products with. A block's
     score is the sum over query heads of the products of the new query with their mean;

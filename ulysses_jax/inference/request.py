@@ -68,7 +68,7 @@ def check_request(
       model: completed; on the mesh that is set.
     """
     _check_numbers(request)
-    if request.context:
+    if request.context is not None:
         _check_context(request.context, request.cache_tokens)
     _check_model(model)
     if not prompts:
@@ -137,7 +137,12 @@ def _check_numbers(request: Request) -> None:
         )
 
 
-def _check_context(context: ContextMemory, cache_tokens: int | None) -> None:
+def _check_context(context: Any, cache_tokens: int | None) -> None:
+    if not isinstance(context, ContextMemory):
+        raise ValueError(
+            f"context is an inference.context.ContextMemory, not {context!r}: give "
+            "ContextMemory(num_blocks=16), or None to read all of the cache"
+        )
     for name, number in dataclasses.asdict(context).items():
         least = 0 if name in ("initial_tokens", "num_blocks") else 1
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
