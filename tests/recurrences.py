@@ -1,14 +1,30 @@
-"""Recurrences token by token in float64, what they are called with, and gradients."""
+"""Each kind's function token by token in float64, what it is called with, gradients."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-B, T, K, N, H, V = 2, 32, 2, 4, 6, 8
+from ulysses_jax import (
+    gated_delta_rule,
+    linear_attention,
+    low_rank_attention,
+    short_convolution,
+)
+
+B, T, K, N, H, V, R = 2, 32, 2, 4, 6, 8, 3
+FUNCTIONS = {
+    "linear": functools.partial(linear_attention, chunk_tokens=3),
+    "delta": functools.partial(gated_delta_rule, chunk_tokens=3, unit_lengths=False),
+    "convolution": short_convolution,
+    "low_rank": low_rank_attention,
+}
 NAMES = {
     "linear": ("q", "k", "v", "log_decay"),
     "delta": ("q", "k", "v", "log_decay", "beta"),
     "convolution": ("x", "weights"),
+    "low_rank": ("q", "k", "v", "projection"),
 }
 
 # Documents that end inside a shard, at its end, and that are longer than one; a number
@@ -28,6 +44,10 @@ def inputs(kind, dtype=jnp.float32):
 
     if kind == "convolution":
         arrays = dict(x=normal(B, T, N, H), weights=normal(4, N, H))
+        return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+    if kind == "low_rank":
+        arrays = dict(q=normal(B, T, N, H), k=normal(B, T, K, H), v=normal(B, T, K, V))
+        arrays["projection"] = 3 * normal(B, T, K, R)  # some tokens count for much
         return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
     q, k, v = normal(B, T, K, H), normal(B, T, K, H), normal(B, T, N, V)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
@@ -49,7 +69,7 @@ def exact(kind, given, documents, scale=H**-0.5):
 
     Args:
       given: of `inputs`.
-      documents: `[B, T]`.
+      documents: `[B, T]`; low rank has none.
     """
     with jax.enable_x64(True):
         given = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in given.items()}
@@ -63,6 +83,7 @@ def rule(kind, given, documents, scale=H**-0.5):
     begins = np.ones(documents.shape, bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     rules = {"linear": _linear, "delta": _delta, "convolution": _convolution}
+    rules["low_rank"] = _low_rank
     return rules[kind](given, begins, scale)
 
 
@@ -101,6 +122,16 @@ def _convolution(given, begins, scale):
             alive = alive * ~begins[:, t - d]
         out.append(total)
     return jnp.stack(out, axis=1)
+
+
+def _low_rank(given, begins, scale):
+    weights = jax.nn.softmax(given["projection"], axis=1)
+    keys, values = (
+        jnp.repeat(jnp.einsum("btkr,btkh->brkh", weights, given[name]), N // K, axis=2)
+        for name in "kv"
+    )
+    scores = scale * jnp.einsum("btnh,brnh->btnr", given["q"], keys)
+    return jnp.einsum("btnr,brnv->btnv", jax.nn.softmax(scores), values)
 
 
 def results(function, kind, given):

@@ -178,11 +178,7 @@ def _check(name: str, q: Any, k: Any, v: Any, causal: bool) -> None:
         raise ValueError(
             f"q and k are [B, T, K, H] and v is [B, T, N, V]; got {shapes}"
         )
-    if v.shape[2] % q.shape[2]:
-        raise ValueError(
-            f"the {q.shape[2]} heads of q and k do not divide the {v.shape[2]} of v: "
-            "each serves the same number of states"
-        )
+    check_groups("q and k", q.shape[2], "v", v.shape[2])
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"
@@ -191,6 +187,18 @@ def _check(name: str, q: Any, k: Any, v: Any, causal: bool) -> None:
         raise ValueError(
             f"{name} is causal: a state has what came before. For tokens that see what "
             "comes after them too use ulysses_attention(..., causal=False)"
+        )
+
+
+def check_groups(shared: str, num_shared: int, each: str, num_heads: int) -> None:
+    """Refuses heads of which each does not serve the same number of others."""
+    if num_heads % num_shared:
+        fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        more = -(-num_heads // num_shared) * num_shared
+        raise ValueError(
+            f"the {num_shared} heads of {shared} do not divide the {num_heads} of "
+            f"{each}, and each serves the same number of these: give {shared} one of "
+            f"{fits} heads, or {each} {more}"
         )
 
 
@@ -278,8 +286,9 @@ def _log_decay(decay: Any, log_decay: Any, v: Array) -> tuple[Array, str]:
         decay,
         float(np.finfo(np.float32).tiny),
         1.0,
-        "in (0, 1]: above 1 states grow without bounds, at 0 a token finds none; for a "
-        "rate r give exp(-r), and for documents segment_ids",
+        "in (0, 1], in float32 from 1.2e-38 on: above 1 states grow without bounds, at "
+        "0 a token finds none; for a rate r give exp(-r), and for documents "
+        "segment_ids",
     )
     decay = jnp.log(jnp.asarray(decay, jnp.float32))
     return jnp.broadcast_to(decay, (heads,)), "N"

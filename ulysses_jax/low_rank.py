@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ulysses_jax.attention.low_rank import low_rank
-from ulysses_jax.linear import check_array, checked_scale
+from ulysses_jax.linear import check_array, check_groups, checked_scale
 from ulysses_jax.parallel.states import AxisNames
 from ulysses_jax.recur import AnyMesh, Arrays, SegmentIds, recur
 
@@ -82,11 +82,7 @@ def low_rank_attention(
             "q is [B, T, N, H], k [B, T, K, H], v [B, T, K, V] and projection "
             f"[B, T, K, R]; got {shapes}"
         )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"the {k.shape[2]} heads of k do not divide the {q.shape[2]} of q: each "
-            "serves the same number of these"
-        )
+    check_groups("k", k.shape[2], "q", q.shape[2])
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}: cast them"

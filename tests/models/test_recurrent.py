@@ -1,26 +1,24 @@
 """Layers whose tokens reach others by a state, in models of several kinds."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 from recurrences import DOCUMENTS, B, T, rule
-from slow import slow_but_for
 
-from ulysses_jax import Model, Transformer, make_mesh
+from ulysses_jax import Model, train
 from ulysses_jax.complete import complete, complete_model
 from ulysses_jax.config import Config, Lora, Memory, Training
+from ulysses_jax.config_file import load_from_command_line
 from ulysses_jax.memory.auto import kept_bytes, rungs
-from ulysses_jax.memory.saving import Saving
 from ulysses_jax.mesh import AXES
 from ulysses_jax.models.delta import GatedDelta
 from ulysses_jax.models.linear import LinearAttention
 from ulysses_jax.placement import place
+from ulysses_jax.plan.__main__ import main as plan
 
 SIZE = Model(
     vocab_size=32,
@@ -99,49 +97,7 @@ def test_a_layer_by_hand(kind):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
-def loss_and_gradients(size, memory=None):
-    """Of a model made on the mesh that is set."""
-    model = Transformer(size, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(3), (B, T), 0, size.vocab_size)
-    run = {} if memory is None else dict(run=Saving(memory))
-
-    @nnx.jit
-    @nnx.value_and_grad
-    def loss(model):
-        x = model.features(tokens, segment_ids=jnp.asarray(DOCUMENTS), **run)
-        return jnp.sum(jnp.sin(x.astype(jnp.float32)))
-
-    value, gradients = loss(model)
-    leaves = {str(k): np.asarray(v) for k, v in nnx.to_flat_state(gradients)}
-    return leaves | {"loss": np.asarray(value)}
-
-
 HYBRID = "delta", "linear", "full"
-plain = functools.cache(loss_and_gradients)
-EXPLICIT = dict(axis_type=AxisType.Explicit)
-MESHES = [
-    dict(data=2, ring=2, seq=2),
-    dict(fsdp=2, seq=2, tensor=2),
-    dict(ring=2, tensor=2, **EXPLICIT),
-    dict(ring=2, seq=4, **EXPLICIT),
-]
-
-
-@pytest.mark.parametrize(
-    "pattern, degrees",
-    slow_but_for([], [("delta",), HYBRID], MESHES),
-)
-def test_a_model_on_every_mesh(pattern, degrees):
-    """Layers computed again, and feed-forwards in tiles."""
-    size = dataclasses.replace(SIZE, pattern=pattern, num_layers=len(pattern) + 1)
-    num = int(np.prod([n for n in degrees.values() if isinstance(n, int)]))
-    with jax.set_mesh(make_mesh(**degrees, devices=jax.devices()[:num])):
-        memory = Memory(remat="attention", mlp_tile_tokens=8)
-        got = loss_and_gradients(size, memory)
-    for name, want in plain(size).items():
-        np.testing.assert_allclose(
-            got[name], want, atol=3e-5 * np.abs(want).max(), err_msg=name
-        )
 
 
 @pytest.mark.parametrize(
@@ -225,3 +181,63 @@ def test_a_convolution_wider_than_a_shard():
         placed(SIZE, tokens=16, seq=8)
     placed(SIZE, tokens=24, seq=8)
     placed(dataclasses.replace(SIZE, convolution_tokens=3), tokens=16, seq=8)
+
+
+RUN = """
+model: {vocab_size: 257, width: 32, num_layers: 3, num_heads: 4, num_kv_heads: 2}
+training: {num_steps: 1, batch_size: 8, sequence_tokens: 64}
+mesh: {fsdp: 8}
+"""
+HYBRID_OF = ("--model.pattern", *HYBRID)
+LONG = ("--mesh.fsdp", "1", "--mesh.seq", "8", "--training.sequence-tokens")
+
+
+@pytest.mark.parametrize("door", ["train", "plan"])
+@pytest.mark.parametrize(
+    "words, message, remedy",
+    [
+        (
+            ("--model.pattern", "low_rank", "full", "full"),
+            "low_rank",
+            ("--model.pattern", *("linear", "full", "full")),
+        ),
+        (
+            (*HYBRID_OF, "--model.num-kv-heads", "3"),
+            "model.num_kv_heads 3 does not divide model.num_heads 4: use one of [1, 2",
+            ("--model.num-kv-heads", "2"),
+        ),
+        (
+            (*HYBRID_OF, "--model.delta-heads", "6", "--model.delta-key-heads", "3")
+            + ("--mesh.fsdp", "4", "--mesh.tensor", "2"),
+            "model.delta_key_heads 3 does not divide over mesh.tensor 2: use "
+            "mesh.tensor 1, mesh.fsdp 8",
+            ("--mesh.tensor", "1", "--mesh.fsdp", "8"),
+        ),
+        (
+            (*HYBRID_OF, *LONG, "16"),
+            "reach 3 tokens back, but a device has 2 of the 16 of a sequence",
+            ("--model.convolution-tokens", "3"),
+        ),
+        (
+            (*HYBRID_OF, *LONG, "16"),
+            "use sequences of 24 tokens or more",
+            ("--training.sequence-tokens", "24"),
+        ),
+    ],
+    ids=["a kind that is none", "heads", "heads over tensor", "convolution", "tokens"],
+)
+def test_refused_at_both_doors(words, message, remedy, door, tmp_path, capfd):
+    """In words, before there is a folder; the remedy is taken."""
+    path, folder = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(RUN)
+    given = ["--config", str(path), "--run.folder", str(folder), *words]
+    with pytest.raises(SystemExit) as end:
+        if door == "train":
+            train.main(given)
+        else:
+            plan([*given, "--gpus", "h100:1x8"])
+    assert end.value.code == 2 and not folder.exists()
+    assert message in capfd.readouterr().err
+    (config,) = load_from_command_line([*given, *remedy], program="test")
+    degrees = dataclasses.asdict(config.mesh)
+    place(config, DEGREES | {axis: n for axis, n in degrees.items() if n})

@@ -6,134 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from recurrences import DOCUMENTS, ONE, B, H, K, N, T, V, assert_close, exact, inputs
+from recurrences import (
+    DOCUMENTS,
+    FUNCTIONS,
+    B,
+    H,
+    K,
+    N,
+    T,
+    V,
+    assert_close,
+    exact,
+    inputs,
+)
 from recurrences import results as results_of
 from slow import slow_but_for
 from strategy_cases import collectives, mesh_of, sent
 
-from ulysses_jax import gated_delta_rule, linear_attention, short_convolution
+from ulysses_jax import (
+    gated_delta_rule,
+    linear_attention,
+    short_convolution,
+    ulysses_attention,
+)
 from ulysses_jax.parallel.bytes import state_bytes
 
-FUNCTIONS = {
-    "linear": functools.partial(linear_attention, chunk_tokens=3),
-    "delta": functools.partial(gated_delta_rule, chunk_tokens=3, unit_lengths=False),
-    "convolution": short_convolution,
-}
-KINDS = tuple(FUNCTIONS)
-MESHES = [
-    dict(),
-    dict(seq=2),
-    dict(seq=4),
-    dict(seq=8),
-    dict(ring=2, seq=4),
-    dict(ring=4, seq=2),
-    dict(data=2, ring=2, tensor=2),
-    dict(fsdp=2, seq=2, tensor=2),
-]
-IDS = {"one": None, "several": DOCUMENTS}
 
-
-@functools.cache
-def oracle(kind, documents="several", dtype=jnp.float32):
-    ids = ONE if IDS[documents] is None else IDS[documents]
-    return exact(kind, inputs(kind, dtype), ids)
-
-
-def spread(kind, documents="several", **degrees):
-    ids = IDS[documents]
-    return functools.partial(FUNCTIONS[kind], mesh=mesh_of(**degrees), segment_ids=ids)
-
-
-QUICK = [
-    ("linear", "several", dict(seq=8)),
-    ("linear", "several", dict(data=2, ring=2, tensor=2)),
-    ("delta", "several", dict(ring=4, seq=2)),
-    ("convolution", "several", dict(ring=2, seq=4)),
-]
-
-
-@pytest.mark.parametrize(
-    "kind, documents, degrees", slow_but_for(QUICK, KINDS, IDS, MESHES)
-)
-def test_equals_float64(kind, documents, degrees):
-    got = results_of(spread(kind, documents, **degrees), kind, inputs(kind))
-    assert_close(got, oracle(kind, documents))
-
-
-@pytest.mark.parametrize("kind", slow_but_for(["delta"], KINDS))
-def test_bfloat16(kind):
-    given = inputs(kind, jnp.bfloat16)
-    got = results_of(spread(kind, ring=2, seq=4), kind, given)
-    assert_close(got, oracle(kind, dtype=jnp.bfloat16), 2**-6)
-
-
-@pytest.mark.parametrize("kind", slow_but_for(["linear"], KINDS))
-def test_more_layers_computed_again(kind):
-    """Under scan and checkpoint, on Explicit axes: two layers of a residual stream."""
-    first = "x" if kind == "convolution" else "v"
-
-    def layers(function, given):
-        def layer(x, _):
-            return x + function(**given | {first: x}), None
-
-        layer = jax.checkpoint(layer, prevent_cse=False)
-        return jax.lax.scan(layer, given[first], None, length=2)[0]
-
-    def gradients(function):
-        def loss(given):
-            return jnp.sum(jnp.sin(layers(function, given)))
-
-        return jax.jit(jax.grad(loss))(inputs(kind))
-
-    none = jax.sharding.get_abstract_mesh()
-    want = gradients(functools.partial(FUNCTIONS[kind], mesh=none))
-    with jax.set_mesh(mesh_of(data=2, ring=2, tensor=2, axis_type=AxisType.Explicit)):
-        got = gradients(FUNCTIONS[kind])
-    assert_close(*(jax.tree.map(np.asarray, x) for x in (got, want)))
-
-
-@pytest.mark.parametrize("kind", slow_but_for(["delta"], KINDS))
-def test_inside_a_shard_map_over_another_axis(kind):
-    def inside(**given):
-        def local(given, ids):
-            return FUNCTIONS[kind](**given, segment_ids=ids)
-
-        specs = {n: P() if n == "weights" else P("data") for n in given}
-        return jax.shard_map(
-            local,
-            in_specs=(specs, P("data")),
-            out_specs=P("data"),
-            axis_names={"data"},
-        )(given, jnp.asarray(DOCUMENTS))
-
-    with jax.set_mesh(mesh_of(data=2, ring=2, tensor=2)):
-        got = results_of(inside, kind, inputs(kind))
-    assert_close(got, oracle(kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_bit_of_a_document_depends_on_another(kind):
-    """Nor of the state before it, which was handed on over shards."""
-    given, run = inputs(kind), spread(kind, ring=2, seq=4)
-    where = np.zeros((B, T), bool)
-    where[0, 5:19] = True  # from one shard's second token to another's
-    where[1, 8:16] = True  # whole shards
-
-    def changed(x):
-        if x.shape[:2] != (B, T):
-            return x
-        return jnp.where(where.reshape(B, T, *[1] * (x.ndim - 2)), x * 0.5 - 0.25, x)
-
-    before = results_of(run, kind, given)
-    after = results_of(run, kind, jax.tree.map(changed, given))
-    for name in before:
-        if name == "weights":
-            continue
-        differs = (before[name] != after[name]).reshape(B, T, -1).any(-1)
-        assert not differs[~where].any(), name
-        assert name == "x" or differs[where].all(), name  # of x all is linear
+def spread(kind, **degrees):
+    mesh = mesh_of(**degrees)
+    return functools.partial(FUNCTIONS[kind], mesh=mesh, segment_ids=DOCUMENTS)
 
 
 A_HEAD = tuple(np.linspace(0.5, 1, N).tolist())
@@ -249,7 +152,11 @@ LOG = jnp.zeros((B, T, N)).at[0, 0].set(-1.0).at[1, 3, 2].set(0.25)
         ("linear", dict(decay=[0.5, 0.5]), "one for each of the 4 heads of v"),
         ("linear", dict(decay=0.5, log_decay=0), "both given"),
         ("linear", dict(log_decay=jnp.zeros((B, T))), r"log_decay is a float .*2, 32"),
-        ("linear", dict(v=jnp.ones((B, T, 3, V))), "2 heads .* do not divide the 3"),
+        (
+            "linear",
+            dict(v=jnp.ones((B, T, 3, V))),
+            r"2 heads .* one of \[1, 3\] heads, or v 4",
+        ),
         ("linear", dict(k=jnp.ones((B, T, K, V))), r"q and k are \[B, T, K, H\]"),
         ("linear", dict(q=jnp.ones((B, T, K, H), int)), "q is float32, bfloat16 or"),
         ("linear", dict(v=jnp.ones((B, T, N, V), jnp.bfloat16)), "differ in dtype"),
@@ -309,3 +216,34 @@ def test_a_remedy_that_works():
         short_convolution(x, weights, mesh=mesh_of(seq=8))
     short_convolution(x, weights, mesh=mesh_of(seq=4))
     short_convolution(jnp.ones((1, 40, 1, 2)), weights, mesh=mesh_of(seq=8))
+
+
+def test_other_remedies_work():
+    """Of heads, of a decay, and of tokens that see what comes after them."""
+    given, mesh = inputs("linear"), mesh_of(seq=8)
+
+    def linear(**options):
+        run = functools.partial(linear_attention, mesh=mesh, **options)
+        return jax.eval_shape(lambda given: run(**given), given)
+
+    del given["log_decay"]
+    v = given.pop("v")
+    with pytest.raises(ValueError, match=r"q and k one of \[1, 3\] heads, or v 4"):
+        linear(v=v[:, :, :3])
+    for heads in (1, 3):
+        given |= {name: jnp.ones((B, T, heads, H)) for name in "qk"}
+        linear(v=v[:, :, :3])
+    given |= inputs("linear") | {"v": v}
+    del given["log_decay"]
+    linear()  # of 4
+    with pytest.raises(ValueError, match=r"decay is 1.5, .*; for a rate r give exp"):
+        linear(decay=1.5)
+    linear(decay=np.exp(-1.5))
+    with pytest.raises(ValueError, match="decay is 9.*e-41, .* from 1.2e-38 on"):
+        linear(decay=1e-40)
+    linear(decay=1.2e-38)
+    with pytest.raises(ValueError, match=r"use ulysses_attention\(..., causal=False"):
+        linear(causal=False)
+    alike = {name: jnp.ones((B, T, N, H)) for name in "qkv"}
+    run = functools.partial(ulysses_attention, mesh=mesh, causal=False)
+    jax.eval_shape(lambda alike: run(**alike), alike)
