@@ -1,16 +1,17 @@
 """What does attention cost by its mask, and what do recurrences in its place?
 
     .venv/bin/python benchmarks/attention.py [--json FILE] [--quick | --tokens 16384]
+                                             [--without-masks]
 
 Forward and backward on one CPU device, two heads of 16, float32, causal, 1K to 64K
 tokens: of the blockwise kernel, whose work should follow the visible pairs, and of
-linear attention and the gated delta rule, whose should follow the tokens. The
-block-sparse layout shows a block of 256 queries its own and random earlier ones, an
-eighth of the pairs. All rows of a length take turns: `seconds` is the median of a row's
-calls, and `times_dense` that of its ratios to the dense call of the same round, which a
-machine that slows down for a while leaves alike. The exponent is that of the tokens by
-which the seconds grow, from the shortest length to the longest. temp_bytes are XLA's,
-of the same program.
+linear attention, the gated delta rule and attention to 64 mixtures of all keys (which
+is not causal), whose should follow the tokens. The block-sparse layout shows a block of
+256 queries its own and random earlier ones, an eighth of the pairs. All rows of a
+length take turns: `seconds` is the median of a row's calls, and `times_dense` that of
+its ratios to the dense call of the same round, which a machine that slows down for a
+while leaves alike. The exponent is that of the tokens by which the seconds grow, from
+the shortest length to the longest. temp_bytes are XLA's, of the same program.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ulysses_jax import gated_delta_rule, linear_attention
+from ulysses_jax import gated_delta_rule, linear_attention, low_rank_attention
 from ulysses_jax.attention.blockwise import blockwise_attention
 from ulysses_jax.attention.layouts import random
 from ulysses_jax.attention.mask import Mask
@@ -40,6 +41,7 @@ from ulysses_jax.attention.select import PARTS
 NUM_HEADS, HEAD_SIZE = 2, 16
 BLOCK, DENSITY = 256, 1 / 8
 WINDOW = DOCUMENT = 1024
+RANK = 64
 TOKENS = [1024 * 2**n for n in range(7)]
 
 with_sinks = attention_of(PARTS["blockwise"])
@@ -69,14 +71,18 @@ MASKS: dict[str, Callable[[int], Mask]] = {
     SINKS: lambda tokens: Mask(causal=True),
 }
 LINEAR, DELTA = "linear, decay by token", "gated delta rule"
-ROWS = (*MASKS, LINEAR, DELTA)
+LOW_RANK = f"low-rank, {RANK} mixtures"
+KINDS = (LINEAR, DELTA, LOW_RANK)
+ROWS = (*MASKS, *KINDS)
 ONE_DEVICE = jax.sharding.get_abstract_mesh()
 
 
-def rows_of(tokens: int, rounds: int = 5) -> list[dict[str, Any]]:
-    """Every row at one length."""
-    programs = {name: program(name, tokens) for name in ROWS}
-    seconds: dict[str, list[float]] = {name: [] for name in ROWS}
+def rows_of(
+    tokens: int, names: tuple[str, ...] = ROWS, rounds: int = 5
+) -> list[dict[str, Any]]:
+    """These rows at one length, dense among them."""
+    programs = {name: program(name, tokens) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, (run, arguments) in programs.items():
             started = time.perf_counter()
@@ -106,7 +112,13 @@ def program(name: str, tokens: int) -> tuple[Any, tuple[Any, ...]]:
         jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 5)
     )
     log_decay, beta = -jax.nn.softplus(gates[..., 0]), jax.nn.sigmoid(gates[..., 1])
-    more = {LINEAR: (log_decay,), DELTA: (log_decay, beta), SINKS: (jnp.ones(2),)}
+    projection = jax.random.normal(jax.random.key(1), (*shape[:3], RANK))
+    more = {
+        LINEAR: (log_decay,),
+        DELTA: (log_decay, beta),
+        LOW_RANK: (projection,),
+        SINKS: (jnp.ones(2),),
+    }
     mask = MASKS[name](tokens) if name in MASKS else None
 
     def both_ways(q, k, v, more, upstream, mask):
@@ -136,7 +148,11 @@ def delta(_, q, k, v, log_decay, beta):
     return gated_delta_rule(q, k, v, mesh=ONE_DEVICE, log_decay=log_decay, beta=beta)
 
 
-ATTENTIONS = {SINKS: sinking, LINEAR: linear, DELTA: delta}
+def low_rank(_, q, k, v, projection):
+    return low_rank_attention(q, k, v, mesh=ONE_DEVICE, projection=projection)
+
+
+ATTENTIONS = {SINKS: sinking, LINEAR: linear, DELTA: delta, LOW_RANK: low_rank}
 
 
 def exponent(found: dict[Any, Any], name: str, lengths: list[int]) -> float:
@@ -158,7 +174,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(f"{tokens // 1024}K", justify="right")
     table.add_column("exponent", justify="right")
     table.add_column("MiB at most", justify="right")
-    for name in ROWS:
+    for name in dict.fromkeys(each["attention"] for each in rows):
         cells = []
         for tokens in lengths:
             seconds = found[name, tokens]["seconds"]
@@ -181,12 +197,16 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, choices=TOKENS, metavar="N", help="of one length alone"
     )
+    parser.add_argument(
+        "--without-masks", action="store_true", help="dense and the kinds beside it"
+    )
     options = parser.parse_args()
+    names = (DENSE, *KINDS) if options.without_masks else ROWS
     lengths = TOKENS[:4] if options.quick else TOKENS
     lengths = [options.tokens] if options.tokens else lengths
     rows: list[dict[str, Any]] = []
     for tokens in track(lengths, console=Console(stderr=True)):
-        rows += rows_of(tokens)
+        rows += rows_of(tokens, names)
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -99,6 +99,20 @@ def test_without_documents():
     assert Pairs((None,), 10**9).visible(1000) == pytest.approx(500_000, rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 16, 100])
+def test_the_last_member_has_the_most(window):
+    span, members = 256, 4
+    i = np.arange(span)
+    seen = i[:, None] >= i
+    if window:
+        seen &= i[:, None] - i < window
+    # A token's own is half a pair.
+    of_members = (seen.sum(1) - 0.5).reshape(members, -1).sum(1)
+    want = of_members.max() / of_members.mean()
+    assert Pairs((window,)).most(span, members) == pytest.approx(want, rel=1e-2)
+    assert window or want == 2 - 1 / members
+
+
 def run(model=None, batch_size=8, **data):
     config = configs.Config(
         model=model

@@ -331,3 +331,13 @@ def test_heads_that_do_not_divide_take_longer_and_are_no_model_flops():
     seconds = predict(even, GPU, plan(even))["attention_seconds"]
     both = parts["attention"] + parts["attention_recompute"]
     assert seconds == pytest.approx(both / 8 / 0.25e12)
+
+
+def test_the_last_of_a_ring_attends_the_most_in_the_sequences_own_order():
+    ring = dict(mesh=dict(ring=2, seq=2, fsdp=2), strategy="hybrid")
+    own, zigzag = (
+        predict(config, GPU, plan(config))
+        for config in (run(**ring, zigzag=False), run(**ring, zigzag=True))
+    )
+    ratio = own["attention_seconds"] / zigzag["attention_seconds"]
+    assert ratio == pytest.approx(2 - 1 / 2)

@@ -37,6 +37,19 @@ class Pairs:
         """Of span x span, in the mean of the layers."""
         return self.visible(span) / len(self.layers) / span**2
 
+    def most(self, span: int, members: int) -> float:
+        """Of members who have a part each of `span` tokens in their order, how many
+        times the mean's pairs the last has; layouts are taken to share theirs out."""
+        total = last = 0.0
+        for layer in self.layers:
+            seen = self._visible(span, layer)
+            total += seen
+            if not isinstance(layer, BlockLayout):
+                seen -= self._visible(span - span // members, layer)
+                seen *= members
+            last += seen
+        return last / total if total else 1.0
+
     def tiles(self, num_blocks: int, block_tokens: int) -> float:
         """Tiles of a row that hold a visible pair, in the mean of the layers: of a
         block of queries its own, and as many before as its first query reaches.

@@ -13,6 +13,7 @@ from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
 from ulysses_jax.lora import adapter_elements
 from ulysses_jax.parallel.exchange import head_layout
+from ulysses_jax.strategies import num_members
 
 # Passes over HBM of elementwise work, forward, in elements of the compute dtype a token
 # and layer: two norms and two residual sums touch D ten times; RoPE, casts and the
@@ -47,6 +48,9 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
     understated where many overlap each other, and overstated where compute that stands
     outside would have hidden it.
 
+    Attention takes what the device with the most of it takes: over a ring whose tokens
+    lie in the sequence's own order that is the last one.
+
     A recurrence takes what its FLOPs take, most of them of float32 states, as TF32; or,
     if that is more, `KERNEL_SECONDS` for each kernel of its loops over chunks: these
     are small, and each waits for the one before.
@@ -67,7 +71,7 @@ def predict(config: Config, target: Target, plan: dict[str, Any]) -> dict[str, A
         * config.training.batch_size
     )
     attention = flops["attention"] + flops["attention_recompute"]
-    attention *= _head_padding(config) / devices
+    attention *= _head_padding(config) * _most_of_members(config) / devices
     recurrence = (flops["recurrence"] + flops["recurrence_recompute"]) / devices
     recurrence_rate = target.peak_flops_per_second("float32") * target.matmul_efficiency
     peak = target.peak_flops_per_second(config.model.compute_dtype)
@@ -205,6 +209,16 @@ def _head_padding(config: Config) -> float:
         return 1.0
     heads, kv_heads = (n // mesh.tensor for n in (model.num_heads, model.num_kv_heads))
     return head_layout(heads, kv_heads, mesh.seq).num_slots / heads
+
+
+def _most_of_members(config: Config) -> float:
+    """What the last member attends to over the mean, in the sequence's own order."""
+    model, mesh, tokens = config.model, config.mesh, config.padded_tokens()
+    assert model.strategy != "auto"
+    members = num_members(model.strategy, mesh.ring, mesh.seq)
+    if members == 1 or model.zigzag:
+        return 1.0
+    return pairs_of(config).most(tokens, members)
 
 
 def _qkv(model: Model, kind: str) -> int:
