@@ -568,6 +568,8 @@ def test_modules_that_cannot_be():
         ValueError, match="'memory', which is no kind.*'full', 'window'"
     ):
         Transformer(Model(pattern=("memory",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'low_rank'.* is causal: use 'linear' or"):
+        Transformer(Model(pattern=("low_rank",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="width 16 does not divide"):
         Layer(Model(width=16, num_heads=3), rngs=nnx.Rngs(0))
     with (

@@ -40,6 +40,12 @@ module that is called as `Attention` is. `docs/architecture.md` says how to add 
 def refuse_unknown(kinds: Iterable[str]) -> None:
     """Raises ValueError where one is none of `KINDS`."""
     for kind in kinds:
+        if kind not in KINDS and kind == "low_rank":
+            raise ValueError(
+                "model.pattern has 'low_rank', whose mixtures have tokens of all "
+                "places, and this model is causal: use 'linear' or 'delta', or "
+                "ulysses_jax.low_rank_attention in an encoder of your own"
+            )
         if kind not in KINDS:
             raise ValueError(
                 f"model.pattern has {kind!r}, which is no kind of layer: use "
