@@ -14,7 +14,8 @@ def test_rows(capsys):
             for each in rows
         )
     for one, other in zip(short, long, strict=True):
-        assert one["temp_bytes"] < other["temp_bytes"] < 2.1 * one["temp_bytes"]
+        # All pairs would take four times as much.
+        assert one["temp_bytes"] < other["temp_bytes"] < 3 * one["temp_bytes"]
     benchmark.print_table(short + long)
     printed = capsys.readouterr().out
     assert all(name in printed for name in benchmark.ROWS)
