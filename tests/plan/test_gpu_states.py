@@ -1,4 +1,5 @@
-"""Recurrences compiled for 8 and 64 H100: what crosses the shards is the formula."""
+"""Recurrences, and attention to mixtures of keys, compiled for 8 and 64 H100: what
+crosses the shards is the formula."""
 
 import functools
 
@@ -9,16 +10,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from slow import slow_but_for
 
-from ulysses_jax import gated_delta_rule, linear_attention, make_mesh
+from ulysses_jax import (
+    gated_delta_rule,
+    linear_attention,
+    low_rank_attention,
+    make_mesh,
+)
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.costs.targets import TARGETS
-from ulysses_jax.parallel.bytes import state_bytes
+from ulysses_jax.parallel.bytes import low_rank_bytes, state_bytes
 from ulysses_jax.plan.compile import cluster_devices
 
 pytestmark = pytest.mark.plan
 
-NUM_HEADS, NUM_KEY_HEADS, SIZE = 32, 16, 128
+NUM_HEADS, NUM_KEY_HEADS, SIZE, RANK = 32, 16, 128, 64
 
 
 def delta(q, k, v, gates, **options):
@@ -27,6 +33,10 @@ def delta(q, k, v, gates, **options):
 
 def linear(q, k, v, gates, **options):
     return linear_attention(q, k, v, log_decay=gates, **options)
+
+
+def low_rank(q, k, v, projection, **options):
+    return low_rank_attention(v, q, k, projection=projection, **options)
 
 
 def sent(rule, tokens, hosts):
@@ -40,13 +50,13 @@ def sent(rule, tokens, hosts):
 
     q = shaped(jnp.bfloat16, NUM_KEY_HEADS, SIZE)
     v = shaped(jnp.bfloat16, NUM_HEADS, SIZE)
-    gates = shaped(jnp.float32, NUM_HEADS)
+    by_token = [NUM_KEY_HEADS, RANK] if rule is low_rank else [NUM_HEADS]
 
-    def both_ways(q, k, v, gates, upstream):
-        out, pull = jax.vjp(functools.partial(rule, mesh=mesh), q, k, v, gates)
+    def both_ways(q, k, v, by_token, upstream):
+        out, pull = jax.vjp(functools.partial(rule, mesh=mesh), q, k, v, by_token)
         return out, pull(upstream)
 
-    traced = jax.jit(both_ways).trace(q, q, v, gates, v)
+    traced = jax.jit(both_ways).trace(q, q, v, shaped(jnp.float32, *by_token), v)
     text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
     found = {}
     for each in find_collectives(parse(text), dict(mesh.shape), 8):
@@ -56,16 +66,26 @@ def sent(rule, tokens, hosts):
 
 
 @pytest.mark.parametrize(
-    "rule, hosts", slow_but_for([(delta, 1)], [linear, delta], [1, 8])
+    "rule, hosts",
+    slow_but_for([(delta, 1), (low_rank, 1)], [linear, delta, low_rank], [1, 8]),
 )
 def test_bytes_are_the_formula_whatever_the_tokens(rule, hosts):
-    change = SIZE * SIZE if rule is delta else 1
-    each_way = state_bytes(
-        shards=8 * hosts,
-        num_heads=NUM_HEADS,
-        state_size=SIZE * SIZE,
-        change_size=change,
-    )
+    shards = 8 * hosts
+    if rule is low_rank:
+        each_way = low_rank_bytes(
+            shards=shards,
+            num_kv_heads=NUM_KEY_HEADS,
+            rank=RANK,
+            mixture_size=2 * SIZE + 1,
+        )
+        want = {"all-reduce": sum(each_way.values())}
+    else:
+        each_way = state_bytes(
+            shards=shards,
+            num_heads=NUM_HEADS,
+            state_size=SIZE * SIZE,
+            change_size=SIZE * SIZE if rule is delta else 1,
+        )
+        want = {"collective-permute": 2 * sum(each_way.values())}
     for tokens in (65536, 131072):
-        both_ways = 2 * sum(each_way.values())
-        assert sent(rule, tokens, hosts) == {"collective-permute": both_ways}
+        assert sent(rule, tokens, hosts) == want
