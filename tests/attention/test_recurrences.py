@@ -63,10 +63,11 @@ def test_equals_float64(kind, chunk_tokens, documents):
     assert_close(got, exact(kind, given, documents))
 
 
-def test_a_strong_decay_leaves_the_digits_of_weak_ones():
+@pytest.mark.parametrize("strong", [-4000, -1e9, np.finfo(np.float32).min])
+def test_a_strong_decay_leaves_the_digits_of_weak_ones(strong):
     """After one of e^-4000 float32 sums are multiples of 0.0002."""
     weak = np.full(64, -1e-3, np.float32)
-    log_decay = np.concatenate([weak[:8], [-4000], weak])
+    log_decay = np.concatenate([weak[:8], [strong], weak])
     begins = jnp.zeros((1, len(log_decay)), bool)
     decays = decays_of(jnp.asarray(log_decay, jnp.float32)[None, None, None], begins)
     exact = np.exp(np.cumsum(weak.astype(np.float64)))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 SCOPE = "over_chunks"  # as a program names the loop
 COARSE = 2.0**10  # of log decays: sums of its multiples are exact to 2^14
+LEAST = -(2.0**7)  # of log decays: below it, too, float32's exp is 0
 
 
 class Shard(NamedTuple):
@@ -63,8 +64,9 @@ def decays_of(log_decay: Float[Array, "B K G C"], begins: Bool[Array, "B C"]) ->
     tokens as the document has here. After a strong decay both are large, and as one
     float32 number each would have lost the digits of the weak ones. So they are two:
     multiples of 1/1024, whose sums are exact, and what is left. Decays of other
-    documents are added as 0: no bit depends on them.
+    documents are added as 0: no bit depends on them, where all are finite.
     """
+    log_decay = jnp.maximum(log_decay, LEAST)
     document = jnp.cumsum(begins, axis=1)
     tokens = begins.shape[1]
     seen = document[:, :, None] == document[:, None, :]
