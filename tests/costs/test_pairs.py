@@ -99,18 +99,28 @@ def test_without_documents():
     assert Pairs((None,), 10**9).visible(1000) == pytest.approx(500_000, rel=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 16, 100])
-def test_the_last_member_has_the_most(window):
-    span, members = 256, 4
-    i = np.arange(span)
-    seen = i[:, None] >= i
-    if window:
-        seen &= i[:, None] - i < window
-    # A token's own is half a pair.
+LAYOUTS = [
+    fixed(32, block_tokens=16, local_blocks=4),
+    bigbird(32, block_tokens=16, random_blocks=3, num_heads=2),
+]
+
+
+@pytest.mark.parametrize("layer", [None, 16, 100, *LAYOUTS], ids=str)
+@pytest.mark.parametrize("mean", [None, 60])
+def test_the_last_members_share(layer, mean):
+    span, members = 512, 4
+    apart = np.subtract.outer(np.arange(span), np.arange(span))
+    # That two are of one document, where one ends at each token with chance 1 / mean.
+    seen = np.tril((1 - 1 / mean if mean else 1.0) ** np.maximum(apart, 0))
+    if isinstance(layer, BlockLayout):
+        seen = seen * layer.visible().mean(axis=0)
+    elif layer:
+        seen *= apart < layer
     of_members = (seen.sum(1) - 0.5).reshape(members, -1).sum(1)
-    want = of_members.max() / of_members.mean()
-    assert Pairs((window,)).most(span, members) == pytest.approx(want, rel=1e-2)
-    assert window or want == 2 - 1 / members
+    want = of_members[-1] / of_members.mean()
+    assert Pairs((layer,), mean).most(span, members) == pytest.approx(want, rel=0.02)
+    if layer is None and not mean:
+        assert want == 2 - 1 / members
 
 
 def run(model=None, batch_size=8, **data):

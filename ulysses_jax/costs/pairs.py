@@ -39,16 +39,17 @@ class Pairs:
 
     def most(self, span: int, members: int) -> float:
         """Of members who have a part each of `span` tokens in their order, how many
-        times the mean's pairs the last has; layouts are taken to share theirs out."""
+        times the mean's pairs the last has."""
         total = last = 0.0
         for layer in self.layers:
             seen = self._visible(span, layer)
             total += seen
-            if not isinstance(layer, BlockLayout):
-                seen -= self._visible(span - span // members, layer)
-                seen *= members
-            last += seen
-        return last / total if total else 1.0
+            if isinstance(layer, BlockLayout):
+                blocks = layer.blocks.shape[1]
+                last += self._visible_by_layout(layer, blocks - blocks // members)
+            else:
+                last += seen - self._visible(span - span // members, layer)
+        return members * last / total if total else 1.0
 
     def tiles(self, num_blocks: int, block_tokens: int) -> float:
         """Tiles of a row that hold a visible pair, in the mean of the layers: of a
@@ -101,9 +102,10 @@ class Pairs:
         far = math.exp(-seen / mean)
         return mean * (span - (span - seen) * far) - mean**2 * (1 - far)
 
-    def _visible_by_layout(self, layout: BlockLayout) -> float:
-        """Of a head, in the mean. A tile is as far away as its first tokens are."""
-        size, counts = layout.block_tokens, _by_distance(layout)
+    def _visible_by_layout(self, layout: BlockLayout, first_block: int = 0) -> float:
+        """Of a head, in the mean, from a block of queries on. A tile is as far away as
+        its first tokens are."""
+        size, counts = layout.block_tokens, _by_distance(layout, first_block)
         away = [n * self._together(size * d) for d, n in enumerate(counts)][1:]
         return counts[0] * self._visible(size, None) + sum(away) * size**2
 
@@ -117,10 +119,12 @@ class Pairs:
         return math.exp(-distance / self.document_tokens)
 
 
-def _by_distance(layout: BlockLayout) -> np.ndarray:
-    """How many tiles a head has, in the mean, by how many blocks lie between."""
+def _by_distance(layout: BlockLayout, first_block: int = 0) -> np.ndarray:
+    """How many tiles a head has, in the mean, by how many blocks lie between; of its
+    queries from a block on."""
     lists = layout.tiles(causal=True)
     tiles = np.concatenate(lists)
+    tiles = tiles[tiles[:, 0] >= first_block]
     return np.bincount(tiles[:, 0] - tiles[:, 1]) / len(lists)
 
 
