@@ -188,6 +188,16 @@ def _check_recurrent(model: Model) -> None:
             of + "which take tokens from the shard before, and model.strategy megatron "
             "gathers all: use model.strategy auto or ulysses"
         )
+    given = [
+        name
+        for name in ("attention_gate", "query_key_norm", "sinks")
+        if getattr(model, name)
+    ]
+    if given and not model.attending_kinds():
+        raise ValueError(
+            f"{of}none of which has model.{given[0]}: leave it out, or name full, "
+            "window or sparse in the pattern, too"
+        )
     if model.lora is not None:
         raise ValueError(
             of + "whose projections have no adapters: leave model.lora out, or use "

@@ -341,3 +341,9 @@ def test_the_last_of_a_ring_attends_the_most_in_the_sequences_own_order():
     )
     ratio = own["attention_seconds"] / zigzag["attention_seconds"]
     assert ratio == pytest.approx(2 - 1 / 2)
+
+
+def test_a_kind_of_your_own_is_not_counted():
+    with pytest.raises(ValueError, match="plan knows .* linear, delta, not mine: .*in"):
+        prediction.check_kinds(run(pattern=("full", "mine")).model)
+    prediction.check_kinds(run(pattern=("full",)).model)

@@ -106,6 +106,10 @@ HYBRID = "delta", "linear", "full"
         (dict(zigzag=True), "leave model.zigzag out"),
         (dict(strategy="megatron"), "use model.strategy auto or ulysses"),
         (dict(lora=Lora()), "leave model.lora out"),
+        (
+            dict(pattern=("linear",)),
+            "none of which has model.attention_gate: leave it out, or name full",
+        ),
         (dict(convolution_tokens=0), "model.convolution_tokens must be positive"),
         (dict(delta_key_size=0), "model.delta_key_size must be positive"),
         (
@@ -198,7 +202,8 @@ LONG = ("--mesh.fsdp", "1", "--mesh.seq", "8", "--training.sequence-tokens")
     [
         (
             ("--model.pattern", "low_rank", "full", "full"),
-            "low_rank",
+            "'low_rank', whose mixtures have tokens of all places, and this model is "
+            "causal: use 'linear' or 'delta', or",
             ("--model.pattern", *("linear", "full", "full")),
         ),
         (

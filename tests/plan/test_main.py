@@ -75,10 +75,10 @@ def plan(config_file, capsys, *args):
         ("--gpus h100:1x8 --model.num-kv-heads 3", "num_kv_heads 3 does not divide"),
         (
             "--gpus h100:1x8 --model.pattern full mine",
-            "kind full, window, sparse, linear, delta, not mine: .*--model.pattern",
+            "'mine', which is no kind of layer: use 'full', .*'delta'",
         ),
         ("--gpus h100:1x8 --documents-of-data", "data.mask_documents is false: leave"),
-        ("--check --model.pattern full mine", "linear, delta, not mine"),
+        ("--check --model.pattern full mine", "'mine', which is no kind of layer: use"),
         ("--gpus h100:1x8 --config nowhere.yaml", "--config stands twice"),
         ("--gpus h100:1x8 --plot nowhere/x.png", "nowhere/x.png: there is no folder"),
         ("--gpus h100:1x8 --json nowhere/x.json", "nowhere/x.json: there is no folder"),

@@ -73,7 +73,7 @@ def chunk_kernels(module: Module) -> int:
 
 def state_passes_bytes(config: Config, kind: str) -> float:
     """HBM traffic of a layer's states a token and pass, float32: a chunk reads the one
-    before, writes its own, and keeps it."""
+    before, and writes its own twice: as carry, and to be kept."""
     sizes = config.model.state_sizes(kind)
     makes_one = kind == "delta" and config.mesh.ring * config.mesh.seq > 1
     columns = sizes.value_size + sizes.key_size * makes_one

@@ -17,6 +17,7 @@ from ulysses_jax.costs.head_chunks import place_on
 from ulysses_jax.costs.predict import check_kinds, predict
 from ulysses_jax.costs.targets import TARGETS, target_of
 from ulysses_jax.mesh import allow_promotion, make_mesh, simulate_cpu_devices
+from ulysses_jax.models.kinds import refuse_unknown
 from ulysses_jax.plan.compile import PlanError, analyse, compile_on
 from ulysses_jax.training.state import init_state
 from ulysses_jax.training.step import abstract_batch, jit_train_step
@@ -41,8 +42,10 @@ def check(config: Config, *, num_steps: int = 5) -> dict[str, Any]:
       for a GPU of `TARGETS`).
 
     Raises:
-      ValueError: the mesh or the config does not fit the devices, or as `check_kinds`.
+      ValueError: the mesh or the config does not fit the devices, or as
+        `refuse_unknown` and `check_kinds`.
     """
+    refuse_unknown(config.model.kinds())
     check_kinds(config.model)
     simulate_cpu_devices(config.run.simulated_cpu_devices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), axis_type=AxisType.Explicit)

@@ -11,6 +11,7 @@ from ulysses_jax.costs.predict import check_kinds, predict
 from ulysses_jax.costs.reckoning import reckon
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.memory.auto import Fit, choose, rungs
+from ulysses_jax.models.kinds import refuse_unknown
 from ulysses_jax.placement import place
 from ulysses_jax.plan.compile import mesh_degrees
 from ulysses_jax.plan.worker import plan_step
@@ -114,8 +115,9 @@ def placed_on(config: Config, cluster: Cluster) -> Config:
     """`head_chunks.place_on` a cluster.
 
     Raises:
-      ValueError: as `check_kinds`, `degrees_on` and `place`.
+      ValueError: as `refuse_unknown`, `check_kinds`, `degrees_on` and `place`.
     """
+    refuse_unknown(config.model.kinds())
     check_kinds(config.model)
     degrees = degrees_on(config, cluster)
     return place_on(config, degrees, cluster.target, cluster.gpus_per_host)
