@@ -49,7 +49,7 @@ def linear_attention(
         which finds a state of 0. None: all is one.
       scale: None: H**-0.5.
       chunk_tokens: C, of a chunk, which is computed as products of matrices; the
-        backward pass keeps a state a chunk. None: 128.
+        backward pass keeps about 2 sqrt(T / C) states. None: 128.
 
     Returns:
       `[B, T, N, V]`, q's dtype, lying as v.
@@ -59,8 +59,8 @@ def linear_attention(
         or a log_decay above 0, where values are known; causal=False; a call inside a
         `shard_map` over ring or seq; an argument that is not what is said here.
 
-    Cost: 2 C (H + V) + 4 H V FLOPs a token and head forward, and float32 states of H V
-    numbers a chunk and head kept for the backward pass. Over P shards
+    Cost: 2 C (H + V) + 4 H V FLOPs a token and head forward, and for the backward pass
+    about 2 sqrt(chunks) float32 states of H V numbers a head. Over P shards
     1 + ceil(log2(P - 1)) hops of 4 B N H V bytes forward (B and N: what a device has)
     and as many backward, whatever T is: `parallel.bytes.state_bytes`; and 2 H V FLOPs
     more a token, to read the state that came.

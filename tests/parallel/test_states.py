@@ -31,7 +31,7 @@ from ulysses_jax import (
     short_convolution,
     ulysses_attention,
 )
-from ulysses_jax.parallel.bytes import state_bytes
+from ulysses_jax.parallel.bytes import convolution_bytes, state_bytes
 
 
 def spread(kind, **degrees):
@@ -62,25 +62,27 @@ def test_a_constant_decay_and_its_gradient(decay, degrees):
     assert_close(results_of(run, "linear", given | {"decay": jnp.asarray(shape)}), want)
 
 
-def what_it_sends(kind, tokens, **degrees):
+def what_it_sends(kind, tokens, *, documents=False, **degrees):
     """Out and all gradients: bytes by kind and axes."""
     mesh = mesh_of(**degrees)
-    specs = {4: P(None, ("ring", "seq"), "tensor"), 3: P(None, ("ring", "seq"))}
+
+    def shaped(dtype, *shape):
+        spec = P(None, ("ring", "seq"), *["tensor"][: len(shape) == 4])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     given = {
-        name: jax.ShapeDtypeStruct(
-            (B, tokens, *x.shape[2:]),
-            x.dtype,
-            sharding=NamedSharding(mesh, specs[x.ndim]),
-        )
+        name: x if name == "weights" else shaped(x.dtype, B, tokens, *x.shape[2:])
         for name, x in inputs(kind).items()
     }
+    ids = shaped(jnp.int32, B, tokens) if documents else None
 
-    def both_ways(given, upstream):
-        run = functools.partial(FUNCTIONS[kind], mesh=mesh)
+    def both_ways(given, ids, upstream):
+        run = functools.partial(FUNCTIONS[kind], mesh=mesh, segment_ids=ids)
         out, pull = jax.vjp(lambda given: run(**given), given)
         return out, pull(upstream)
 
-    return sent(collectives(both_ways, mesh, given, given["v"]))
+    like_out = given["x" if kind == "convolution" else "v"]
+    return sent(collectives(both_ways, mesh, given, ids, like_out))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,28 @@ def test_bytes_are_the_formula_whatever_the_tokens(kind, degrees):
         assert sum(found.values()) == B * want
 
 
+def test_bytes_of_a_convolution_and_of_documents():
+    """The gradient of the weights is summed over the shards."""
+    width = len(inputs("convolution")["weights"])
+    tokens = dict(convolution_tokens=width, features=N * H, itemsize=4)
+    want = 2 * convolution_bytes(**tokens)
+    summed = 2 * 3 / 4 * 4 * width * N * H
+    for documents in (False, True):
+        found = what_it_sends("convolution", 32, documents=documents, seq=4)
+        ids = 4 * (width - 1) * documents
+        assert found == {
+            ("collective-permute", "seq"): B * (want + ids),
+            ("all-reduce", "seq"): summed,
+        }
+    for kind in ("linear", "delta"):
+        found, more = (
+            what_it_sends(kind, 32, documents=documents, seq=4)
+            for documents in (False, True)
+        )
+        (key,) = found
+        assert more == {key: found[key] + B * 4}
+
+
 def test_heads_of_tensor_are_handed_on_by_themselves():
     found = what_it_sends("delta", 32, seq=4, tensor=2)
     want = state_bytes(shards=4, num_heads=N // 2, state_size=H * V, change_size=H * H)
@@ -111,7 +135,7 @@ def test_heads_of_tensor_are_handed_on_by_themselves():
     assert found == {("collective-permute", "seq"): both_ways}
 
 
-def test_a_state_a_chunk_is_kept_and_no_more():
+def test_few_states_are_kept():
     tokens, heads, size = 4096, 4, 32
     shape = jax.ShapeDtypeStruct((1, tokens, heads, size), jnp.float32)
     none = jax.sharding.get_abstract_mesh()
