@@ -69,12 +69,12 @@ def linear_attention(
     2405.21060; states over shards as in LASP-2, arXiv 2502.07563, which gathers all of
     them where here they are joined on the way.
     """
-    name = "linear_attention"
+    name = linear.NAME
     _check(name, q, k, v, causal)
     rule = Linear(*_numbers(q, scale, chunk_tokens, linear.CHUNK_TOKENS))
     log_decay, dims = _log_decay(decay, log_decay, v)
     arrays, letters = (q, k, v, log_decay), ("BTNH", "BTNH", "BTNH", dims)
-    return recur(name, rule, arrays, letters, mesh=mesh, segment_ids=segment_ids)
+    return recur(rule, arrays, letters, mesh=mesh, segment_ids=segment_ids)
 
 
 def gated_delta_rule(
@@ -113,7 +113,7 @@ def gated_delta_rule(
 
     Source: Gated Delta Networks, arXiv 2412.06464.
     """
-    name = "gated_delta_rule"
+    name = delta.NAME
     _check(name, q, k, v, causal)
     _check_per_token("beta", beta, v)
     most = 2.0 if unit_lengths else float(np.finfo(np.float32).max)
@@ -125,7 +125,7 @@ def gated_delta_rule(
     log_decay, dims = _log_decay(decay, log_decay, v)
     arrays, letters = (q, k, v, log_decay), ("BTNH", "BTNH", "BTNH", dims)
     arrays, letters = (*arrays, beta), (*letters, "BTN")
-    return recur(name, rule, arrays, letters, mesh=mesh, segment_ids=segment_ids)
+    return recur(rule, arrays, letters, mesh=mesh, segment_ids=segment_ids)
 
 
 def short_convolution(
@@ -160,7 +160,6 @@ def short_convolution(
             "[B, T, N, H]"
         )
     return recur(
-        "short_convolution",
         Convolution(),
         (x, weights),
         ("BTNH", "WNH"),
@@ -299,8 +298,11 @@ def _check_values(name: str, x: Any, least: float, most: float, must_be: str) ->
     and not where other processes have a part of them."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
-    with jax.ensure_compile_time_eval():  # of a known value inside a jit, too
-        low, high = map(float, jax.device_get((jnp.min(x), jnp.max(x))))
+    if isinstance(x, jax.Array):
+        with jax.ensure_compile_time_eval():  # of a known value inside a jit, too
+            low, high = map(float, jax.device_get((jnp.min(x), jnp.max(x))))
+    else:  # where the mesh is of devices that are described, none can compute
+        low, high = float(np.min(x)), float(np.max(x))
     if not (least <= low and high <= most):
         is_one = low == high or low != low  # NaN
         found = f"{low:g}" if is_one else f"{low:g} to {high:g}"
