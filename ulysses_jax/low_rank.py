@@ -16,6 +16,7 @@ from ulysses_jax.recur import AnyMesh, Arrays, SegmentIds, recur
 class LowRank:
     """Of projection, k, v, q."""
 
+    name = "low_rank_attention"
     scale: float
 
     def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
@@ -94,7 +95,6 @@ def low_rank_attention(
             "ulysses_attention or linear_attention"
         )
     return recur(
-        "low_rank_attention",
         LowRank(checked_scale(q, scale)),
         (projection, k, v, q),
         ("BTNH",) * 4,

@@ -11,9 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Int
 
 from ulysses_jax.api import mesh_for, remedies_for
-from ulysses_jax.attention import delta, linear
+from ulysses_jax.attention import convolution, delta, linear
 from ulysses_jax.attention.chunks import Shard
-from ulysses_jax.attention.convolution import convolve
 from ulysses_jax.ids import int32_ids
 from ulysses_jax.parallel.spread import (
     BATCH,
@@ -36,6 +35,11 @@ Arrays = tuple[Array, ...]
 class Rule(Protocol):
     """What a device computes, a plain value: equal ones are one program."""
 
+    @property
+    def name(self) -> str:
+        """Of the function that is called, in messages and programs."""
+        ...
+
     def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
         """The output `[B, t, N, V]` of a shard, inside `shard_map`.
 
@@ -49,6 +53,7 @@ class Rule(Protocol):
 class Linear:
     """Of q, k, v, log_decay: linear attention with decay."""
 
+    name = linear.NAME
     scale: float
     chunk_tokens: int
 
@@ -62,6 +67,7 @@ class Linear:
 class Delta:
     """Of q, k, v, log_decay, beta: the gated delta rule."""
 
+    name = delta.NAME
     scale: float
     chunk_tokens: int
     unit_lengths: bool
@@ -79,11 +85,13 @@ class Delta:
 class Convolution:
     """Of x, weights."""
 
+    name = convolution.NAME
+
     def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
         x, weights = arrays
         before = len(weights) - 1
         ids = None if ids is None else with_before(ids, before, over)
-        return convolve(with_before(x, before, over), weights, ids)
+        return convolution.convolve(with_before(x, before, over), weights, ids)
 
 
 def _recurrence(
@@ -109,7 +117,6 @@ def _recurrence(
 
 
 def recur(
-    name: str,
     rule: Rule,
     arrays: Arrays,
     letters: tuple[str, ...],
@@ -121,7 +128,6 @@ def recur(
     """The rule on every device's shards, with what comes from the shards before.
 
     Args:
-      name: of the function that is called, for messages.
       arrays: global, the first of tokens.
       letters: of the dims of each; the output is like the last one of `BTNH`.
       tokens_before: that the rule needs of the shard before.
@@ -134,7 +140,7 @@ def recur(
     if segment_ids is not None:
         segment_ids = int32_ids(segment_ids, "segment_ids", arrays[0].shape[:2])
     if not mesh.empty:
-        _check_mesh(name, mesh, arrays, letters, tokens_before)
+        _check_mesh(rule.name, mesh, arrays, letters, tokens_before)
     with remedies_for(mesh):
         return _compiled(arrays, segment_ids, rule=rule, letters=letters, mesh=mesh)
 
@@ -149,15 +155,16 @@ def _compiled(
     letters: tuple[str, ...],
     mesh: AnyMesh,
 ) -> Array:
-    if mesh.empty:
-        return rule(arrays, ids, ())
     axes = free_axes(mesh)
     over = tuple(axis for axis in ACTIVATION.tokens if axes.get(axis, 1) > 1)
 
     def local(*args):
         *arrays, ids = args
-        return rule(tuple(arrays), ids, over)
+        with jax.named_scope(rule.name):
+            return rule(tuple(arrays), ids, over)
 
+    if mesh.empty:
+        return local(*arrays, ids)
     specs = [activation(each, axes) for each in letters]
     of_ids = None if ids is None else activation("BT", axes)
     spec = activation("BTNH", axes)

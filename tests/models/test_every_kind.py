@@ -298,7 +298,7 @@ def size(pattern, **changes):
         head_size=4,
         feed_forward_width=16,
         norm="zero_centered_rms",
-        attention_gate=True,
+        attention_gate="full" in pattern,
         pattern=pattern,
         delta_heads=8,
         delta_key_size=3,

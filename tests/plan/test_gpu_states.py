@@ -1,6 +1,7 @@
 """Recurrences, and attention to mixtures of keys, compiled for 8 and 64 H100: what
-crosses the shards is the formula."""
+crosses the shards is the formula; and steps of models that have them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from slow import slow_but_for
+from test_gpu_plan import plan, tiny
 
 from ulysses_jax import (
     gated_delta_rule,
@@ -16,6 +18,7 @@ from ulysses_jax import (
     low_rank_attention,
     make_mesh,
 )
+from ulysses_jax.complete import complete
 from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.costs.targets import TARGETS
@@ -89,3 +92,19 @@ def test_bytes_are_the_formula_whatever_the_tokens(rule, hosts):
         want = {"collective-permute": 2 * sum(each_way.values())}
     for tokens in (65536, 131072):
         assert sent(rule, tokens, hosts) == want
+
+
+def test_a_step_of_a_hybrid():
+    """Each recurrence has a row of its own, and sends its formula."""
+    plain = tiny(fsdp=2, seq=4)
+    layers = dict(num_layers=3, pattern=("delta", "linear", "full"))
+    model = dataclasses.replace(plain.model, **layers)
+    config = complete(dataclasses.replace(plain, model=model), name="hybrid")
+    result = plan(config)
+    assert result["warnings"] == []
+    (states,) = (
+        each for each in result["traffic"] if each["collective"] == "collective-permute"
+    )
+    names = "gated_delta_rule", "linear_attention", "short_convolution"
+    found = {each["what"]: each["ratio"] for each in states["parts"]}
+    assert found == dict.fromkeys(names, 1.0)

@@ -7,8 +7,13 @@ from jax.sharding import AxisType
 from test_step_traffic import analysed, row, tiny
 
 from ulysses_jax.costs.targets import TARGETS
+from ulysses_jax.costs.traffic import unexpected
 from ulysses_jax.mesh import make_mesh
 from ulysses_jax.plan.compile import analyse, compile_on
+
+
+def by_part(row):
+    return {each["what"]: each for each in row["parts"]}
 
 
 def test_states_are_made_again_and_products_are_not():
@@ -27,6 +32,15 @@ def test_states_are_made_again_and_products_are_not():
     one = 4 * (8 * (3 + 1) * 8 * 8 + 3 * 16 * 8)
     assert states["bytes"] == 3 * 2 * 3 * one
     assert states["ratio"] == 1
+    halo = by_part(states)["short_convolution"]
+    assert halo["bytes"] == 3 * 2 * 3 * 4 * 3 * 16 * 8
+    assert halo["count"] == 3 * 3 * 3 and halo["ratio"] == 1  # of q, k and v
+    rule = by_part(states)["gated_delta_rule"]
+    assert rule["bytes"] == states["bytes"] - halo["bytes"] and rule["ratio"] == 1
+    other = states | {"parts": [rule, halo | {"ratio": 2.0}]}  # sums may hide it
+    (line,) = unexpected([other])
+    said = "collective-permute over seq of short_convolution sends 2.00 times"
+    assert line.startswith(said)
     # Matrices forward and backward: those of beta and decay have 8 columns.
     matrices = 3 * 64 * (3 * 64 + 2 * 32 + 2 * 8 + 3 * 96)
     gathered = row(result, "all-gather", "fsdp+seq")
@@ -52,6 +66,13 @@ def test_bytes_of_a_hybrid(changes, remat, axes):
     result = analysed(tiny(model=model, memory=dict(remat=remat), **changes))
     assert result["warnings"] == []
     for axis in axes:
-        assert row(result, "collective-permute", axis)["ratio"] == 1
+        found = row(result, "collective-permute", axis)
+        of_all = {"gated_delta_rule", "linear_attention"}
+        # A shard's neighbour has the tokens before; of a ring, keys hop along it.
+        of_all |= {"attention"} if axis == "ring" else {"short_convolution"}
+        assert set(by_part(found)) == of_all
+        assert found["ratio"] == 1
+        assert all(each["ratio"] == 1 for each in found["parts"])
+    assert row(result, "all-to-all", "seq")["parts"] == []
     assert row(result, "all-to-all", "seq")["ratio"] == pytest.approx(1)
     assert [each["kind"] for each in result["attention"]] == ["full"]

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+NAME = "short_convolution"  # as `linear.NAME`
+
 
 def convolve(
     x: Float[Array, "B w+t N H"],

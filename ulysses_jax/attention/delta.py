@@ -16,6 +16,7 @@ from ulysses_jax.attention.chunks import (
 )
 from ulysses_jax.attention.tiling import product
 
+NAME = "gated_delta_rule"  # as `linear.NAME`
 CHUNK_TOKENS = 64
 
 apply = operator.matmul  # what `Shard` calls so

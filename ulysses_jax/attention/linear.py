@@ -14,6 +14,7 @@ from ulysses_jax.attention.chunks import (
 )
 from ulysses_jax.attention.tiling import product
 
+NAME = "linear_attention"  # of what a program calls so, and a plan looks for
 CHUNK_TOKENS = 128
 
 apply = operator.mul  # what `Shard` calls so

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from ulysses_jax.attention import delta, linear
+from ulysses_jax.attention import convolution, delta, linear
 from ulysses_jax.attention.chunks import SCOPE
 from ulysses_jax.config import Config
 from ulysses_jax.config.model import RECURRENT, StateSizes
@@ -81,31 +81,38 @@ def state_passes_bytes(config: Config, kind: str) -> float:
     return 3.0 * 4 * states / CHUNK_TOKENS[kind]
 
 
-def recurrent_bytes(config: Config, kind: str) -> dict[tuple[str, str], float]:
-    """Bytes that a GPU sends a step for one layer of a recurrent kind, by kind of
-    collective and axis: its states, and the last tokens that a convolution reads, for
-    each pass; next to nothing where documents begin."""
+def recurrent_bytes(
+    config: Config, kind: str
+) -> dict[str, dict[tuple[str, str], float]]:
+    """Bytes that a GPU sends a step for one layer of a recurrent kind, by the function
+    that sends them, as a program names it, and by kind of collective and axis: states,
+    and the last tokens that a convolution reads, for each pass; next to nothing where
+    documents begin."""
     model, mesh, training = config.model, config.mesh, config.training
     sizes = model.state_sizes(kind)
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
     passes = 2 + (config.memory.remat != "none")
     heads, key_heads = (n // mesh.tensor for n in sizes[:2])
-    sent = state_bytes(
+    states = state_bytes(
         shards=mesh.ring * mesh.seq,
         num_heads=heads,
         state_size=sizes.state_size,
         change_size=1 if kind == "linear" else sizes.key_size**2,
     )
-    if kind == "delta" and 1 in sent:
-        sent[1] += convolution_bytes(
+    sent = {linear.NAME if kind == "linear" else delta.NAME: states}
+    if kind == "delta" and 1 in states:
+        halo = convolution_bytes(
             convolution_tokens=model.convolution_tokens,
             features=heads * sizes.value_size + 2 * key_heads * sizes.key_size,
             itemsize=jnp.dtype(model.compute_dtype).itemsize,
         )
-    found: dict[tuple[str, str], float] = {}
-    for reach, each in sent.items():
-        key = "collective-permute", _axes(reach, mesh.ring, mesh.seq)
-        found[key] = found.get(key, 0.0) + rows * passes * each
+        sent[convolution.NAME] = {1: halo}
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for name, by_reach in sent.items():
+        found[name] = {}
+        for reach, each in by_reach.items():
+            key = "collective-permute", _axes(reach, mesh.ring, mesh.seq)
+            found[name][key] = found[name].get(key, 0.0) + rows * passes * each
     return found
 
 

@@ -17,6 +17,7 @@ from ulysses_jax.sharding import zero_axes
 from ulysses_jax.strategies import Strategy
 
 BF16_BYTES, F32_BYTES = 2, 4
+ATTENTION = "attention"
 
 
 def traffic(collectives: Iterable[Collective], config: Config) -> list[dict[str, Any]]:
@@ -29,14 +30,17 @@ def traffic(collectives: Iterable[Collective], config: Config) -> list[dict[str,
       Rows of `collective`, `axis`, `count` and `bytes` (sent, a GPU a step), `link`
       ("within a host" or "between hosts"), `between_hosts_bytes` (of these, through the
       GPU's network adapter), `formula_bytes` and `ratio` to it (None where no formula
-      exists), `phases` (bytes by phase), `largest` (the instructions that send most).
+      exists), `parts` (`what`, and the same four, of each recurrence that sends so, and
+      of the attention beside it), `phases` (bytes by phase), `largest` (the
+      instructions that send most).
     """
+    formulas = bytes_by_part(config)
     groups: dict[tuple[str, str], list[Collective]] = {}
     for each in collectives:
         groups.setdefault((each.kind, each.axes), []).append(each)
     rows = [
-        _row(kind, axes, members, formula_bytes(config, kind, axes))
-        for (kind, axes), members in groups.items()
+        _row(key, members, formula_bytes(config, *key), _parts(key, members, formulas))
+        for key, members in groups.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
@@ -55,15 +59,20 @@ def unexpected(rows: Iterable[dict[str, Any]]) -> list[str]:
         largest = row["largest"][0]
         what = f"{row['collective']} over {row['axis']}"
         source = f"; largest: {largest['makes']}, from {largest['from'] or 'no name'}"
-        if row["ratio"] is not None:
-            # Fewer gathers than the formula's are XLA's gain; fewer exchanges, a fault.
-            is_exchange = row["collective"] in ("all-to-all", "collective-permute")
-            low = 0.99 if is_exchange else 0
-            if not low <= row["ratio"] <= 1.01:
-                times = f"{row['ratio']:.2f} times"
-                lines.append(f"{what} sends {times} what the formula says{source}")
-        elif (
-            row["collective"] != "all-reduce"
+        # Fewer gathers than the formula's are XLA's gain; fewer exchanges, a fault.
+        is_exchange = row["collective"] in ("all-to-all", "collective-permute")
+        low = 0.99 if is_exchange else 0
+        of_parts = [(f" of {part['what']}", part["ratio"]) for part in row["parts"]]
+        for of_part, ratio in [("", row["ratio"]), *of_parts]:
+            if ratio is not None and not low <= ratio <= 1.01:
+                lines.append(
+                    f"{what}{of_part} sends {ratio:.2f} times what the formula says"
+                    + source
+                )
+                break
+        if (
+            row["ratio"] is None
+            and row["collective"] != "all-reduce"
             and row["axis"] != "tensor"
             and row["bytes"] > total / 100
         ):
@@ -135,9 +144,18 @@ def _received_by(
 def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
     """Bytes that a GPU sends a step so that attention reaches all tokens (and, of
     megatron, so that each feed-forward does); by kind and axis."""
+    found: dict[tuple[str, str], float] = {}
+    for of_part in bytes_by_part(config).values():
+        for key, sent in of_part.items():
+            found[key] = found.get(key, 0.0) + sent
+    return found
+
+
+def bytes_by_part(config: Config) -> dict[str, dict[tuple[str, str], float]]:
+    """`attention_bytes` of attention, and of each function of a recurrence."""
     kinds = config.model.kinds()
     layers = [
-        (count, _layer_bytes(config, window))
+        (count, {ATTENTION: _layer_bytes(config, window)})
         for window, count in _windows(config.model).items()
     ]
     layers += [
@@ -145,10 +163,12 @@ def attention_bytes(config: Config) -> dict[tuple[str, str], float]:
         for kind in RECURRENT
         if kind in kinds
     ]
-    found: dict[tuple[str, str], float] = {}
+    found: dict[str, dict[tuple[str, str], float]] = {}
     for count, of_one in layers:
-        for key, sent in of_one.items():
-            found[key] = found.get(key, 0.0) + count * sent
+        for what, by_key in of_one.items():
+            sums = found.setdefault(what, {})
+            for key, sent in by_key.items():
+                sums[key] = sums.get(key, 0.0) + count * sent
     return found
 
 
@@ -284,24 +304,56 @@ def feed_forward_is_tiled(config: Config) -> bool:
     return tile is not None and tokens > tile
 
 
-def _row(kind: str, axes: str, members: list[Collective], formula: float | None):
+def _parts(
+    key: tuple[str, str],
+    members: list[Collective],
+    formulas: dict[str, dict[tuple[str, str], float]],
+) -> list[dict[str, Any]]:
+    """What `bytes_by_part` parts, of a row that recurrences have a part of."""
+    here = {what: found[key] for what, found in formulas.items() if key in found}
+    names = [what for what in here if what != ATTENTION]
+    if not names:
+        return []
+    by_part: dict[str, list[Collective]] = {what: [] for what in here}
+    for each in members:
+        name = each.instruction.op_name
+        what = next((what for what in names if what in name), ATTENTION)
+        by_part.setdefault(what, []).append(each)
+    return [
+        {"what": what, **_sums(part, here.get(what))} for what, part in by_part.items()
+    ]
+
+
+def _sums(members: list[Collective], formula: float | None) -> dict[str, Any]:
     total = sum(each.count * each.sent_bytes for each in members)
+    return {
+        "count": sum(each.count for each in members),
+        "bytes": total,
+        "formula_bytes": formula,
+        "ratio": total / formula if formula else None,
+    }
+
+
+def _row(
+    key: tuple[str, str],
+    members: list[Collective],
+    formula: float | None,
+    parts: list[dict[str, Any]],
+) -> dict[str, Any]:
     phases: dict[str, float] = {}
     for each in members:
         phases[each.phase] = phases.get(each.phase, 0) + each.count * each.sent_bytes
     largest = sorted(members, key=lambda each: -each.count * each.sent_bytes)[:3]
     crosses = any(each.crosses_hosts for each in members)
     return {
-        "collective": kind,
-        "axis": axes,
-        "count": sum(each.count for each in members),
-        "bytes": total,
+        "collective": key[0],
+        "axis": key[1],
+        **_sums(members, formula),
         "link": "between hosts" if crosses else "within a host",
         "between_hosts_bytes": sum(
             each.count * each.between_hosts_bytes for each in members
         ),
-        "formula_bytes": formula,
-        "ratio": total / formula if formula else None,
+        "parts": parts,
         "phases": phases,
         "largest": [
             {

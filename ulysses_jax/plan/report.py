@@ -218,6 +218,14 @@ def _print_memory(memory: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _sent(row: dict[str, Any]) -> tuple[str, ...]:
+    """How often, GB, of the formula, and the ratio."""
+    found = f"{row['count']:,}", f"{row['bytes'] / GB:.3f}"
+    if row["formula_bytes"] is None:
+        return *found, "", ""
+    return *found, f"{row['formula_bytes'] / GB:.3f}", f"{row['ratio']:.3f}"
+
+
 def _print_traffic(plan: dict[str, Any], console: Console) -> None:
     table = _table(
         "Sent a GPU a step, from the scheduled program",
@@ -236,16 +244,10 @@ def _print_traffic(plan: dict[str, Any], console: Console) -> None:
             continue
         name = f"{row['collective']} over {row['axis']}"
         under = fractions.get(name)
-        known = row["formula_bytes"] is not None
-        table.add_row(
-            name,
-            f"{row['count']:,}",
-            f"{row['bytes'] / GB:.3f}",
-            f"{row['formula_bytes'] / GB:.3f}" if known else "",
-            f"{row['ratio']:.3f}" if known else "",
-            "" if under is None else f"{under:.0%}",
-            row["link"],
-        )
+        hidden = "" if under is None else f"{under:.0%}"
+        table.add_row(name, *_sent(row), hidden, row["link"])
+        for part in row["parts"]:
+            table.add_row(f"  {part['what']}", *_sent(part), "", "", style="dim")
     if not plan["traffic"]:
         table.add_row("nothing", "", "", "", "", "", "")
     console.print(table)
