@@ -302,7 +302,8 @@ def _check_values(name: str, x: Any, least: float, most: float, must_be: str) ->
         with jax.ensure_compile_time_eval():  # of a known value inside a jit, too
             low, high = map(float, jax.device_get((jnp.min(x), jnp.max(x))))
     else:  # where the mesh is of devices that are described, none can compute
-        low, high = float(np.min(x)), float(np.max(x))
+        x = np.asarray(x, np.float32)
+        low, high = float(x.min()), float(x.max())
     if not (least <= low and high <= most):
         is_one = low == high or low != low  # NaN
         found = f"{low:g}" if is_one else f"{low:g} to {high:g}"
