@@ -1,14 +1,14 @@
 """A recurrence and the shards of a sequence, put together: states cross, not tokens."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ulysses_jax.api import mesh_for, remedies_for
 from ulysses_jax.attention import convolution, delta, linear
@@ -50,35 +50,100 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Of q, k, v, log_decay: linear attention with decay."""
+class Recurrence(ABC):
+    """A rule of q, k, v and what there is of every token and head, or every head."""
 
-    name = linear.NAME
+    name: ClassVar[str]
     scale: float
     chunk_tokens: int
 
+    @abstractmethod
+    def apply(self, change: Array, state: Array) -> Array:
+        """As `attention.chunks.Shard` says."""
+
+    @abstractmethod
+    def shard(
+        self,
+        arrays: tuple[Any, ...],
+        begins: Bool[Array, "B t"],
+        *,
+        is_alone: bool,
+        start: Array | None = None,
+    ) -> Shard:
+        """Of local arrays, as `attention.linear.linear_shard`."""
+
     def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
-        numbers = dict(scale=self.scale, chunk_tokens=self.chunk_tokens)
-        shard = partial(linear.linear_shard, **numbers)
-        return _recurrence(shard, linear.apply, arrays, ids, over)
+        v = arrays[2]
+        begins = jnp.zeros(v.shape[:2], bool)
+        if ids is not None:
+            begins = begins_of(with_before(ids, 1, over))
+        own = self.shard(arrays, begins, is_alone=not over)
+        out = own.out
+        assert out is not None
+        if over:
+            assert own.change is not None and own.reads is not None
+            state = state_before(
+                own.change, own.state, apply=self.apply, axis_names=over
+            )
+            out += jnp.einsum("BTNH,BNHV->BTNV", own.reads, state)
+        return out.astype(v.dtype)
+
+    def numbers(self) -> dict[str, Any]:
+        return dict(scale=self.scale, chunk_tokens=self.chunk_tokens)
 
 
 @dataclass(frozen=True)
-class Delta:
+class Linear(Recurrence):
+    """Of q, k, v, log_decay: linear attention with decay."""
+
+    name = linear.NAME
+
+    def apply(self, change, state):
+        return linear.apply(change, state)
+
+    def shard(self, arrays, begins, *, is_alone, start=None):
+        q, k, v, log_decay = arrays
+        log_decay = _by_token(log_decay, v)
+        return linear.linear_shard(
+            q, k, v, log_decay, begins, **self.numbers(), is_alone=is_alone, start=start
+        )
+
+
+@dataclass(frozen=True)
+class Delta(Recurrence):
     """Of q, k, v, log_decay, beta: the gated delta rule."""
 
     name = delta.NAME
-    scale: float
-    chunk_tokens: int
-    unit_lengths: bool
+    unit_lengths: bool = True
 
-    def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
-        q, k, *others = arrays
+    def apply(self, change, state):
+        return delta.apply(change, state)
+
+    def shard(self, arrays, begins, *, is_alone, start=None):
+        q, k, v, *by_token = arrays
         if self.unit_lengths:
-            q, k = delta.unit_length(q), delta.unit_length(k)
-        numbers = dict(scale=self.scale, chunk_tokens=self.chunk_tokens)
-        shard = partial(delta.delta_shard, **numbers)
-        return _recurrence(shard, delta.apply, (q, k, *others), ids, over)
+            q, k = jax.tree.map(delta.unit_length, (q, k))
+        log_decay, beta = (_by_token(x, v) for x in by_token)
+        return delta.delta_shard(
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            begins,
+            **self.numbers(),
+            is_alone=is_alone,
+            start=start,
+        )
+
+
+def begins_of(ids: Int[Array, "B 1+t"]) -> Bool[Array, "B t"]:
+    """Where a document begins: after the first, which is of a token before."""
+    return ids[:, 1:] != ids[:, :-1]
+
+
+def _by_token(x: Array, v: Array) -> Array:
+    return jnp.broadcast_to(x.astype(jnp.float32), v.shape[:3])
 
 
 @dataclass(frozen=True)
@@ -92,28 +157,6 @@ class Convolution:
         before = len(weights) - 1
         ids = None if ids is None else with_before(ids, before, over)
         return convolution.convolve(with_before(x, before, over), weights, ids)
-
-
-def _recurrence(
-    shard: Callable[..., Shard],
-    apply: Callable[[Array, Array], Array],
-    arrays: Arrays,
-    ids: SegmentIds,
-    over: AxisNames,
-) -> Array:
-    q, k, v, *by_token = arrays
-    by_token = [jnp.broadcast_to(x.astype(jnp.float32), v.shape[:3]) for x in by_token]
-    begins = jnp.zeros(v.shape[:2], bool)
-    if ids is not None:
-        ids = with_before(ids, 1, over)
-        begins = ids[:, 1:] != ids[:, :-1]
-    own = shard(q, k, v, *by_token, begins, is_alone=not over)
-    out = own.out
-    if over:
-        assert own.change is not None and own.reads is not None
-        state = state_before(own.change, own.state, apply=apply, axis_names=over)
-        out += jnp.einsum("BTNH,BNHV->BTNV", own.reads, state)
-    return out.astype(v.dtype)
 
 
 def recur(

@@ -77,13 +77,14 @@ def test_a_strong_decay_leaves_the_digits_of_weak_ones(strong):
 
 @pytest.mark.parametrize("kind", slow_but_for(["delta"], ["linear", "delta"]))
 def test_shards_one_after_the_other(kind):
-    """Reads, changes and states of two shards are those of one."""
+    """Reads, changes and states of two shards are those of one; so is what the second
+    makes of the state that it is given."""
     rule = {"linear": linear_shard, "delta": delta_shard}[kind]
     apply = {"linear": linear.apply, "delta": delta.apply}[kind]
     given = inputs(kind) | {"begins": begins_of(DOCUMENTS)}
 
-    def run(part):
-        cut = {name: x[:, part] for name, x in given.items()}
+    def run(part, **changes):
+        cut = {name: x[:, part] for name, x in given.items()} | changes
         return jax.jit(functools.partial(rule, scale=1.0, chunk_tokens=3))(**cut)
 
     whole, close = (
@@ -96,6 +97,13 @@ def test_shards_one_after_the_other(kind):
         close(np.concatenate((first.out, second.out + read), axis=1), whole.out)
         close(second.state + apply(second.change, first.state), whole.state)
         close(apply(second.change, first.change), whole.change)
+        started = run(slice(size, None), start=first.state)
+        close(started.out, whole.out[:, size:])
+        close(started.state, whole.state)
+        unread = run(slice(size, None), q=None)
+        assert (unread.out, unread.reads) == (None, None)
+        close(unread.change, second.change)
+        close(unread.state, second.state)
         of_row_0 = np.abs(second.change[0]).max(), np.abs(second.change[1]).max()
         assert (of_row_0[0] > 0, of_row_0[1] > 0) == (False, size == 18)
 

@@ -19,17 +19,18 @@ class Shard(NamedTuple):
     """What a recurrence makes of tokens that find a state of 0, all float32.
 
     Had they found the state S, `[B, N, H, V]`, their output were `out + reads S`, and
-    they left `apply(change, S) + state`, of the recurrence's own `apply`.
+    they left `apply(change, S) + state`, of the recurrence's own `apply`. `out` and
+    `state` are those of the state that they were given as `start`.
 
     Attributes:
-      out: `[B, t, N, V]`.
+      out: `[B, t, N, V]`, or None.
       reads: `[B, t, N, H]`, or None.
       change: a number or a matrix for every head, or None; `apply(after, before)` is
         the one that is both.
       state: `[B, N, H, V]`.
     """
 
-    out: Float[Array, "B t N V"]
+    out: Float[Array, "B t N V"] | None
     reads: Float[Array, "B t N H"] | None
     change: Array | None
     state: Float[Array, "B N H V"]
@@ -87,7 +88,8 @@ def decays_of(log_decay: Float[Array, "B K G C"], begins: Bool[Array, "B C"]) ->
 class Chunks:
     """Cuts tokens into chunks of one size, and joins them; the last may be padded.
 
-    Arrays of N heads come as `[B, K, G, C, ...]`, G = N/K; of K heads without G.
+    Arrays of N heads come as `[B, K, G, C, ...]`, G = N/K; of K heads without G. In
+    the place of an array None stays None.
     """
 
     def __init__(self, num_tokens: int, num_heads: int, num_shared: int, size: int):
@@ -103,9 +105,9 @@ class Chunks:
         x = jnp.pad(x, widths)
         return jnp.moveaxis(x.reshape(len(x), self.num, self.size, *x.shape[2:]), 1, 0)
 
-    def of_shared(self, x: Array) -> Array:
+    def of_shared(self, x: Array | None) -> Array | None:
         """`[B, t, K, H] -> [chunks, B, K, C, H]`"""
-        return jnp.moveaxis(self.of_tokens(x), 2, 3)
+        return None if x is None else jnp.moveaxis(self.of_tokens(x), 2, 3)
 
     def of_heads(self, x: Array) -> Array:
         """`[B, t, N, ...] -> [chunks, B, K, G, C, ...]`"""
@@ -113,8 +115,16 @@ class Chunks:
         x = x.reshape(*x.shape[:3], *self.heads, *x.shape[4:])
         return jnp.moveaxis(x, 2, 4)
 
-    def join(self, x: Array) -> Array:
+    def state_at(self, start: Array | None, sizes: tuple[int, int, int]) -> Array:
+        """`[B, N, H, V] -> [B, K, G, H, V]`, float32; zeros of (B, H, V) for None."""
+        batch, *last = sizes
+        shape = (batch, *self.heads, *last)
+        return jnp.zeros(shape, jnp.float32) if start is None else start.reshape(shape)
+
+    def join(self, x: Array | None) -> Any:
         """`[chunks, B, K, G, C, ...] -> [B, t, N, ...]`"""
+        if x is None:
+            return None
         x = jnp.moveaxis(x, (0, 4), (1, 2))  # [B, chunks, C, K, G, ...]
         x = x.reshape(len(x), self.num * self.size, -1, *x.shape[5:])
         return x[:, : self.num_tokens]

@@ -23,7 +23,7 @@ apply = operator.matmul  # what `Shard` calls so
 
 
 def delta_shard(
-    q: Float[Array, "B t K H"],
+    q: Float[Array, "B t K H"] | None,
     k: Float[Array, "B t K H"],
     v: Float[Array, "B t N V"],
     log_decay: Float[Array, "B t N"],
@@ -33,15 +33,18 @@ def delta_shard(
     scale: float,
     chunk_tokens: int = CHUNK_TOKENS,
     is_alone: bool = False,
+    start: Float[Array, "B N H V"] | None = None,
 ) -> Shard:
     """`S_t = a_t (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T`, `o_t = scale S_t^T q_t`.
 
     Args:
-      q, k: local, of K heads, which divides N; head n reads n // (N/K).
+      q, k: local, of K heads, which divides N; head n reads n // (N/K). No q: nothing
+        is read, `out` and `reads` are None.
       log_decay: float32, log a_t, at most 0.
       beta: float32, b_t: how much of what the state has for a key is replaced.
       begins: where a document begins: S_(t-1) is 0 there.
       is_alone: there are no other tokens: `reads` and `change` are None.
+      start: float32, the state that the first token finds; None: 0.
 
     Returns:
       With the change the product of all a_t (I - b_t k_t k_t^T), `[B, N, H, H]`; it is
@@ -58,26 +61,29 @@ def delta_shard(
     so that it can be solved for all chunks at once; here chunks come one by one, and it
     is on the system's right-hand side.
     """
-    batch, num_tokens, num_shared, size = q.shape
+    batch, num_tokens, num_shared, size = k.shape
     num_values = v.shape[-1]
     chunks = Chunks(num_tokens, v.shape[2], num_shared, chunk_tokens)
 
     def one_chunk(state, inputs):
         q, k, v, log_decay, beta, begins = inputs
         decays = decays_of(log_decay, begins)
-        scores = product("BKiH,BKjH->BKij", q, k)[:, :, None] * decays.pairs
         alike = product("BKiH,BKjH->BKij", k, k)[:, :, None] * decays.pairs
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        k32, v = (x.astype(jnp.float32) for x in (k, v))
         v = jnp.pad(v, [(0, 0)] * 4 + [(0, state.shape[-1] - num_values)])
         since = decays.since_start[..., None]
-        known = jnp.einsum("BKiH,BKGHV->BKGiV", k, state) * since
+        known = jnp.einsum("BKiH,BKGHV->BKGiV", k32, state) * since
         u = solve(alike * beta[..., None], (v - known) * beta[..., None])
-        out = jnp.einsum("BKiH,BKGHV->BKGiV", q, state) * since
-        out += jnp.einsum("BKGij,BKGjV->BKGiV", scores, u)
-        left = jnp.einsum("BKjH,BKGjV->BKGHV", k, u * decays.to_end[..., None])
-        return state * since[..., -1:, :] + left, out * scale
+        out = None
+        if q is not None:
+            found = jnp.einsum("BKiH,BKGHV->BKGiV", q.astype(jnp.float32), state)
+            scores = product("BKiH,BKjH->BKij", q, k)[:, :, None] * decays.pairs
+            read = jnp.einsum("BKGij,BKGjV->BKGiV", scores, u)
+            out = (found * since + read) * scale
+        left = jnp.einsum("BKjH,BKGjV->BKGHV", k32, u * decays.to_end[..., None])
+        return state * since[..., -1:, :] + left, out
 
-    state = jnp.zeros((batch, *chunks.heads, size, num_values), jnp.float32)
+    state = chunks.state_at(start, (batch, size, num_values))
     if not is_alone:
         same = jnp.broadcast_to(jnp.eye(size), (*state.shape[:-1], size))
         state = jnp.concatenate((state, same), axis=-1)
@@ -88,9 +94,12 @@ def delta_shard(
     )
     state, out = over_chunks(one_chunk, state, inputs)
     out, state = chunks.join(out), merge_heads(state)
-    reads = None if is_alone else out[..., num_values:]
     change = None if is_alone else state[..., num_values:]
-    return Shard(out[..., :num_values], reads, change, state[..., :num_values])
+    state = state[..., :num_values]
+    if out is None:
+        return Shard(None, None, change, state)
+    reads = None if is_alone else out[..., num_values:]
+    return Shard(out[..., :num_values], reads, change, state)
 
 
 @jax.custom_vjp
