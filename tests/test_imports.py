@@ -57,6 +57,7 @@ ALLOWED = {
 ALLOWED["families"] = {"config", "complete", "run_folder", "outside"}
 ALLOWED["config_file"] |= {"families"}
 ALLOWED["models"] = ATTENTION | {"attend", "ids", "layout", "linear", "weights"}
+ALLOWED["models"] |= {"recur"}
 ALLOWED["memory"] = ALLOWED["models"] | {"models"}
 ALLOWED["__init__"] = ALLOWED["models"] | {
     "models",

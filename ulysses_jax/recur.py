@@ -73,20 +73,26 @@ class Recurrence(ABC):
         """Of local arrays, as `attention.linear.linear_shard`."""
 
     def __call__(self, arrays: Arrays, ids: SegmentIds, over: AxisNames) -> Array:
-        v = arrays[2]
-        begins = jnp.zeros(v.shape[:2], bool)
+        begins = jnp.zeros(arrays[2].shape[:2], bool)
         if ids is not None:
             begins = begins_of(with_before(ids, 1, over))
+        return self.run(arrays, begins, over)[0]
+
+    def run(
+        self, arrays: Arrays, begins: Bool[Array, "B t"], over: AxisNames
+    ) -> tuple[Array, Array]:
+        """The output of a shard, in v's dtype, and the state after its tokens."""
         own = self.shard(arrays, begins, is_alone=not over)
-        out = own.out
+        out, state = own.out, own.state
         assert out is not None
         if over:
             assert own.change is not None and own.reads is not None
-            state = state_before(
+            before = state_before(
                 own.change, own.state, apply=self.apply, axis_names=over
             )
-            out += jnp.einsum("BTNH,BNHV->BTNV", own.reads, state)
-        return out.astype(v.dtype)
+            out += jnp.einsum("BTNH,BNHV->BTNV", own.reads, before)
+            state += self.apply(own.change, before)
+        return out.astype(arrays[2].dtype), state
 
     def numbers(self) -> dict[str, Any]:
         return dict(scale=self.scale, chunk_tokens=self.chunk_tokens)

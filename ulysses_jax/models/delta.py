@@ -1,5 +1,7 @@
 """A layer's part that reaches other tokens by a state: the gated delta rule."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -8,12 +10,15 @@ from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from ulysses_jax import layout
+from ulysses_jax.attention.delta import CHUNK_TOKENS
 from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Model
 from ulysses_jax.linear import gated_delta_rule, short_convolution
 from ulysses_jax.models.inputs import check_input
+from ulysses_jax.models.linear import Convolve
 from ulysses_jax.models.norm import unit_rms
 from ulysses_jax.models.sizes import STD, letter_sizes, output_std
+from ulysses_jax.recur import Delta
 from ulysses_jax.weights.by_strategy import products_of
 from ulysses_jax.weights.parameter import matrix, vector
 
@@ -67,6 +72,24 @@ class GatedDelta(nnx.Module):
         """As `models.Attention`; tokens are in the sequence's order, and positions are
         not looked at."""
         check_input(self, x)
+        mesh = get_abstract_mesh()
+        convolve = partial(short_convolution, mesh=mesh, segment_ids=segment_ids)
+        (q, k, v, log_decay, beta), gate = self.inputs(x, convolve)
+        out = gated_delta_rule(
+            q,
+            k,
+            v,
+            mesh=mesh,
+            beta=beta,
+            log_decay=log_decay,
+            segment_ids=segment_ids,
+        )
+        return self.project_out(x, checkpoint_name(out, "attended"), gate)
+
+    def inputs(
+        self, x: Float[Array, "B T D"], convolve: Convolve
+    ) -> tuple[tuple[Array, ...], Array]:
+        """As `LinearAttention.inputs`."""
         parts = self.q, self.k, self.v, self.gate, self.beta, self.decay
         letters = "KH", "KH", "NU", "NU", "N", "N"
         into = self.products.into(
@@ -77,25 +100,33 @@ class GatedDelta(nnx.Module):
         q, k, v, gate, beta, decay = (
             checkpoint_name(each, "attention_inputs") for each in into
         )
+        q, k, v = (
+            nnx.silu(convolve(each, taps[...]))
+            for each, taps in ((q, self.q_taps), (k, self.k_taps), (v, self.v_taps))
+        )
         beta, decay = (each.astype(jnp.float32) for each in (beta, decay))
         rate = jnp.exp(self.log_rate[...])
-        out = gated_delta_rule(
-            *(
-                self._convolved(each, taps, segment_ids)
-                for each, taps in ((q, self.q_taps), (k, self.k_taps), (v, self.v_taps))
-            ),
-            mesh=get_abstract_mesh(),
-            beta=nnx.sigmoid(beta),
-            log_decay=-rate * nnx.softplus(decay + self.decay_bias[...]),
-            segment_ids=segment_ids,
-        )
-        out = checkpoint_name(out, "attended")
+        log_decay = -rate * nnx.softplus(decay + self.decay_bias[...])
+        return (q, k, v, log_decay, nnx.sigmoid(beta)), gate
+
+    def decays(self) -> None:
+        """All come from `inputs`."""
+
+    def project_out(
+        self, x: Float[Array, "B T D"], out: Float[Array, "B T N U"], gate: Array
+    ) -> Float[Array, "B T D"]:
+        """As `LinearAttention.project_out`."""
         out = unit_rms(self.model, out) * self.norm[...] * nnx.silu(gate)
         y = self.products.out_of("BTNU,NUD->BTD", out.astype(x.dtype), self.out[...])
         return layout.lay_like(y, x)
 
-    def _convolved(self, x: Array, taps: nnx.Param, segment_ids: Array | None) -> Array:
-        y = short_convolution(
-            x, taps[...], mesh=get_abstract_mesh(), segment_ids=segment_ids
-        )
-        return nnx.silu(y)
+    @property
+    def recurrence(self) -> Delta:
+        """As `gated_delta_rule` makes it of `inputs`."""
+        assert self.model.delta_key_size
+        return Delta(self.model.delta_key_size**-0.5, CHUNK_TOKENS)
+
+    @property
+    def tokens_before(self) -> int:
+        """As `LinearAttention.tokens_before`."""
+        return self.model.convolution_tokens - 1
