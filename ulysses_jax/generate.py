@@ -21,6 +21,7 @@ from ulysses_jax.inference.opening import (
     model_of_folder,
 )
 from ulysses_jax.inference.request import Request, check_request
+from ulysses_jax.inference.states import states_bytes
 from ulysses_jax.inference.text import Spelled, asked, encoded, file_text, ids_of
 from ulysses_jax.interop import from_pretrained
 from ulysses_jax.training.endings import ends_in_words
@@ -57,9 +58,10 @@ def _run(
     check_request(request, prompts, model)
     loaded = from_pretrained(options.model, compute_dtype=options.compute_dtype)
     tokens = request.cached(prompts)
-    rows = -(-len(prompts) // layout.degree("data", "fsdp"))
+    over = layout.degree("data", "fsdp")
+    rows = -(-len(prompts) // over) * over
     model, context = complete_model(loaded.model), request.context_of(prompts)
-    each = cache_bytes(model, rows, tokens)
+    each = cache_bytes(model, rows, tokens) + states_bytes(model, rows)
     if context:
         each += remembered_bytes(model, context, rows, tokens)
     _say(

@@ -192,7 +192,6 @@ def test_layers_that_there_is_no_cache_for(monkeypatch):
     for fields, message in (
         (dict(sparse="fixed"), "kind 'sparse', for which there is no cache"),
         (dict(pattern=("own",)), "kind 'own', for which there is no cache"),
-        (dict(pattern=("delta",)), "kind 'delta', for which there is no cache"),
         (dict(pattern=("full",)), "a layer of kind 'full' has a Own, for which"),
         (dict(zigzag=True), "zigzag true lays"),
     ):

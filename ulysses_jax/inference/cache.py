@@ -27,7 +27,8 @@ def layer_tokens(cache_tokens: int, window: int | None) -> int:
 
 
 def cache_bytes(model: Model, num_rows: int, cache_tokens: int) -> int:
-    """Of a device, on the mesh that is set.
+    """Of a device, on the mesh that is set: of the layers that attend; others have
+    `states.states_bytes`.
 
     Args:
       model: completed.
@@ -36,7 +37,9 @@ def cache_bytes(model: Model, num_rows: int, cache_tokens: int) -> int:
     assert model.head_size
     slots = heads_over_seq(model).num_kv_slots // layout.degree("seq")
     itemsize = jnp.dtype(model.compute_dtype).itemsize
-    tokens = sum(layer_tokens(cache_tokens, window) for window in model.windows())
+    kinds = model.attending_kinds()
+    windows = (model.window if kind == "window" else None for kind in kinds)
+    tokens = sum(layer_tokens(cache_tokens, window) for window in windows)
     rows = num_rows // layout.degree("data", "fsdp")
     return 2 * rows * tokens * slots * model.head_size * itemsize
 

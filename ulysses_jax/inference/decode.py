@@ -1,7 +1,8 @@
 """Two programs: a whole prompt under Ulysses, and one token a row over the cache.
 
-Both run the model's own layers, with what attends replaced: the one keeps keys and
-values, the other reads them. So no family's ways are written twice.
+Both run the model's own layers, with what attends, or has a state, replaced: the one
+keeps keys and values, or states, the other reads them. So no family's ways are written
+twice.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ulysses_jax.inference.context import (
     remembered_from_prompt,
     written_remembered,
 )
+from ulysses_jax.inference.states import LAYERS, Keeping, Reading, State, tokens_at
 from ulysses_jax.models.attention import Angles, Attend
 from ulysses_jax.models.residual import to_residual
 from ulysses_jax.models.stack import thread_stacks
@@ -38,7 +40,7 @@ from ulysses_jax.weights.in_place import IN_PLACE, embed_in_place, project_in_pl
 from ulysses_jax.weights.rows import embed
 from ulysses_jax.weights.whole import Unbound, Values
 
-Cache = list[KeysValues | Remembered]
+Cache = list[KeysValues | Remembered | State]
 """Of each stack, with a leading dim of its layers, then of each layer after them."""
 
 
@@ -73,6 +75,9 @@ def read_prompt(
     def run(place: int, layer: Unbound, values: Values, x: Array, _: Any, **__: Any):
         bound = layer.bind(values)
         attention = bound.attention
+        if isinstance(attention, LAYERS):
+            bound.attention = keep = Keeping(attention, lengths)
+            return bound(x, places), keep.kept[0]
         attention.attend = keep = _Keep(
             attention.attend,
             model.model,
@@ -84,7 +89,7 @@ def read_prompt(
 
     x = model.embedded(tokens, places, lambda *args: to_residual(embed(*args)))
     x, cache = thread_stacks(model.layers, model.rest, x, run)
-    return _logits(model, _tokens_at(x, lengths - 1)), cache
+    return _logits(model, tokens_at(x, lengths[:, None] - 1)), cache
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -117,6 +122,9 @@ def read_token(
         for part in (attention, bound.feed_forward):
             if hasattr(part, "products"):  # else it is a user's own
                 part.products = IN_PLACE
+        if isinstance(attention, LAYERS):
+            bound.attention = read = Reading(attention, cached)
+            return bound(x, places), read.kept[0]
         attention.attend = read = _Read(
             attention.attend, model.model, lengths, cached, context
         )
@@ -180,6 +188,8 @@ class _Read:
 def _written(
     context: ContextMemory | None, cached: Any, own: Any, *args: Any, stacked: bool
 ) -> Any:
+    if isinstance(own, State):
+        return own
     if isinstance(cached, Remembered):
         assert context
         return written_remembered(context, cached, own, *args, stacked=stacked)
@@ -189,20 +199,3 @@ def _written(
 def _logits(model: Any, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
     float32 = jnp.dtype(jnp.float32)
     return project_in_place("BTD,VD->BTV", model.norm(x), model.head, float32)[:, 0]
-
-
-def _tokens_at(x: Float[Array, "B T D"], places: Int[Array, "B"]) -> Array:
-    """One token of each row, `[B, 1, D]`, whole in T; the others are not sent."""
-    axes = layout.axes()
-
-    def local(x: Array, places: Array) -> Array:
-        here = places - layout.axis_index("seq") * x.shape[1]
-        mine = (here >= 0) & (here < x.shape[1])
-        where = jnp.where(mine, here, 0)[:, None, None]
-        token = jnp.take_along_axis(x, where, axis=1)
-        return layout.psum(jnp.where(mine[:, None, None], token, 0), ("seq",))
-
-    specs = activation("BTD", axes), activation("B", axes)
-    return layout.over_devices(local, specs, activation("BTD", axes, ONE_TOKEN))(
-        x, places
-    )

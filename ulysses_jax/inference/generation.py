@@ -16,6 +16,7 @@ from ulysses_jax.inference.context import ContextMemory
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.request import Request, check_request, rounded
 from ulysses_jax.inference.sampling import next_tokens
+from ulysses_jax.inference.states import LAYERS
 from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.models.attention import Angles, Attention
 from ulysses_jax.models.rope import frequencies
@@ -43,7 +44,7 @@ def generate(
 
     Args:
       model: a `Transformer`, such as `from_pretrained` gives, on the mesh that is set;
-        its layers full or window.
+        its layers full, window, linear or delta.
       tokens: ids of each prompt, of any lengths: a row's result does not depend on
         the other rows.
       context: a token reads a part of the cache: `context.ContextMemory`.
@@ -81,12 +82,12 @@ def stream(model: Any, tokens: Prompts, request: Request) -> Iterator[list[int |
     check_request(request, rows, complete_model(model.model))
     for layer in (*model.layers, *model.rest):
         attention = getattr(layer, "attention", None)
-        if not isinstance(attention, Attention):
+        if not isinstance(attention, (Attention, *LAYERS)):
             raise ValueError(
                 f"a layer of kind {getattr(layer, 'kind', None)!r} has a "
                 f"{type(attention).__name__}, for which there is no cache: generate "
-                "with layers of kinds full and window; model(tokens) gives the logits "
-                "of any"
+                "with layers of kinds full, window, linear and delta; model(tokens) "
+                "gives the logits of any"
             )
     module, values = unbind(model)
     for array in values:
@@ -110,6 +111,8 @@ class _Continuation:
         self.cache_tokens = request.cached(rows)
         self.context = request.context_of(rows)
         self.num_rows = len(rows)
+        convolves = "delta" in self.model.kinds()
+        self.tokens_before = convolves * (self.model.convolution_tokens - 1)
         # Rows that the mesh divides; those put in have ended from the first.
         added = -len(rows) % layout.degree("data", "fsdp")
         self.rows = [*rows, *([0] for _ in range(added))]
@@ -150,7 +153,9 @@ class _Continuation:
     def _read_prompts(self) -> Any:
         """All tokens that there are, at once."""
         lengths = self._lengths()
-        tokens = np.zeros((len(lengths), rounded(lengths.max())), np.int32)
+        # As many as a convolution reads on each device.
+        least = self.tokens_before * layout.degree("seq")
+        tokens = np.zeros((len(lengths), rounded(max(lengths.max(), least))), np.int32)
         for row, ids in zip(tokens, self.rows, strict=True):
             row[: len(ids)] = ids
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -199,7 +204,7 @@ def turned(
       positions: `[B, T]`.
       lengths: of the sequences, `[B]`.
     """
-    kinds = sorted(set(model.kinds()))
+    kinds = sorted(set(model.attending_kinds()))
     if model.positions != "rope":
         return {kind: () for kind in kinds}
     assert model.head_size

@@ -10,13 +10,14 @@ import numpy as np
 
 from ulysses_jax import layout
 from ulysses_jax.config import Model
+from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.ids import check_below
 from ulysses_jax.inference.context import ContextMemory
 
 # Cache and prompts are padded to multiples: requests of about a length share programs.
 ROUND_TOKENS = 64
 
-_KINDS = ("full", "window")
+_KINDS = ("full", "window", *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,14 @@ def _check_model(model: Model) -> None:
     if others:
         raise ValueError(
             f"model.pattern has layers of kind {', '.join(map(repr, others))}, for "
-            "which there is no cache: generate with a model of kinds full and window; "
-            "model(tokens) gives the logits of any"
+            "which there is no cache: generate with a model of kinds full, window, "
+            "linear and delta; model(tokens) gives the logits of any"
         )
+    names = ["num_heads", "num_kv_heads"]
+    names += ["delta_heads", "delta_key_heads"] * ("delta" in model.kinds())
     for axis, sizes in (
         ("ring", {}),
-        ("tensor", {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}),
+        ("tensor", {name: getattr(model, name) for name in names}),
     ):
         degree = layout.degree(axis)
         if axis == "ring" and degree > 1:
