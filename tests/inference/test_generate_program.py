@@ -55,6 +55,16 @@ def test_text_comes_out(folder, tmp_path, capsys):
     assert capsys.readouterr().out == texts[0] + "\n"
 
 
+def test_it_says_what_the_cache_of_a_device_is(folder, capsys, monkeypatch):
+    """A row of one prompt on each of 4 data parts; a key head on each of 2 devices."""
+    monkeypatch.setattr("ulysses_jax.generate.stream", lambda *_: iter(()))
+    said = [f"--model={folder}", "--prompt=a", "--cache-tokens=65536"]
+    main([*said, "--mesh.data=4", "--mesh.seq=2"])
+    assert (
+        f"row, {2 * 65536 * 8 * 4 / 2**20:.2f} MiB a device" in capsys.readouterr().err
+    )
+
+
 @pytest.fixture(scope="module")
 def chatting(tmp_path_factory):
     """A model of words, and a template that ends what is said by a sign of its own."""

@@ -5,14 +5,23 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from slow import slow_but_for
 from test_generate import MESHES, NEW, PROMPTS, SIZES, made, mesh_of, traced
 
+from ulysses_jax import Transformer, layout
 from ulysses_jax.complete import complete_model
+from ulysses_jax.costs.collectives import find_collectives
+from ulysses_jax.costs.hlo import parse
 from ulysses_jax.inference import generate
 from ulysses_jax.inference.cache import cache_bytes
+from ulysses_jax.inference.context import ContextMemory
+from ulysses_jax.inference.decode import read_prompt, read_token
+from ulysses_jax.inference.generation import turned
+from ulysses_jax.inference.sent import token_bytes
 from ulysses_jax.inference.states import states_bytes
+from ulysses_jax.weights.whole import unbind
 
 HYBRID = dataclasses.replace(
     SIZES,
@@ -64,7 +73,8 @@ def test_tokens_are_those_of_whole_forward_passes(alone, size, degrees, kind):
         assert generate(made(size), PROMPTS, max_tokens=NEW) == alone[size]
 
 
-def test_the_cache_is_as_long_as_no_row():
+def test_what_is_kept_and_what_a_token_sends():
+    """A state does not grow with the row, and is written in place; it sends nothing."""
     with mesh_of(dict(data=2, seq=2, tensor=2)):
         for tokens in (64, 128):
             prompt, token = traced(made(HYBRID), tokens, 128, rows=4)
@@ -73,15 +83,57 @@ def test_the_cache_is_as_long_as_no_row():
             assert delta.state.shape == (1, 4, 8, 4, 8)  # [L, B, N, H, V]
             local = delta.state.sharding.shard_shape(delta.state.shape)
             assert local == (1, 2, 4, 4, 8)
-            assert [x.shape[2:] for x in delta.before] == [
-                (3, 4, 4),
-                (3, 4, 4),
-                (3, 8, 8),
-            ]
+            sizes = [x.shape[2:] for x in delta.before]  # of q, k and v
+            assert sizes == [(3, 4, 4), (3, 4, 4), (3, 8, 8)]
             assert rest.state.shape == (4, 8, 4, 8)
         program = token.lower().compile()
+        sent = find_collectives(parse(program.as_text()), layout.axes(), 8)
         model = complete_model(HYBRID)
+        want = token_bytes(model, 2)
         held = cache_bytes(model, 4, 128) + states_bytes(model, 4)
         kept = 2 * (8 * 4 * 8 + 3 * (2 * 4 * 4 + 8 * 8)) + 4 * 8 * 8
         assert states_bytes(model, 4) == 2 * 4 * kept // 2
     assert program.memory_analysis().alias_size_in_bytes == held
+    assert sum(each.count * each.sent_bytes for each in sent) == sum(want.values())
+
+
+@pytest.mark.slow
+def test_beside_a_context_memory(alone):
+    """Of the layers that attend; what it reads is all that there is."""
+    context = ContextMemory(8, 16, 8, 2, 2)
+    with mesh_of(dict(seq=2, tensor=2)):
+        options = dict(max_tokens=NEW, cache_tokens=64, context=context)
+        assert generate(made(HYBRID), PROMPTS, **options) == alone[HYBRID]
+
+
+@pytest.mark.slow
+def test_in_bfloat16():
+    """Logits after a prompt, and of the token after it, are as near to those in float32
+    as a whole row's are."""
+    rows = np.random.default_rng(0).integers(0, 32, (2, 64)).astype(np.int32)
+    size = dataclasses.replace(HYBRID, compute_dtype="bfloat16")
+    lengths = np.full(2, 41, np.int32)
+    with mesh_of(dict(seq=4)):
+        exact, whole = (
+            np.asarray(made(each)(rows))[:, 40:42].astype(np.float32)
+            for each in (HYBRID, size)
+        )
+        model = made(size)
+        (module, values), full = unbind(model), complete_model(size)
+        everywhere = np.broadcast_to(np.arange(64), rows.shape)
+        angles = turned(full, everywhere, lengths)
+        first, cache = read_prompt(module, 64, None, values, rows, lengths, angles)
+        angles = turned(full, lengths[:, None], lengths + 1)
+        new = rows[:, 41]
+        second, _ = read_token(module, None, values, cache, new, lengths, angles)
+    got = np.stack((first, second), axis=1)
+    off, off_whole = (np.abs(x - exact).max((0, 2)) for x in (got, whole))
+    assert (off < 1.5 * off_whole).all()
+
+
+def test_heads_that_do_not_divide_over_tensor():
+    size = dataclasses.replace(HYBRID, delta_heads=6, delta_key_heads=3)
+    abstract = nnx.eval_shape(lambda: Transformer(size, rngs=nnx.Rngs(0)))
+    message = "mesh.tensor 2 does not divide model.delta_key_heads 3: use mesh.tensor 1"
+    with mesh_of(dict(tensor=2)), pytest.raises(ValueError, match=message):
+        generate(abstract, PROMPTS)
