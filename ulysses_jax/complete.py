@@ -316,12 +316,6 @@ def _folder(folder: str | None, name: str) -> str:
 def _check_memory(memory: Memory, model: Model, training: Training) -> None:
     if memory.auto:
         return  # they are replaced
-    if memory.sequence_chunk_tokens and model.is_recurrent:
-        raise ValueError(
-            f"memory.sequence_chunk_tokens {memory.sequence_chunk_tokens} cuts layers "
-            f"that attend, and model.pattern {', '.join(model.pattern or ())} has "
-            "others, of a state, which go in chunks by themselves: leave it out"
-        )
     if memory.remat == "none" and "inputs" in memory.offload:
         raise ValueError(
             "memory.offload inputs moves what remat keeps, but memory.remat none keeps "
@@ -363,7 +357,14 @@ def _check_memory(memory: Memory, model: Model, training: Training) -> None:
             "memory.offload keys moves the keys and values of a layer in chunks: set "
             "memory.sequence_chunk_tokens, or do not offload keys"
         )
-    if in_pieces(model, memory) and model.attention == "reference":
+    if "keys" in memory.offload and not model.attending_kinds():
+        raise ValueError(
+            "memory.offload keys moves the keys and values of layers that attend, and "
+            f"model.pattern {', '.join(model.pattern or ())} has none: do not offload "
+            "keys"
+        )
+    attends_in_pieces = in_pieces(model, memory) and model.attending_kinds()
+    if attends_in_pieces and model.attention == "reference":
         raise ValueError(
             "model.attention reference cannot attend to some keys at a time, as "
             "memory.sequence_chunk_tokens and memory.head_chunks ask: use "

@@ -88,8 +88,14 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
 
 
 def _check_convolution(config: Config) -> None:
-    """Refuses one that reaches over more than the shard before."""
+    """Refuses one that reaches over more than the shard before, or the piece."""
     mesh, before = config.mesh, config.model.convolution_tokens - 1
+    chunk = config.memory.sequence_chunk_tokens
+    if chunk and chunk < before:
+        raise ValueError(
+            f"model.convolution_tokens {before + 1} reach {before} tokens back, and "
+            f"memory.sequence_chunk_tokens {chunk} are fewer: use {before} or more"
+        )
     tokens, shards = config.padded_tokens(), mesh.ring * mesh.seq
     if shards > 1 and tokens // shards < before:
         raise ValueError(
@@ -158,7 +164,8 @@ def _with_strategy(model: Model, memory: Memory, degrees: dict[str, int]) -> Mod
                 ),
             )
     check_strategy(strategy, ring, seq)
-    if memory.sequence_chunk_tokens and strategy != "ulysses":
+    cuts_attention = memory.sequence_chunk_tokens and model.attending_kinds()
+    if cuts_attention and strategy != "ulysses":
         raise ValueError(
             "memory.sequence_chunk_tokens cuts up the strategy ulysses, not "
             f"{strategy}: use mesh.ring 1, mesh.seq {ring * seq} and model.strategy "

@@ -211,3 +211,26 @@ def test_kernels_of_loops_over_chunks():
     for name, kernels in (("jit(step)/over_chunks/while", 28), ("jit(step)/while", 0)):
         module = parse(PROGRAM.replace("NAME", trips % name))
         assert chunk_kernels(module) == kernels
+
+
+@pytest.mark.parametrize("is_spread", [True, False])
+def test_pieces_by_hand(is_spread):
+    """One layer of the delta rule. Pieces are read from a state that is known: forward,
+    again, a chunk, and twice a forward. Over shards what they do to a state is computed
+    six times, else what they leave once; keys, values, beta and decay as often, of
+    which one more is the forward pass's and two are products of a pull."""
+    mesh = dict(seq=4) if is_spread else dict(fsdp=4)
+    memory = dict(sequence_chunk_tokens=128)
+    config = run(num_layers=1, pattern=("delta",), memory=memory, mesh=mesh)
+    flops = step_flops(config)
+    columns = 128 if is_spread else 64
+    end = 2 * 64 * (64 + columns) + 2 / 3 * 64 * 64 + 4 * 64 * columns
+    done = 5 * DELTA_FLOPS + (6 if is_spread else 1) * end
+    found = flops["recurrence"] + flops["recurrence_recompute"]
+    assert found == pytest.approx(4096 * 8 * done)
+    again = DELTA + FEED_FORWARD * 2 // 3
+    again += (5 if is_spread else 1) * 256 * (512 + 256 + 16)
+    assert flops["matmul_recompute"] == 2 * 4096 * again
+    if is_spread:  # three hops of a state, and one change; three tokens of the layer
+        sent = 4 * 8 * 64 * (3 * 64 + 64) + 3 * 256 * 2
+        assert attention_bytes(config) == {("collective-permute", "seq"): 4 * 3 * sent}

@@ -371,9 +371,7 @@ def test_a_kind_of_ones_own(monkeypatch):
     # Causal: what comes after changes nothing.
     later = model(TOKENS.at[:, 9:].set(0))
     assert_close(later[:, :9], logits[:, :9])
-    with pytest.raises(
-        ValueError, match="sequence_chunk_tokens 4 takes attention apart"
-    ):
+    with pytest.raises(ValueError, match="sequence_chunk_tokens 4 takes layers apart"):
         model.features(TOKENS, run=Saving(Memory(sequence_chunk_tokens=4)))
 
 

@@ -2,6 +2,7 @@
 shards, and its layers in a model."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from ulysses_jax import Model, Transformer, make_mesh
 from ulysses_jax.config import Memory
 from ulysses_jax.memory.saving import Saving
 from ulysses_jax.models.kinds import make_kind
+from ulysses_jax.models.layer import Layer
+from ulysses_jax.weights.whole import unbind
 
 KINDS = tuple(FUNCTIONS)
 IDS = {"one": None, "several": DOCUMENTS}
@@ -198,19 +201,31 @@ class TestLayers:
         "attention": Memory(remat="attention", mlp_tile_tokens=8),
         "products": Memory(remat="products"),
         "moved": Memory(remat="attention", offload=("inputs", "attention")),
+        "pieces": Memory(remat="none", sequence_chunk_tokens=4),
+        "pieces and tiles": Memory(sequence_chunk_tokens=8, mlp_tile_tokens=6),
+        "moved pieces": Memory(
+            remat="attention", sequence_chunk_tokens=4, offload=("inputs",)
+        ),
     }
     MESHES = [
         ("full", dict(data=2, ring=2, seq=2)),
         ("attention", dict(fsdp=2, seq=2, tensor=2)),
         ("products", dict(ring=2, tensor=2, **EXPLICIT)),
         ("moved", dict(ring=2, seq=4, **EXPLICIT)),
+        ("pieces", dict()),
+        ("pieces", dict(seq=8)),
+        ("pieces", dict(ring=2, seq=2, data=2)),
+        ("pieces and tiles", dict(fsdp=2, seq=2, tensor=2, **EXPLICIT)),
+        ("moved pieces", dict(seq=4, **EXPLICIT)),
     ]
 
-    @pytest.mark.parametrize(
-        "memory, degrees",
-        [pytest.param(*each, id=each[0]) for each in MESHES],
-    )
-    @pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+    CASES = [
+        pytest.param(pattern, *each, id=f"{'-'.join(pattern)}-{each[0]}-{each[1]}")
+        for pattern, each in itertools.product(PATTERNS, MESHES)
+        if not ("full" in pattern and "pieces" in each[0] and "ring" in each[1])
+    ]
+
+    @pytest.mark.parametrize("pattern, memory, degrees", CASES)
     @pytest.mark.slow
     def test_a_model_on_every_mesh(self, pattern, memory, degrees):
         with jax.set_mesh(mesh_of(**degrees)):
@@ -226,35 +241,39 @@ class TestLayers:
         return loss_and_gradients(pattern, Memory(remat="none"))
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("memory", ["full", "pieces"])
     @pytest.mark.parametrize("pattern", PATTERNS[:2], ids="-".join)
-    def test_in_bfloat16(self, pattern):
+    def test_in_bfloat16(self, pattern, memory):
         """Root mean squares of errors, which of two layers are 0.041 at most."""
-        with jax.set_mesh(mesh_of(ring=2, seq=4, **EXPLICIT)):
+        with jax.set_mesh(mesh_of(ring=2, seq=2, **EXPLICIT)):
             got = loss_and_gradients(
-                pattern, self.MEMORIES["full"], compute_dtype="bfloat16"
+                pattern, self.MEMORIES[memory], compute_dtype="bfloat16"
             )
         for name, want in self.plain(pattern).items():
             error = np.square(got[name] - want).mean()
             assert error <= np.square(0.05 * want).mean(), name  # 0: of the head
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("piece", [None, 4])
     @pytest.mark.parametrize("kind", ["linear", "delta"])
-    def test_no_bit_of_a_document_depends_on_another(self, kind):
+    def test_no_bit_of_a_document_depends_on_another(self, kind, piece):
         """Of what a layer gives, and of its input's gradient."""
         x = jax.random.normal(jax.random.key(0), (B, T, 16))
-        with jax.set_mesh(mesh_of(ring=2, seq=4)):
-            layer = make_kind(kind, size((kind,)), rngs=nnx.Rngs(0))
-            graph, state = nnx.split(layer)
+        run = Saving(Memory(sequence_chunk_tokens=piece))
+        with jax.set_mesh(mesh_of(ring=2, seq=2)):
+            layer, values = unbind(Layer(size((kind,)), rngs=nnx.Rngs(0)))
             # Convolutions start as the token itself.
-            state = jax.tree.map(
-                lambda w: w + jnp.cos(jnp.arange(w.size) + 0.0).reshape(w.shape), state
+            values = tuple(
+                w + 0.1 * jnp.cos(jnp.arange(w.size) + 0.0).reshape(w.shape)
+                for w in values
             )
 
             @jax.jit
             def both(x):
-                ids = jnp.asarray(DOCUMENTS)
-                run = nnx.merge(graph, state)
-                out, pull = jax.vjp(lambda x: run(x, segment_ids=ids), x)
+                tokens = None, jnp.asarray(DOCUMENTS)
+                out, pull = jax.vjp(
+                    lambda x: run(layer, values, x, *tokens, angles=None, in_loop=0), x
+                )
                 return out, pull(jnp.cos(out))[0]
 
             before, after = both(x), both(changed(x))
@@ -275,17 +294,25 @@ class TestLayers:
         got, want = out(("data",)), out(("data", "seq"))
         np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
-    @pytest.mark.parametrize("kind", ["linear", "delta"])
-    def test_pieces_are_refused(self, kind):
-        run = Saving(Memory(sequence_chunk_tokens=8))
+    @pytest.mark.parametrize(
+        "kind, piece, message",
+        [
+            ("linear", 5, "5 does not divide the 16 tokens of a device: use 4"),
+            ("delta", 9, "9 does not divide the 16 tokens of a device: use 8"),
+            ("delta", 2, "2 is less than the 3 tokens before .*: use 4"),
+        ],
+    )
+    def test_pieces_that_do_not_fit(self, kind, piece, message):
+        """They do not divide, or are fewer than the 3 that a convolution reads."""
+        run = Saving(Memory(sequence_chunk_tokens=piece))
 
         def features(tokens):
             model = Transformer(size((kind,)), rngs=nnx.Rngs(0))
             return model.features(tokens, run=run)
 
-        message = "sequence_chunk_tokens 8 .*: leave it out"
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(features, jnp.zeros((B, T), int))
+        with jax.set_mesh(mesh_of(seq=2)):
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(features, jnp.zeros((B, T), int))
 
 
 def size(pattern, **changes):
@@ -311,6 +338,10 @@ def loss_and_gradients(pattern, memory, **changes):
     """Of a model made on the mesh that is set, of packed rows."""
     model = Transformer(size(pattern, **changes), rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
+    # Convolutions start as the token itself.
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, w: w * jnp.float32(0.5) + 0.5 if "taps" in str(path) else w, state
+    )
     tokens = jax.random.randint(jax.random.key(3), (B, T), 0, 32)
 
     @jax.value_and_grad

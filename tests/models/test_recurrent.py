@@ -1,6 +1,7 @@
 """Layers whose tokens reach others by a state, in models of several kinds."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +141,9 @@ def test_heads_of_delta_layers_lie_over_tensor():
 DEGREES = dict.fromkeys(AXES, 1)
 
 
-def placed(size, tokens=32, **degrees):
-    config = Config(model=size, training=Training(sequence_tokens=tokens))
+def placed(size, tokens=32, memory=None, **degrees):
+    training = Training(sequence_tokens=tokens)
+    config = Config(model=size, training=training, memory=memory or Memory())
     return place(complete(config, name="test"), DEGREES | degrees)
 
 
@@ -156,15 +158,43 @@ def test_a_hybrid_over_a_ring_lies_in_the_sequences_order():
     assert placed(full, seq=2).model.strategy == "all_gather"
 
 
-def test_layers_of_a_state_are_not_cut_into_chunks():
-    """Of the sequence: neither asked for, nor by memory auto."""
-    config = Config(model=SIZE, memory=Memory(sequence_chunk_tokens=128))
-    with pytest.raises(ValueError, match="sequence_chunk_tokens 128 cuts .* leave it"):
-        complete(config, name="test")
-    for pattern, in_chunks in ((HYBRID, False), (("full",), True)):
-        size = dataclasses.replace(SIZE, pattern=pattern, strategy="ulysses")
-        found = rungs(placed(size, tokens=4096, seq=2))
-        assert any(rung.sequence_chunk_tokens for _, rung in found) == in_chunks
+def test_memory_auto_takes_layers_of_a_state_in_pieces():
+    """Keys wait on the host only of layers that attend; and over a ring only these
+    refuse pieces."""
+    for pattern, degrees, found in (
+        (HYBRID, dict(seq=2), {"in pieces", "keys"}),
+        (("linear",), dict(ring=2, seq=2), {"in pieces"}),
+        (HYBRID, dict(ring=2, seq=2), set()),
+    ):
+        size = dataclasses.replace(
+            SIZE, pattern=pattern, attention_gate="full" in pattern
+        )
+        memories = [rung for _, rung in rungs(placed(size, tokens=4096, **degrees))]
+        got = {"in pieces" for each in memories if each.sequence_chunk_tokens}
+        got |= {"keys" for each in memories if "keys" in each.offload}
+        assert got == found
+
+
+@pytest.mark.parametrize(
+    "pattern, degrees, memory, message",
+    [
+        (HYBRID, dict(ring=2), dict(sequence_chunk_tokens=8), "cuts up the strategy"),
+        (
+            ("linear", "delta"),
+            dict(ring=2),
+            dict(sequence_chunk_tokens=8, offload=("keys",)),
+            "pattern linear, delta has none: do not offload keys",
+        ),
+        (HYBRID, dict(seq=2), dict(sequence_chunk_tokens=2), "fewer: use 3 or more"),
+        (("linear", "delta"), dict(ring=2), dict(sequence_chunk_tokens=8), None),
+        (HYBRID, dict(seq=2), dict(sequence_chunk_tokens=4, offload=("keys",)), None),
+    ],
+)
+def test_pieces_at_the_config(pattern, degrees, memory, message):
+    size = dataclasses.replace(SIZE, pattern=pattern, attention_gate="full" in pattern)
+    refused = pytest.raises(ValueError, match=message) if message else nullcontext()
+    with refused:
+        placed(size, memory=Memory(**memory), **degrees)
 
 
 @pytest.mark.parametrize(

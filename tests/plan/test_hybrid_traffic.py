@@ -76,3 +76,28 @@ def test_bytes_of_a_hybrid(changes, remat, axes):
     assert row(result, "all-to-all", "seq")["parts"] == []
     assert row(result, "all-to-all", "seq")["ratio"] == pytest.approx(1)
     assert [each["kind"] for each in result["attention"]] == ["full"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern, changes, axes",
+    [
+        (("delta",), dict(fsdp=2, seq=4), ["seq"]),
+        (("delta",), dict(ring=2, seq=4), ["ring", "ring+seq"]),
+        (("linear",), dict(ring=4, seq=2), ["ring", "ring+seq"]),
+        (("delta", "linear", "full"), dict(seq=4, tensor=2), ["seq"]),
+    ],
+    ids=str,
+)
+def test_bytes_in_pieces(pattern, changes, axes):
+    """States are exchanged once a pass, not once a piece, and the last tokens of x."""
+    memory = dict(remat="full", sequence_chunk_tokens=4)
+    result = analysed(tiny(model=dict(pattern=pattern), memory=memory, **changes))
+    assert result["warnings"] == []
+    for axis in axes:
+        assert row(result, "collective-permute", axis)["ratio"] == 1
+    if "full" in pattern:
+        assert row(result, "all-to-all", "seq")["ratio"] == pytest.approx(1)
+    else:  # a loop, in which XLA merges no gathers
+        zero = "+".join(axis for axis in ("fsdp", "ring", "seq") if axis in changes)
+        assert row(result, "all-gather", zero)["ratio"] == pytest.approx(1)

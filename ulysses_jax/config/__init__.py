@@ -1,6 +1,11 @@
 """A run as frozen, validated dataclasses."""
 
-from ulysses_jax.config.memory import Memory, attended_features, in_pieces
+from ulysses_jax.config.memory import (
+    Memory,
+    attended_features,
+    in_pieces,
+    kinds_in_pieces,
+)
 from ulysses_jax.config.model import MOST_HEADS, MOST_LAYERS, Lora, Model, Rope
 from ulysses_jax.config.run import (
     Config,
@@ -28,4 +33,5 @@ __all__ = [
     "Training",
     "attended_features",
     "in_pieces",
+    "kinds_in_pieces",
 ]

@@ -37,7 +37,8 @@ class Memory:
     of the links that seq runs over (`plan.head_chunks`)."""
     sequence_chunk_tokens: int | None = None
     """Tokens of a device that go through a layer at a time, attention and feed-forward:
-    of all others there are only the layer's input, keys and values; default: all."""
+    of all others there are only the layer's input, keys and values, in layers of a
+    state the input and a state for each of these pieces; default: all."""
 
     @property
     def recomputes_products(self) -> bool:
@@ -48,11 +49,20 @@ class Memory:
         return round(width * (1 - self.offload_fraction)) * ("inputs" in self.offload)
 
 
-def in_pieces(model: Model, memory: Memory) -> bool:
-    """Whether layers run as `memory.layer_in_pieces`, which recomputes in any case.
+def kinds_in_pieces(model: Model, memory: Memory) -> tuple[str, ...]:
+    """Of the layers that run as `memory.layer_in_pieces` or `memory.states_in_pieces`,
+    which recompute in any case: all in chunks of tokens, in groups of heads those that
+    attend."""
+    if memory.sequence_chunk_tokens is not None:
+        return model.kinds()
+    return model.attending_kinds() if in_pieces(model, memory) else ()
 
-    Groups of heads do under the strategy ulysses, where products are recomputed; else
-    the strategy itself has them.
+
+def in_pieces(model: Model, memory: Memory) -> bool:
+    """Whether there are such layers.
+
+    Groups of heads do so under the strategy ulysses, where products are recomputed;
+    else the strategy itself has them.
     """
     groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
     groups &= model.strategy in ("auto", "ulysses")

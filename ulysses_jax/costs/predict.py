@@ -2,13 +2,17 @@
 
 from typing import Any
 
-from ulysses_jax.config import Config, Model
+from ulysses_jax.config import Config, Model, in_pieces
 from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.costs.kernels import tile_products
 from ulysses_jax.costs.matrices import matrix_elements
 from ulysses_jax.costs.optimizer import optimizer_seconds
 from ulysses_jax.costs.pairs import pairs_of
-from ulysses_jax.costs.recurrences import recurrence_flops, state_passes_bytes
+from ulysses_jax.costs.recurrences import (
+    multiplied_again,
+    recurrence_flops,
+    state_passes_bytes,
+)
 from ulysses_jax.costs.targets import Target
 from ulysses_jax.costs.traffic import feed_forward_is_tiled, num_passes
 from ulysses_jax.lora import adapter_elements
@@ -169,6 +173,7 @@ def step_flops(config: Config, span: int) -> dict[str, float]:
     hidden = model.num_layers * (gated - 1) * down
     recomputed = again * (layers - model.num_layers * gated * down)
     recomputed += (again or feed_forward_is_tiled(config)) * hidden
+    recomputed += multiplied_again(config)
     attention_again = again and config.memory.remat != "attention"
     frozen = layers + head if model.lora else 0
     adapters = model.num_layers * adapter_elements(model)
@@ -237,7 +242,7 @@ def _elementwise_bytes(config: Config) -> float:
     assert model.feed_forward_width
     every = D_PASSES * model.width + F_PASSES * model.feed_forward_width
     elements = sum(every + QKV_PASSES * _qkv(model, kind) for kind in model.kinds())
-    passes = 3 + (config.memory.remat != "none")
+    passes = 3 + (config.memory.remat != "none" or in_pieces(model, config.memory))
     size = 2 if model.compute_dtype == "bfloat16" else 4
     tokens = training.batch_size * config.padded_tokens()
     layers = elements * passes * size * tokens

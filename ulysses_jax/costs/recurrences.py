@@ -30,8 +30,7 @@ def recurrence_flops(config: Config) -> dict[str, float]:
       and layers that are recomputed; and what shards of a sequence do more, to know
       what they make of a state that comes, and to read it.
     """
-    model, mesh = config.model, config.mesh
-    is_spread = mesh.ring * mesh.seq > 1
+    model, is_spread = config.model, _is_spread(config)
     # What `remat` products keeps is the output: the states are made again.
     passes = 3 + (config.memory.remat != "none")
     own = done = 0.0
@@ -39,19 +38,52 @@ def recurrence_flops(config: Config) -> dict[str, float]:
         if kind in RECURRENT:
             sizes = model.state_sizes(kind)
             heads = sizes.num_heads
-            own += heads * 3 * _chunk_flops(sizes, kind, is_spread=False)
-            again = (passes + 1) * _chunk_flops(sizes, kind, is_spread=is_spread)
-            done += heads * (again + passes * is_spread * 2.0 * sizes.state_size)
+            alone = _chunk_flops(sizes, kind, is_spread=False)
+            own += heads * 3 * alone
+            if config.memory.sequence_chunk_tokens:
+                ends = _chunk_flops(sizes, kind, is_spread=is_spread, is_read=False)
+                done += heads * (5 * alone + (6 if is_spread else 1) * ends)
+            else:
+                again = (passes + 1) * _chunk_flops(sizes, kind, is_spread=is_spread)
+                done += heads * (again + passes * is_spread * 2.0 * sizes.state_size)
     return {"recurrence": own, "recurrence_recompute": done - own}
 
 
-def _chunk_flops(sizes: StateSizes, kind: str, *, is_spread: bool) -> float:
-    """Forward, a token and head: as `ulysses_jax.linear` says."""
+def multiplied_again(config: Config) -> float:
+    """Elements of matrices by which a token is multiplied more often in pieces, over
+    layers of a state: for keys, values and their gates.
+
+    Over shards, so that pieces know the state before: forward, backward, and there once
+    more to pull back, which are two products more; else once backward.
+    """
+    model, found = config.model, 0
+    if not config.memory.sequence_chunk_tokens:
+        return 0
+    for kind in model.kinds():
+        if kind in RECURRENT:
+            sizes = model.state_sizes(kind)
+            features = sizes.num_key_heads * sizes.key_size
+            features += sizes.num_heads * (sizes.value_size + 2 * (kind == "delta"))
+            found += model.width * features
+    return found * (5 if _is_spread(config) else 1)
+
+
+def _is_spread(config: Config) -> bool:
+    return config.mesh.ring * config.mesh.seq > 1
+
+
+def _chunk_flops(
+    sizes: StateSizes, kind: str, *, is_spread: bool, is_read: bool = True
+) -> float:
+    """Forward, a token and head: as `ulysses_jax.linear` says; or of what is left in
+    states alone."""
     size, columns, chunk = sizes.key_size, sizes.value_size, CHUNK_TOKENS[kind]
     if kind == "linear":
-        return 2.0 * chunk * (size + columns) + 4 * size * columns
+        left = 2.0 * size * columns
+        return left + is_read * (2.0 * chunk * (size + columns) + left)
     columns += size * is_spread  # of states: what it makes of one too
-    return 4.0 * chunk * (size + columns) + 2 / 3 * chunk**2 + 6 * size * columns
+    pairs, states = 2.0 * chunk * (size + columns), 2.0 * size * columns
+    return (1 + is_read) * pairs + 2 / 3 * chunk**2 + (2 + is_read) * states
 
 
 def chunk_kernels(module: Module) -> int:
@@ -73,10 +105,12 @@ def chunk_kernels(module: Module) -> int:
 
 def state_passes_bytes(config: Config, kind: str) -> float:
     """HBM traffic of a layer's states a token and pass, float32: a chunk reads the one
-    before, and writes its own twice: as carry, and to be kept."""
-    sizes = config.model.state_sizes(kind)
-    makes_one = kind == "delta" and config.mesh.ring * config.mesh.seq > 1
-    columns = sizes.value_size + sizes.key_size * makes_one
+    before, and writes its own twice: as carry, and to be kept. Over shards, pieces do
+    so for what is handed on and for what is read."""
+    sizes, is_spread = config.model.state_sizes(kind), _is_spread(config)
+    columns = sizes.value_size + sizes.key_size * (kind == "delta" and is_spread)
+    if config.memory.sequence_chunk_tokens and is_spread:
+        columns += sizes.value_size
     states = sizes.num_heads * sizes.key_size * columns
     return 3.0 * 4 * states / CHUNK_TOKENS[kind]
 
@@ -86,13 +120,15 @@ def recurrent_bytes(
 ) -> dict[str, dict[tuple[str, str], float]]:
     """Bytes that a GPU sends a step for one layer of a recurrent kind, by the function
     that sends them, as a program names it, and by kind of collective and axis: states,
-    and the last tokens that a convolution reads, for each pass; next to nothing where
-    documents begin."""
+    and the last tokens that a convolution reads, in pieces those of the layer, for each
+    pass; next to nothing where documents begin."""
     model, mesh, training = config.model, config.mesh, config.training
     sizes = model.state_sizes(kind)
     rows = training.batch_size // (mesh.data * mesh.fsdp)  # over all its parts
-    passes = 2 + (config.memory.remat != "none")
+    in_pieces = config.memory.sequence_chunk_tokens is not None
+    passes = 2 + (config.memory.remat != "none" or in_pieces)
     heads, key_heads = (n // mesh.tensor for n in sizes[:2])
+    convolved = heads * sizes.value_size + 2 * key_heads * sizes.key_size
     states = state_bytes(
         shards=mesh.ring * mesh.seq,
         num_heads=heads,
@@ -103,7 +139,7 @@ def recurrent_bytes(
     if kind == "delta" and 1 in states:
         halo = convolution_bytes(
             convolution_tokens=model.convolution_tokens,
-            features=heads * sizes.value_size + 2 * key_heads * sizes.key_size,
+            features=model.width if in_pieces else convolved,
             itemsize=jnp.dtype(model.compute_dtype).itemsize,
         )
         sent[convolution.NAME] = {1: halo}

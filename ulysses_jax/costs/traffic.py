@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ulysses_jax.config import Config, Model, in_pieces
+from ulysses_jax.config import Config, Model, in_pieces, kinds_in_pieces
 from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.costs.collectives import Collective
 from ulysses_jax.costs.matrices import layer_elements, matrix_elements
@@ -246,12 +246,11 @@ def _rest_bytes(config: Config, kind: str, axes: str) -> float | None:
         if feed_forward_is_tiled(config):
             unread_of_layer *= 3 if model.is_gated else 2
         unread = (passes - 2) * len(model.kinds()) * unread_of_layer
-        if in_pieces(config.model, config.memory):
-            # The recomputation shares the backward pass's gathers.
-            unread += sum(
-                layer_elements(model, kind) - unread_of_layer
-                for kind in model.attending_kinds()
-            )
+        # Of layers in pieces the recomputation shares the backward pass's gathers.
+        unread += sum(
+            layer_elements(model, kind) - unread_of_layer
+            for kind in kinds_in_pieces(model, config.memory)
+        )
     layer_degrees, parts = degrees, mesh.tensor
     if model.strategy == "megatron":  # seq has parts of a layer's matrices, whole in D
         layer_degrees, parts = degrees | {"seq": 1}, mesh.tensor * mesh.seq

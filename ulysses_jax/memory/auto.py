@@ -107,13 +107,14 @@ def choose(
 def rungs(config: Config) -> list[tuple[str, Memory]]:
     """The options of every rung, for the tokens that a device of this run has.
 
-    Only the strategy ulysses is cut into chunks, where all layers attend and some
-    number of tokens, a multiple of 128, divides a device's; only parameters that are
-    cut, at ZeRO's stage 3, go to the host. Without, those rungs are what else they say.
+    Layers that attend are cut into chunks under the strategy ulysses alone, and all
+    where some number of tokens, a multiple of 128, divides a device's; only parameters
+    that are cut, at ZeRO's stage 3, go to the host. Without, those rungs are what else
+    they say.
     """
     chunk = _chunk_tokens(config)
     may_wait = {"inputs", "attention", "optimizer"}
-    may_wait |= {"keys"} if chunk else set()
+    may_wait |= {"keys"} if chunk and config.model.attending_kinds() else set()
     may_wait |= {"parameters"} if config.training.zero_stage == 3 else set()
     given = config.memory
     memory = Memory(loss_tile_tokens=given.loss_tile_tokens)
@@ -136,9 +137,10 @@ def rungs(config: Config) -> list[tuple[str, Memory]]:
 
 def _chunk_tokens(config: Config) -> int | None:
     """The most tokens that a chunk may have; None: no chunks."""
-    if config.model.strategy not in ("auto", "ulysses"):
-        return None
-    if config.model.attention == "reference" or config.model.is_recurrent:
+    if config.model.attending_kinds() and (
+        config.model.strategy not in ("auto", "ulysses")
+        or config.model.attention == "reference"
+    ):
         return None
     tokens = config.padded_tokens() // (config.mesh.ring * config.mesh.seq)
     if tokens <= LEAST_CHUNK_TOKENS:

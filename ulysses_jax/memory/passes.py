@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ulysses_jax.memory.block_attention import Pieces, attend_group, pull_group
-from ulysses_jax.memory.tiles import over_tiles
+from ulysses_jax.memory.tiles import add, cut, over_row_tiles, write
 
 Tree = Any
 
@@ -38,9 +38,11 @@ def forward(
         def one_tile(_, out, x):
             return None, pieces.finish(leaves, x, out)
 
-        part = _cut(x, start, pieces.chunk_tokens)
-        _, part = _over_tiles(pieces, one_tile, None, back, part)
-        return _write(x, part, start), (back, logsumexps) if keep else None
+        part = cut(x, start, pieces.chunk_tokens)
+        _, part = over_row_tiles(
+            one_tile, None, back, part, tile_tokens=pieces.tile_tokens
+        )
+        return write(x, part, start), (back, logsumexps) if keep else None
 
     y, kept = lax.scan(one_chunk, x, jnp.arange(_num_chunks(pieces, x)))
     if kept is None:
@@ -76,24 +78,26 @@ def backward(
         dx, dkeys, sums = carry
         i, logsumexps = inputs
         start = i * pieces.chunk_tokens
-        part, its_angles = _cut((x, angles), start, pieces.chunk_tokens)
+        part, its_angles = cut((x, angles), start, pieces.chunk_tokens)
         shapes = _group_shapes(pieces, leaves, part, its_angles)
         transposed = jax.linear_transpose(pieces.back, shapes)
         if attended is None:
             qs, outs, logsumexps = _attend_chunk(pieces, leaves, x, angles, keys, i)
             back = pieces.back(outs)
         else:
-            back = _cut(attended[0], start, pieces.chunk_tokens)
+            back = cut(attended[0], start, pieces.chunk_tokens)
             qs, (outs,) = None, transposed(back)
 
         def one_tile(sums, tile, old):
             dy, out = old
             _, pull = jax.vjp(pieces.finish, leaves, tile, out)
             dleaves, dtile, dout = pull(dy)
-            return _add(sums, dleaves), (dtile, dout)
+            return add(sums, dleaves), (dtile, dout)
 
-        dpart = _cut(dx, start, pieces.chunk_tokens)
-        sums, (dpart, dback) = _over_tiles(pieces, one_tile, sums, part, (dpart, back))
+        dpart = cut(dx, start, pieces.chunk_tokens)
+        sums, (dpart, dback) = over_row_tiles(
+            one_tile, sums, part, (dpart, back), tile_tokens=pieces.tile_tokens
+        )
         (douts,) = transposed(dback)
         for g in range(len(pieces.key_slots)):
             (q, sinks), pull = jax.vjp(
@@ -105,19 +109,19 @@ def backward(
             given = (outs[g], logsumexps[g], douts[g])
             dqueries, dkeys = pull_group(pieces, q, sinks, keys, *given, dkeys, i, g)
             dleaves, more = pull(dqueries)
-            dpart, sums = dpart + more, _add(sums, dleaves)
-        return (_write(dx, dpart, start), dkeys, sums), None
+            dpart, sums = dpart + more, add(sums, dleaves)
+        return (write(dx, dpart, start), dkeys, sums), None
 
     def keys_of_chunk(carry, inputs):
         dx, sums = carry
         i, (dk, dv) = inputs
         start = i * pieces.chunk_tokens
-        part, its_angles, dpart = _cut((x, angles, dx), start, pieces.chunk_tokens)
+        part, its_angles, dpart = cut((x, angles, dx), start, pieces.chunk_tokens)
         (k, v), pull = jax.vjp(
             lambda leaves, x: pieces.keys_values(leaves, x, its_angles), leaves, part
         )
         dleaves, more = pull((dk.astype(k.dtype), dv.astype(v.dtype)))
-        return (_write(dx, dpart + more, start), _add(sums, dleaves)), None
+        return (write(dx, dpart + more, start), add(sums, dleaves)), None
 
     numbers = jnp.arange(_num_chunks(pieces, x))
     logsumexps = None if attended is None else attended[1]
@@ -132,33 +136,6 @@ def _num_chunks(pieces: Pieces, x: Array) -> int:
     return x.shape[1] // pieces.chunk_tokens
 
 
-def _over_tiles(pieces: Pieces, body, sums: Tree, tokens: Tree, outputs: Tree):
-    """`memory.tiles.over_tiles` of local arrays `[B, t, ...]`, of all rows together."""
-
-    def flat(tree):
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-    def one_tile(sums, tokens, old):
-        sums, new = body(sums, *jax.tree.map(lambda x: x[None], (tokens, old)))
-        return sums, jax.tree.map(lambda x: x[0], new)
-
-    sums, new = over_tiles(
-        one_tile, sums, flat(tokens), flat(outputs), tile_tokens=pieces.tile_tokens
-    )
-    return sums, jax.tree.map(lambda x, like: x.reshape(like.shape), new, outputs)
-
-
-def _cut(tree: Tree, start: Array, size: int) -> Tree:
-    """Tokens of local arrays `[B, T, ...]`."""
-    return jax.tree.map(
-        lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), tree
-    )
-
-
-def _write(whole: Array, part: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
-
-
 def _group_shapes(pieces, leaves, part, angles) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(
         jax.eval_shape(lambda g=g: pieces.queries(leaves, part, angles, g)[0])
@@ -170,7 +147,7 @@ def _keys_values(pieces, leaves, x, angles) -> tuple[Array, Array]:
     """All keys and values, `[c, P, B, t, K', H]`, made chunk by chunk."""
 
     def one_chunk(_, i):
-        part = _cut((x, angles), i * pieces.chunk_tokens, pieces.chunk_tokens)
+        part = cut((x, angles), i * pieces.chunk_tokens, pieces.chunk_tokens)
         keys = pieces.keys_values(leaves, *part)
         if pieces.keys_on_host:
             keys = jax.device_put(keys, jax.memory.Space.Host)
@@ -182,13 +159,9 @@ def _keys_values(pieces, leaves, x, angles) -> tuple[Array, Array]:
 def _attend_chunk(pieces, leaves, x, angles, keys, i):
     """Attention of chunk i: q, out and logsumexp, each a tuple of groups of heads."""
     start = i * pieces.chunk_tokens
-    part, its_angles = _cut((x, angles), start, pieces.chunk_tokens)
+    part, its_angles = cut((x, angles), start, pieces.chunk_tokens)
     groups = []
     for g in range(len(pieces.key_slots)):
         q, sinks = pieces.queries(leaves, part, its_angles, g)
         groups.append((q, *attend_group(pieces, q, sinks, keys, i, g)))
     return tuple(zip(*groups, strict=True))
-
-
-def _add(sums: Tree, *others: Tree) -> Tree:
-    return jax.tree.map(lambda *each: sum(each[1:], each[0]), sums, *others)

@@ -13,14 +13,18 @@ from jaxtyping import Array, Float
 from ulysses_jax.config import Memory, in_pieces
 from ulysses_jax.memory.layer_in_pieces import ATTENTION, layer_in_pieces
 from ulysses_jax.memory.offload import to_device
+from ulysses_jax.memory.states_in_pieces import states_in_pieces
 from ulysses_jax.memory.tiled import Tiled
 from ulysses_jax.models.attention import Attend, Attention
+from ulysses_jax.models.delta import GatedDelta
 from ulysses_jax.models.layer import Layer
+from ulysses_jax.models.linear import LinearAttention
 from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.weights.whole import Unbound, Values
 
 # As models and strategies name what products and exchanges give.
 PRODUCTS = ("attention_inputs", "attended", "residual_middle", "hidden_activations")
+RECURRENT = LinearAttention, GatedDelta
 LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
 
 
@@ -31,7 +35,8 @@ class Saving:
     `model.features(tokens, run=Saving(Memory(remat="full")))`. A layer may be any
     module that is called as `models.Layer` is. Groups of heads and chunks of the
     sequence are for a `models.Layer` whose attention is a `models.Attention`, and whose
-    own calls are theirs; others have no groups, and chunks are refused.
+    own calls are theirs; chunks for those of kinds linear and delta, too; others have
+    no groups, and chunks are refused.
 
     memory: `remat` none keeps all that the backward pass reads. full keeps the input of
       every layer and computes the rest again, once. attention also keeps each
@@ -64,10 +69,15 @@ class Saving:
             x = _name_input(x, memory)
             values = to_device(values)
             bound = layer.bind(values)
+            if memory.sequence_chunk_tokens and _calls_are_of(bound, *RECURRENT):
+                y: Array = states_in_pieces(
+                    layer, memory, to_layer(x), values, tokens[-1]
+                )
+                return to_residual(y)
             if not _comes_apart(bound):
                 _refuse_chunks(bound, memory)
             elif in_pieces(bound.attention.model, memory):
-                y: Array = layer_in_pieces(
+                y = layer_in_pieces(
                     layer, memory, to_layer(x), values, angles, tokens[-1]
                 )
                 return to_residual(y)
@@ -100,16 +110,20 @@ def _barrier(memory: Memory, in_loop: int) -> bool:
 
 
 def _comes_apart(layer: Any) -> bool:
-    """Whether a layer computes as `memory.take_apart` has it: parts may be others, but
+    """Whether a layer computes as `memory.take_apart` has it."""
+    return _calls_are_of(layer, Attention) and type(layer.attention.attend) is Attend
+
+
+def _calls_are_of(layer: Any, *kinds: type) -> bool:
+    """Whether it is a `models.Layer` of one of these kinds: parts may be others, but
     not what is called."""
     attention = getattr(layer, "attention", None)
     return (
         isinstance(layer, Layer)
-        and isinstance(attention, Attention)
+        and isinstance(attention, kinds)
         and type(layer).__call__ is Layer.__call__
         and type(layer).add_feed_forward is Layer.add_feed_forward
-        and type(attention).__call__ is Attention.__call__
-        and type(attention.attend) is Attend
+        and type(attention).__call__ in [kind.__call__ for kind in kinds]
     )
 
 
@@ -118,9 +132,9 @@ def _refuse_chunks(layer: Any, memory: Memory) -> None:
         attention = type(getattr(layer, "attention", None)).__name__
         raise ValueError(
             f"memory.sequence_chunk_tokens {memory.sequence_chunk_tokens} takes "
-            f"attention apart, and {type(layer).__name__} with {attention} is no "
-            "ulysses_jax.models.Layer whose attention is a models.Attention and whose "
-            "calls are theirs: leave it out"
+            f"layers apart, and {type(layer).__name__} with {attention} is no "
+            "ulysses_jax.models.Layer whose attention is a models.Attention, or of kind"
+            " linear or delta, and whose calls are theirs: leave it out"
         )
 
 

@@ -1,4 +1,5 @@
-"""A loop over tiles of a device's tokens, so that wide intermediates stay small."""
+"""Tiles and pieces of a device's tokens, and a loop over them, so that wide
+intermediates stay small."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,3 +58,43 @@ def over_tiles(
     # scan, not fori_loop: its trip count stands in the program.
     carry, _ = lax.scan(one_tile, (sums, outputs), jax.numpy.arange(num_tiles))
     return run(num_tiles * tile_tokens, rest, carry) if rest else carry
+
+
+def over_row_tiles(
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    sums: Any,
+    tokens: Any,
+    outputs: Any,
+    *,
+    tile_tokens: int,
+) -> tuple[Any, Any]:
+    """`over_tiles` of local arrays `[B, t, ...]`, of all rows together: `[1, n, ...]`
+    a tile."""
+
+    def flat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    def one_tile(sums: Any, tokens: Any, old: Any) -> tuple[Any, Any]:
+        sums, new = body(sums, *jax.tree.map(lambda x: x[None], (tokens, old)))
+        return sums, jax.tree.map(lambda x: x[0], new)
+
+    sums, new = over_tiles(
+        one_tile, sums, flat(tokens), flat(outputs), tile_tokens=tile_tokens
+    )
+    return sums, jax.tree.map(lambda x, like: x.reshape(like.shape), new, outputs)
+
+
+def cut(tree: Any, start: Array, size: int) -> Any:
+    """Tokens of local arrays `[B, T, ...]`."""
+    return jax.tree.map(
+        lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), tree
+    )
+
+
+def write(whole: Array, part: Array, start: Array) -> Array:
+    """Over tokens of a local array `[B, T, ...]`."""
+    return lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+
+def add(sums: Any, *others: Any) -> Any:
+    return jax.tree.map(lambda *each: sum(each[1:], each[0]), sums, *others)

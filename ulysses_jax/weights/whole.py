@@ -145,7 +145,7 @@ def scatter(
     def of(variable: Any, gradient: Array | None, spec: Any) -> Any:
         if gradient is None:
             return None
-        if variable.get_metadata().get("letters") == "H":
+        if variable.get_metadata().get("letters") in ("H", "U"):
             # Of all heads, of which a device has some.
             gradient = layout.psum(gradient, ("tensor",))
         total = sum_gradient(gradient, _of_gradient(spec))  # pyright: ignore[reportArgumentType]
