@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from slow import slow_but_for
-from test_generate import MESHES, NEW, PROMPTS, SIZES, made, mesh_of, traced
+from test_generate import MESHES, NEW, SIZES, made, mesh_of, traced
 
 from ulysses_jax import Transformer, layout
 from ulysses_jax.complete import complete_model
@@ -23,6 +23,8 @@ from ulysses_jax.inference.sent import token_bytes
 from ulysses_jax.inference.states import states_bytes
 from ulysses_jax.weights.whole import unbind
 
+# One that reaches into the second half of 64 tokens; one shorter than a convolution.
+PROMPTS = [[5, 3, 8, 1, 9, 2, 7], [4] * 8 + list(range(32)), [31]]
 HYBRID = dataclasses.replace(
     SIZES,
     num_layers=5,
@@ -70,7 +72,7 @@ def alone():
     ),
 )
 def test_tokens_are_those_of_whole_forward_passes(alone, name, degrees, kind):
-    """Rows of unequal lengths in one batch; one shorter than its convolutions reach."""
+    """Rows of unequal lengths in one batch, each as if it were alone."""
     with mesh_of(degrees, kind):
         got = generate(made(SIZE[name]), PROMPTS, max_tokens=NEW)
     assert got == alone[name]
