@@ -262,11 +262,7 @@ class TestLayers:
         run = Saving(Memory(sequence_chunk_tokens=piece))
         with jax.set_mesh(mesh_of(ring=2, seq=2)):
             layer, values = unbind(Layer(size((kind,)), rngs=nnx.Rngs(0)))
-            # Convolutions start as the token itself.
-            values = tuple(
-                w + 0.1 * jnp.cos(jnp.arange(w.size) + 0.0).reshape(w.shape)
-                for w in values
-            )
+            values = stirred(values)
 
             @jax.jit
             def both(x):
@@ -294,6 +290,25 @@ class TestLayers:
         got, want = out(("data",)), out(("data", "seq"))
         np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["linear", "delta"])
+    def test_nothing_is_before_the_first_piece(self, kind):
+        """Of a norm with a bias, which makes something of zeros."""
+        x = jax.random.normal(jax.random.key(0), (B, T, 16))
+        layer, values = unbind(Layer(size((kind,), norm="layer"), rngs=nnx.Rngs(0)))
+        values = stirred(values)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def both(x, piece):
+            run = Saving(Memory(sequence_chunk_tokens=piece))
+            out, pull = jax.vjp(
+                lambda x: run(layer, values, x, None, None, angles=None, in_loop=0), x
+            )
+            return out, pull(jnp.cos(out))[0]
+
+        for got, want in zip(both(x, 8), both(x, None), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
     @pytest.mark.parametrize(
         "kind, piece, message",
         [
@@ -315,7 +330,7 @@ class TestLayers:
                 jax.eval_shape(features, jnp.zeros((B, T), int))
 
 
-def size(pattern, **changes):
+def size(pattern, norm="zero_centered_rms", **changes):
     return Model(
         vocab_size=32,
         width=16,
@@ -324,13 +339,20 @@ def size(pattern, **changes):
         num_kv_heads=2,
         head_size=4,
         feed_forward_width=16,
-        norm="zero_centered_rms",
+        norm=norm,
         attention_gate="full" in pattern,
         pattern=pattern,
         delta_heads=8,
         delta_key_size=3,
         delta_value_size=5,
         **{"compute_dtype": "float32"} | changes,
+    )
+
+
+def stirred(values):
+    """Biases start as 0, and convolutions as the token itself."""
+    return tuple(
+        w + 0.1 * jnp.cos(jnp.arange(w.size) + 0.0).reshape(w.shape) for w in values
     )
 
 
