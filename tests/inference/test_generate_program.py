@@ -17,6 +17,7 @@ from ulysses_jax.generate import main
 from ulysses_jax.inference import generate, generation
 from ulysses_jax.inference.text import asked
 from ulysses_jax.interop import from_pretrained, save_pretrained
+from ulysses_jax.models.delta import GatedDelta
 from ulysses_jax.models.kinds import KINDS
 
 TESTS = Path(__file__).parents[1]
@@ -194,14 +195,21 @@ class Own(nnx.Module):
         return x
 
 
+class OwnDelta(GatedDelta):
+    def __call__(self, x, *_, **__):
+        return x
+
+
 def test_layers_that_there_is_no_cache_for(monkeypatch):
     monkeypatch.setattr(generation, "read_prompt", None)
     monkeypatch.setitem(KINDS, "own", Own)
     monkeypatch.setitem(KINDS, "full", Own)
+    monkeypatch.setitem(KINDS, "delta", OwnDelta)
     sizes = dict(width=16, num_layers=1, num_heads=2)
     for fields, message in (
         (dict(sparse="fixed"), "kind 'sparse', for which there is no cache"),
         (dict(pattern=("own",)), "kind 'own', for which there is no cache"),
+        (dict(pattern=("delta",)), "a layer of kind 'delta' has a OwnDelta, for which"),
         (dict(pattern=("full",)), "a layer of kind 'full' has a Own, for which"),
         (dict(zigzag=True), "zigzag true lays"),
     ):

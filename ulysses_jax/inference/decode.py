@@ -31,7 +31,13 @@ from ulysses_jax.inference.context import (
     remembered_from_prompt,
     written_remembered,
 )
-from ulysses_jax.inference.states import LAYERS, Keeping, Reading, State, tokens_at
+from ulysses_jax.inference.states import (
+    Keeping,
+    Reading,
+    State,
+    keeps_state,
+    tokens_at,
+)
 from ulysses_jax.models.attention import Angles, Attend
 from ulysses_jax.models.residual import to_residual
 from ulysses_jax.models.stack import thread_stacks
@@ -75,7 +81,7 @@ def read_prompt(
     def run(place: int, layer: Unbound, values: Values, x: Array, _: Any, **__: Any):
         bound = layer.bind(values)
         attention = bound.attention
-        if isinstance(attention, LAYERS):
+        if keeps_state(attention):
             bound.attention = keep = Keeping(attention, lengths)
             return bound(x, places), keep.kept[0]
         attention.attend = keep = _Keep(
@@ -122,7 +128,7 @@ def read_token(
         for part in (attention, bound.feed_forward):
             if hasattr(part, "products"):  # else it is a user's own
                 part.products = IN_PLACE
-        if isinstance(attention, LAYERS):
+        if keeps_state(attention):
             bound.attention = read = Reading(attention, cached)
             return bound(x, places), read.kept[0]
         attention.attend = read = _Read(

@@ -16,7 +16,7 @@ from ulysses_jax.inference.context import ContextMemory
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.request import Request, check_request, rounded
 from ulysses_jax.inference.sampling import next_tokens
-from ulysses_jax.inference.states import LAYERS
+from ulysses_jax.inference.states import keeps_state
 from ulysses_jax.mesh import allow_promotion
 from ulysses_jax.models.attention import Angles, Attention
 from ulysses_jax.models.rope import frequencies
@@ -82,7 +82,7 @@ def stream(model: Any, tokens: Prompts, request: Request) -> Iterator[list[int |
     check_request(request, rows, complete_model(model.model))
     for layer in (*model.layers, *model.rest):
         attention = getattr(layer, "attention", None)
-        if not isinstance(attention, (Attention, *LAYERS)):
+        if not isinstance(attention, Attention) and not keeps_state(attention):
             raise ValueError(
                 f"a layer of kind {getattr(layer, 'kind', None)!r} has a "
                 f"{type(attention).__name__}, for which there is no cache: generate "

@@ -26,6 +26,13 @@ from ulysses_jax.sharding import ACTIVATION, ONE_TOKEN, Table, activation
 LAYERS = LinearAttention, GatedDelta
 
 
+def keeps_state(attention: Any) -> bool:
+    """Whether this is a layer's part with a state, that computes as its `inputs`,
+    `recurrence` and `project_out` say."""
+    calls = [part.__call__ for part in LAYERS]
+    return isinstance(attention, LAYERS) and type(attention).__call__ in calls
+
+
 class State(NamedTuple):
     """Of one layer.
 
