@@ -1,14 +1,16 @@
 """Generation with layers of a state: against the whole sequence computed anew."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from slow import slow_but_for
-from test_generate import MESHES, NEW, SIZES, made, mesh_of, traced
+from test_generate import CONTEXT, MESHES, NEW, SIZES, made, mesh_of, traced
 
 from ulysses_jax import Transformer, layout
 from ulysses_jax.complete import complete_model
@@ -16,9 +18,10 @@ from ulysses_jax.costs.collectives import find_collectives
 from ulysses_jax.costs.hlo import parse
 from ulysses_jax.inference import generate
 from ulysses_jax.inference.cache import cache_bytes
-from ulysses_jax.inference.context import ContextMemory
+from ulysses_jax.inference.context import Remembered, remembered_bytes
 from ulysses_jax.inference.decode import read_prompt, read_token
 from ulysses_jax.inference.generation import turned
+from ulysses_jax.inference.request import Request, check_request
 from ulysses_jax.inference.sent import token_bytes
 from ulysses_jax.inference.states import states_bytes
 from ulysses_jax.weights.whole import unbind
@@ -102,12 +105,72 @@ def test_what_is_kept_and_what_a_token_sends():
     assert sum(each.count * each.sent_bytes for each in sent) == sum(want.values())
 
 
+def long_memories(size):
+    """A state is felt by hundreds of tokens, not by a few."""
+    model = made(size)
+    for layer in (*model.layers, *model.rest):
+        if hasattr(layer.attention, "log_rate"):
+            rate = layer.attention.log_rate
+            rate.set_value(rate[...] - 4)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta"])
+def test_what_prompts_leave(kind):
+    """Logits after prompts, and after one more token, are those of whole passes, and
+    what that token leaves is what longer prompts do. Over seq 4 a shard has 16 tokens:
+    one row ends with one, and the last tokens of another are of two."""
+    size = dataclasses.replace(PURE, num_layers=2, pattern=(kind,))
+    near = dict(rtol=0, atol=3e-5)
+    with mesh_of(dict(data=2, seq=4)):
+        model = long_memories(size)
+        module, values = unbind(model)
+        tokens = np.random.default_rng(0).integers(0, 32, (4, 64)).astype(np.int32)
+        lengths, of = np.asarray([17, 16, 1, 40], np.int32), np.arange(4)
+        prompts = 64, None, values, tokens
+        whole = np.asarray(model(tokens))
+        logits, cache = read_prompt(module, *prompts, lengths, {})
+        np.testing.assert_allclose(logits, whole[of, lengths - 1], **near)
+        new = tokens[of, lengths]
+        logits, cache = read_token(module, None, values, cache, new, lengths, {})
+        np.testing.assert_allclose(logits, whole[of, lengths], **near)
+        _, longer = read_prompt(module, *prompts, lengths + 1, {})
+        for got, want in zip(*map(jax.tree.leaves, (cache, longer)), strict=True):
+            np.testing.assert_allclose(got, want, **near)
+
+
+def test_a_convolution_wider_than_a_shard():
+    """Of 64 tokens over seq 8 each has 8; it reaches over 11."""
+    size = dataclasses.replace(
+        PURE, num_layers=1, pattern=("delta",), convolution_tokens=12
+    )
+    want = generate(made(size), PROMPTS, max_tokens=1)
+    with mesh_of(dict(seq=8)):
+        assert generate(made(size), PROMPTS, max_tokens=1) == want
+
+
+def test_bytes_of_a_context_memory():
+    """It is of the layers of kind full; a model without one is refused."""
+    with mesh_of(dict(data=2, seq=2, tensor=2)):
+        prompt, _ = traced(made(HYBRID), 64, 128, rows=4, context=CONTEXT)
+        its = [each for each in prompt.out_info[1] if isinstance(each, Remembered)]
+        arrays = [x for each in its for x in (each.sums, each.blocks)]
+        held = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in arrays
+        )
+        assert remembered_bytes(complete_model(HYBRID), CONTEXT, 4, 128) == held
+    request, model = Request(max_tokens=2, context=CONTEXT), complete_model(PURE)
+    with pytest.raises(ValueError, match="has none, but delta, linear: leave it out"):
+        check_request(request, PROMPTS, model)
+    check_request(dataclasses.replace(request, context=None), PROMPTS, model)
+
+
 @pytest.mark.slow
 def test_beside_a_context_memory(alone):
     """Of the layers that attend; what it reads is all that there is."""
-    context = ContextMemory(8, 16, 8, 2, 2)
     with mesh_of(dict(seq=2, tensor=2)):
-        options = dict(max_tokens=NEW, cache_tokens=64, context=context)
+        options = dict(max_tokens=NEW, cache_tokens=64, context=CONTEXT)
         assert generate(made(HYBRID), PROMPTS, **options) == alone["HYBRID"]
 
 

@@ -245,7 +245,7 @@ def remembered_bytes(
     assert model.head_size
     slots = heads_over_seq(model).num_slots // layout.degree("seq")
     rows = num_rows // layout.degree("data", "fsdp")
-    num_layers = sum(window is None for window in model.windows())
+    num_layers = model.kinds().count("full")
     size = model.head_size * jnp.dtype(model.compute_dtype).itemsize
     means = cache_tokens // context.block_tokens * size
     return num_layers * rows * slots * (4 * context.ring_tokens + means)

@@ -72,6 +72,12 @@ def check_request(
     if request.context is not None:
         _check_context(request.context, request.cache_tokens)
     _check_model(model)
+    if request.context is not None and "full" not in model.kinds():
+        kinds = ", ".join(sorted(set(model.kinds())))
+        raise ValueError(
+            "a context memory says what a token reads of the cache of layers of kind "
+            f"full, and the model has none, but {kinds}: leave it out"
+        )
     if not prompts:
         raise ValueError("there is no prompt: give one")
     for number, prompt in enumerate(prompts, start=1):
