@@ -242,6 +242,17 @@ def test_a_remedy_that_works():
     short_convolution(jnp.ones((1, 40, 1, 2)), weights, mesh=mesh_of(seq=8))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_fewer_tokens_than_a_convolution_reads(tokens):
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 3))
+    weights = jax.random.normal(jax.random.key(1), (4, 2, 3))
+    none = jax.sharding.get_abstract_mesh()
+    for mesh in (none, mesh_of(data=1)):
+        whole = short_convolution(x, weights, mesh=mesh)[:, :tokens]
+        got = short_convolution(x[:, :tokens], weights, mesh=mesh)
+        np.testing.assert_allclose(got, whole, atol=1e-6)
+
+
 def test_other_remedies_work():
     """Of heads, of a decay, and of tokens that see what comes after them."""
     given, mesh = inputs("linear"), mesh_of(seq=8)

@@ -61,14 +61,16 @@ def with_before(x: Array, num_tokens: int, axis_names: AxisNames) -> Array:
     """`[B, t, ...]` after the last tokens of the shard before: `[B, n+t, ...]`.
 
     Args:
-      num_tokens: n, at most t.
+      num_tokens: n, at most t where there are axes.
       axis_names: over which the tokens lie; none: one shard.
 
     Returns:
       Of the first shard zeros come first.
     """
-    last = x[:, x.shape[1] - num_tokens :]
-    came = _come(last, 1, axis_names) if axis_names else jnp.zeros_like(last)
+    if axis_names:
+        came = _come(x[:, x.shape[1] - num_tokens :], 1, axis_names)
+    else:
+        came = jnp.zeros((len(x), num_tokens, *x.shape[2:]), x.dtype)
     return jnp.concatenate((came, x), axis=1)
 
 
