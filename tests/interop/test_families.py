@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ulysses_jax.complete import complete_model
 from ulysses_jax.config import Rope
 from ulysses_jax.families.config_json import config_of, model_of
 
@@ -214,3 +215,10 @@ def test_a_family_that_has_such_a_model_is_found():
     odd = dataclasses.replace(model_of(GEMMA3), attention_scale=0.3)
     with pytest.raises(ValueError, match="has such a model"):
         config_of(odd, None, 99)
+
+
+def test_a_qwen3_next_whose_layers_all_have_a_state():
+    """Which have no gate of attention, and no norms of queries."""
+    model = complete_model(model_of(QWEN3_NEXT | {"num_hidden_layers": 2}))
+    assert model.kinds() == ("delta", "delta") and not model.attention_gate
+    assert complete_model(model_of(config_of(model, None, 64))) == model

@@ -46,12 +46,14 @@ def _model_of(fields: Fields, *, may_have_experts: bool = False) -> Model:
         _refuse_experts(fields, layers)
     every = max(fields.get("full_attention_interval", 4), 1)
     kinds = ["delta" if (i + 1) % every else "full" for i in range(layers)]
+    found = kinds_of(fields, kinds, _KINDS)
+    attends = "full" in found["pattern"]
     return Model(
         **sizes,
-        **kinds_of(fields, kinds, _KINDS),
+        **found,
         norm="zero_centered_rms",
-        query_key_norm=True,
-        attention_gate=True,
+        query_key_norm=attends,
+        attention_gate=attends,
         rope=rope_of(_with_fraction(fields), base=10_000.0, partial=True),
         tied_embeddings=fields.get("tie_word_embeddings", False),
     )
