@@ -5,6 +5,13 @@ from collections.abc import Sequence
 from ulysses_jax.config import Data, Training
 
 
+def divisor_near(tokens: int, size: int, least: int = 1) -> int | None:
+    """Of those that divide `tokens` and are `least` or more the nearest to a size, a
+    smaller one first; None: none is."""
+    fits = [n for n in range(max(least, 1), tokens + 1) if tokens % n == 0]
+    return min(fits, key=lambda n: (n > size, abs(n - size)), default=None)
+
+
 def check_powers(lengths: Sequence[int]) -> None:
     """Refuses lengths that are not rising powers of 2.
 

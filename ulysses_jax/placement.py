@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from ulysses_jax.config import Config, Memory, Mesh, Model
+from ulysses_jax.lengths import divisor_near
 from ulysses_jax.parallel.bytes import received_bytes, total_bytes
 from ulysses_jax.strategies import (
     Strategy,
@@ -51,7 +52,9 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
     )
     local_tokens = math.ceil(training.sequence_tokens / shards)
     if chunk and local_tokens > chunk and local_tokens % chunk:
-        fair = next(n for n in range(chunk, 0, -1) if local_tokens % n == 0)
+        convolves = "delta" in config.model.kinds()
+        least = convolves * (config.model.convolution_tokens - 1)
+        fair = divisor_near(local_tokens, chunk, least)
         fits = [
             n * chunk * shards
             for n in (local_tokens // chunk, local_tokens // chunk + 1)
@@ -60,7 +63,7 @@ def place(config: Config, degrees: dict[str, int]) -> Config:
             f"memory.sequence_chunk_tokens {chunk} does not divide the {local_tokens} "
             f"tokens of a device (training.sequence_tokens {training.sequence_tokens} "
             f"over mesh.ring x mesh.seq {shards}): use sequence_tokens {fits[0]} or "
-            f"{fits[1]}, or a chunk of {fair}"
+            f"{fits[1]}" + (f", or a chunk of {fair}" if fair else "")
         )
     rows = degrees["data"] * degrees["fsdp"]
     steps = training.accumulation_steps or max(training.batch_size // rows, 1)
@@ -91,12 +94,14 @@ def _check_convolution(config: Config) -> None:
     """Refuses one that reaches over more than the shard before, or the piece."""
     mesh, before = config.mesh, config.model.convolution_tokens - 1
     chunk = config.memory.sequence_chunk_tokens
+    tokens, shards = config.padded_tokens(), mesh.ring * mesh.seq
     if chunk and chunk < before:
+        fair = divisor_near(tokens // shards, chunk, before)
         raise ValueError(
             f"model.convolution_tokens {before + 1} reach {before} tokens back, and "
-            f"memory.sequence_chunk_tokens {chunk} are fewer: use {before} or more"
+            f"memory.sequence_chunk_tokens {chunk} are fewer: use "
+            + (f"{fair}" if fair else f"sequences of {before * shards} tokens or more")
         )
-    tokens, shards = config.padded_tokens(), mesh.ring * mesh.seq
     if shards > 1 and tokens // shards < before:
         raise ValueError(
             f"model.convolution_tokens {before + 1} reach {before} tokens back, but a "

@@ -185,7 +185,7 @@ def test_memory_auto_takes_layers_of_a_state_in_pieces():
             dict(sequence_chunk_tokens=8, offload=("keys",)),
             "pattern linear, delta has none: do not offload keys",
         ),
-        (HYBRID, dict(seq=2), dict(sequence_chunk_tokens=2), "fewer: use 3 or more"),
+        (HYBRID, dict(seq=2), dict(sequence_chunk_tokens=2), "fewer: use 4"),
         (("linear", "delta"), dict(ring=2), dict(sequence_chunk_tokens=8), None),
         (HYBRID, dict(seq=2), dict(sequence_chunk_tokens=4, offload=("keys",)), None),
     ],

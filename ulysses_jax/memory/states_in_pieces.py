@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ulysses_jax import layout
 from ulysses_jax.attention import convolution
 from ulysses_jax.config import Memory
+from ulysses_jax.lengths import divisor_near
 from ulysses_jax.memory.tiles import add, cut, over_row_tiles, write
 from ulysses_jax.parallel.states import AxisNames, state_before, with_before
 from ulysses_jax.recur import begins_of
@@ -330,7 +331,10 @@ def _take_apart(
         )
         raise ValueError(
             f"memory.sequence_chunk_tokens {size} {why}: use "
-            + _remedy(tokens, size, width)
+            + str(
+                divisor_near(tokens, size, width)
+                or f"longer sequences, of {width} tokens a device or more"
+            )
         )
     over = tuple(a for a in layout.present(ACTIVATION.tokens) if layout.degree(a) > 1)
     reach = max(width, 1)
@@ -397,10 +401,3 @@ def _documents(
     before = jnp.broadcast_to(before, (shape[0], reach))
     before = jnp.where(is_first, ids[:, :1] - 1, before)
     return jnp.concatenate((before, ids), axis=1)
-
-
-def _remedy(tokens: int, size: int, least: int) -> str:
-    fits = [n for n in range(max(least, 1), tokens + 1) if tokens % n == 0]
-    if not fits:
-        return f"longer sequences, of {least} tokens a device or more"
-    return str(min(fits, key=lambda n: (n > size, abs(n - size))))
