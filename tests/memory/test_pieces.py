@@ -184,9 +184,10 @@ def test_documents_through_hoppers_kernels(monkeypatch, degrees, options, window
         assert len(calls) == 2 * times * attended  # in two layers
 
 
-def wide(tokens, **memory):
+def wide(tokens, kind="full", **memory):
     """The program of a model with many heads and a wide feed-forward."""
     model = dict(num_heads=16, head_size=16, feed_forward_width=512, num_kv_heads=1)
+    model["pattern"] = (kind,)
     memory = dict(loss_tile_tokens=64) | memory
     return compiled(
         make_config("llama", dict(seq=4), tokens=tokens, model=model, **memory)
@@ -194,11 +195,12 @@ def wide(tokens, **memory):
 
 
 @pytest.mark.slow
-def test_memory_of_a_chunk():
+@pytest.mark.parametrize("kind", ["full", "delta"])
+def test_memory_of_a_chunk(kind):
     """What is as wide as the heads or the feed-forward exists of a chunk alone."""
 
     def bytes_a_token(**memory):
-        short, long = (wide(n, **memory).stats["temp_size"] for n in (4096, 8192))
+        short, long = (wide(n, kind, **memory).stats["temp_size"] for n in (4096, 8192))
         return (long - short) / 1024  # of a device
 
     assert (

@@ -293,21 +293,30 @@ class TestLayers:
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["linear", "delta"])
     def test_nothing_is_before_the_first_piece(self, kind):
-        """Of a norm with a bias, which makes something of zeros."""
+        """Of a norm with a bias, which makes something of zeros; on one device, and
+        over four."""
         x = jax.random.normal(jax.random.key(0), (B, T, 16))
-        layer, values = unbind(Layer(size((kind,), norm="layer"), rngs=nnx.Rngs(0)))
-        values = stirred(values)
 
-        @functools.partial(jax.jit, static_argnums=1)
-        def both(x, piece):
+        def both(piece, **degrees):
             run = Saving(Memory(sequence_chunk_tokens=piece))
-            out, pull = jax.vjp(
-                lambda x: run(layer, values, x, None, None, angles=None, in_loop=0), x
-            )
-            return out, pull(jnp.cos(out))[0]
+            with jax.set_mesh(mesh_of(**degrees)):
+                layer = Layer(size((kind,), norm="layer"), rngs=nnx.Rngs(0))
+                layer, values = unbind(layer)
 
-        for got, want in zip(both(x, 8), both(x, None), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+                @jax.jit
+                def both(x, values):
+                    options = dict(angles=None, in_loop=0)
+                    out, pull = jax.vjp(
+                        lambda x: run(layer, values, x, None, None, **options), x
+                    )
+                    return out, pull(jnp.cos(out))[0]
+
+                return jax.tree.map(np.asarray, both(x, stirred(values)))
+
+        whole = both(None)
+        for found in (both(8), both(4, seq=4)):
+            for got, want in zip(found, whole, strict=True):
+                np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
     @pytest.mark.parametrize(
         "kind, piece, message",

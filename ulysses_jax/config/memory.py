@@ -55,18 +55,15 @@ def kinds_in_pieces(model: Model, memory: Memory) -> tuple[str, ...]:
     attend."""
     if memory.sequence_chunk_tokens is not None:
         return model.kinds()
-    return model.attending_kinds() if in_pieces(model, memory) else ()
+    # Under other strategies the strategy itself has the groups.
+    groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
+    groups &= model.strategy in ("auto", "ulysses")
+    return model.attending_kinds() if groups else ()
 
 
 def in_pieces(model: Model, memory: Memory) -> bool:
-    """Whether there are such layers.
-
-    Groups of heads do so under the strategy ulysses, where products are recomputed;
-    else the strategy itself has them.
-    """
-    groups = (memory.head_chunks or 1) > 1 and memory.recomputes_products
-    groups &= model.strategy in ("auto", "ulysses")
-    return groups or memory.sequence_chunk_tokens is not None
+    """Whether there are such layers."""
+    return bool(kinds_in_pieces(model, memory))
 
 
 def attended_features(model: Model, memory: Memory) -> int:

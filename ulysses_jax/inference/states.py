@@ -19,18 +19,15 @@ from ulysses_jax.attention.convolution import convolve
 from ulysses_jax.config import Model
 from ulysses_jax.config.model import RECURRENT
 from ulysses_jax.linear import short_convolution
-from ulysses_jax.models.delta import GatedDelta
-from ulysses_jax.models.linear import LinearAttention
+from ulysses_jax.models.kinds import OF_A_STATE
 from ulysses_jax.sharding import ACTIVATION, ONE_TOKEN, Table, activation
-
-LAYERS = LinearAttention, GatedDelta
 
 
 def keeps_state(attention: Any) -> bool:
     """Whether this is a layer's part with a state, that computes as its `inputs`,
     `recurrence` and `project_out` say."""
-    calls = [part.__call__ for part in LAYERS]
-    return isinstance(attention, LAYERS) and type(attention).__call__ in calls
+    calls = [part.__call__ for part in OF_A_STATE]
+    return isinstance(attention, OF_A_STATE) and type(attention).__call__ in calls
 
 
 class State(NamedTuple):
@@ -65,7 +62,7 @@ def states_bytes(model: Model, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """In the place of a layer's part of a kind in `LAYERS`."""
+    """In the place of a layer's part of a class in `OF_A_STATE`."""
 
     part: Any
 

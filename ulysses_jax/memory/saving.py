@@ -16,15 +16,13 @@ from ulysses_jax.memory.offload import to_device
 from ulysses_jax.memory.states_in_pieces import states_in_pieces
 from ulysses_jax.memory.tiled import Tiled
 from ulysses_jax.models.attention import Attend, Attention
-from ulysses_jax.models.delta import GatedDelta
+from ulysses_jax.models.kinds import OF_A_STATE
 from ulysses_jax.models.layer import Layer
-from ulysses_jax.models.linear import LinearAttention
 from ulysses_jax.models.residual import to_layer, to_residual
 from ulysses_jax.weights.whole import Unbound, Values
 
 # As models and strategies name what products and exchanges give.
 PRODUCTS = ("attention_inputs", "attended", "residual_middle", "hidden_activations")
-RECURRENT = LinearAttention, GatedDelta
 LAYER_INPUT, KEPT_INPUT = "layer_input", "layer_input_kept"
 
 
@@ -69,7 +67,7 @@ class Saving:
             x = _name_input(x, memory)
             values = to_device(values)
             bound = layer.bind(values)
-            if memory.sequence_chunk_tokens and _calls_are_of(bound, *RECURRENT):
+            if memory.sequence_chunk_tokens and _calls_are_of(bound, *OF_A_STATE):
                 y: Array = states_in_pieces(
                     layer, memory, to_layer(x), values, tokens[-1]
                 )

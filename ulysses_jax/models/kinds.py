@@ -37,6 +37,10 @@ KINDS: dict[str, Callable[..., Any]] = {
 module that is called as `Attention` is. `docs/architecture.md` says how to add one."""
 
 
+OF_A_STATE = LinearAttention, GatedDelta
+"""The classes of kinds linear and delta."""
+
+
 def refuse_unknown(kinds: Iterable[str]) -> None:
     """Raises ValueError where one is none of `KINDS`."""
     for kind in kinds:
